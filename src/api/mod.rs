@@ -1,0 +1,1 @@
+//! The `FineTuneJob` API: spec, status, conditions, reasons. No I/O.

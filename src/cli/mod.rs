@@ -1,0 +1,56 @@
+//! The command line: one file per subcommand. The only place for stdout, `anyhow` and the process's exit code.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::telemetry::{self, LogFormat};
+
+#[cfg(feature = "train")]
+mod verify;
+
+/// Fine-tune Stable Diffusion 3 with LoRA on 16 GB GPUs, on this machine or on Kubernetes.
+#[derive(Debug, Parser)]
+#[command(name = "finetune", version, about, propagate_version = true)]
+struct Cli {
+    /// How log lines (on stderr) look.
+    #[arg(long, global = true, value_enum, default_value = "auto", env = "FINETUNE_LOG_FORMAT")]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Compare this build's numbers with cases of the reference implementation.
+    #[cfg(feature = "train")]
+    Verify(verify::Args),
+}
+
+/// Runs the command line and returns the process's exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default_filter = match cli.command {
+        #[cfg(feature = "train")]
+        Command::Verify(_) => "warn",
+    };
+    telemetry::init(cli.log_format, default_filter);
+    // A second installation is refused; the first one is the same.
+    let _already_installed = rustls::crypto::ring::default_provider().install_default();
+    let result = match cli.command {
+        #[cfg(feature = "train")]
+        Command::Verify(args) => verify::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::FAILURE
+    })
+}
+
+/// Prints an error and its causes to stderr, each cause once.
+#[expect(clippy::print_stderr, reason = "the command line's own error report")]
+fn report(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}

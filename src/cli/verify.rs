@@ -1,0 +1,78 @@
+//! `finetune verify DIR`: numbers of this build against cases of the reference implementation.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use candle_core::Device;
+
+use crate::verify::{self, Case, Report};
+
+/// Arguments of `finetune verify`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// A case, or a folder of cases.
+    dir: PathBuf,
+
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceName,
+
+    /// Only cases of this kind (train, encode_prompt, encode_image, preprocess, sample).
+    #[arg(long)]
+    kind: Option<String>,
+
+    /// Print only the tensors that fail, and one line per case.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum DeviceName {
+    Cpu,
+    Cuda,
+}
+
+/// Exit code 0 when every tensor of every case is within its tolerance, 1 otherwise.
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let device = match args.device {
+        DeviceName::Cpu => Device::Cpu,
+        DeviceName::Cuda => Device::new_cuda(0).context("failed to open the CUDA device")?,
+    };
+    let mut cases = Case::find(&args.dir)?;
+    if let Some(kind) = &args.kind {
+        cases.retain(|case| case.kind() == kind);
+    }
+    if cases.is_empty() {
+        bail!("no case found in {}: a case is a folder with a case.json", args.dir.display());
+    }
+    let mut failed = 0;
+    for case in &cases {
+        match verify::run(case, &device) {
+            Ok(report) => {
+                print(case, &report, args.quiet);
+                failed += usize::from(!report.passed());
+            }
+            Err(error) => {
+                failed += 1;
+                say(&format!("{} ({}): FAILED\n  {:#}", case.name(), case.kind(), anyhow::Error::from(error)));
+            }
+        }
+    }
+    say(&format!("{} of {} cases passed", cases.len() - failed, cases.len()));
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(case: &Case, report: &Report, quiet: bool) {
+    let verdict = if report.passed() { "passed" } else { "FAILED" };
+    say(&format!("{} ({}): {verdict}, largest relative error {:.2e} of {:.1e} allowed", case.name(), case.kind(), report.worst(), case.tolerance()));
+    let width = report.rows().iter().map(|r| r.name.len()).max().unwrap_or(0);
+    for row in report.rows().iter().filter(|row| !quiet || !row.passed) {
+        say(&format!("  {:width$}  {:>9.2e}  {:>7.1e}  {}", row.name, row.error, row.tolerance, if row.passed { "ok" } else { "FAILED" }));
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the command's result")]
+fn say(line: &str) {
+    println!("{line}");
+}

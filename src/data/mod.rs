@@ -1,0 +1,1 @@
+//! Datasets, image transforms, the sampler and the content-addressed cache.

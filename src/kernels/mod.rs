@@ -1,0 +1,1 @@
+//! Computing kernels: the only place for unsafe code.

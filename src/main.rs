@@ -1,0 +1,7 @@
+//! The `finetune` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    finetune::cli::main()
+}

@@ -1,0 +1,1 @@
+//! Stable Diffusion 3: weights, text encoders, VAE, MMDiT, LoRA.

@@ -1,0 +1,1 @@
+//! Differentiable layers: each forward is directly followed by its backward.

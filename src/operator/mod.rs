@@ -1,0 +1,1 @@
+//! The controller: reconciles FineTuneJobs into GPU pods.

@@ -1,0 +1,1 @@
+//! Sampling pictures from a model with or without a LoRA.

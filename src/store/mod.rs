@@ -1,0 +1,1 @@
+//! Object stores by URI; nothing else talks to a bucket.
