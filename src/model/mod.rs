@@ -1,1 +1,9 @@
 //! Stable Diffusion 3: weights, text encoders, VAE, MMDiT, LoRA.
+
+pub mod digest;
+pub mod layout;
+pub mod mmap;
+pub mod weights;
+
+pub use layout::ModelDir;
+pub use weights::Weights;

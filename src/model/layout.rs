@@ -1,0 +1,281 @@
+//! A model folder in diffusers layout: where its parts are, and what their `config.json` files say.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+/// Why a model folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LayoutError {
+    /// A part of the folder is missing.
+    #[error("{path} is missing: a model folder in diffusers layout has {part}")]
+    Missing {
+        /// What was looked for.
+        path: PathBuf,
+        /// Its place in the layout, as `vae/config.json`.
+        part: String,
+    },
+    /// A file cannot be read.
+    #[error("failed to read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A configuration cannot be understood.
+    #[error("failed to understand {path}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A configuration asks for what this program does not do.
+    #[error("{path}: {problem}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What and why.
+        problem: String,
+    },
+}
+
+/// Parts of a model folder, by their diffusers names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// CLIP-L's tokenizer.
+    Tokenizer,
+    /// CLIP-G's tokenizer.
+    Tokenizer2,
+    /// T5's tokenizer.
+    Tokenizer3,
+    /// CLIP-L.
+    TextEncoder,
+    /// CLIP-G.
+    TextEncoder2,
+    /// T5's encoder. May be absent.
+    TextEncoder3,
+    /// The autoencoder.
+    Vae,
+    /// The MMDiT.
+    Transformer,
+    /// The scheduler's configuration.
+    Scheduler,
+}
+
+impl Part {
+    /// The sub-folder's name.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::Tokenizer => "tokenizer",
+            Self::Tokenizer2 => "tokenizer_2",
+            Self::Tokenizer3 => "tokenizer_3",
+            Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
+            Self::TextEncoder3 => "text_encoder_3",
+            Self::Vae => "vae",
+            Self::Transformer => "transformer",
+            Self::Scheduler => "scheduler",
+        }
+    }
+}
+
+/// A model folder in diffusers layout, as `stabilityai/stable-diffusion-3-medium-diffusers`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelDir {
+    root: PathBuf,
+}
+
+impl ModelDir {
+    /// The model in the folder `root`. Parts are looked at when they are needed.
+    ///
+    /// # Errors
+    /// If `root` is not a folder.
+    pub fn open(root: &Path) -> Result<Self, LayoutError> {
+        if !root.is_dir() {
+            return Err(LayoutError::Missing { path: root.to_owned(), part: "at least transformer/, vae/, text_encoder/ and tokenizer/".into() });
+        }
+        Ok(Self { root: root.to_owned() })
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The sub-folder of a part, whether it exists or not.
+    pub fn path(&self, part: Part) -> PathBuf {
+        self.root.join(part.folder())
+    }
+
+    /// Whether the sub-folder of a part exists.
+    pub fn has(&self, part: Part) -> bool {
+        self.path(part).is_dir()
+    }
+
+    /// Reads the JSON file `name` of a part.
+    ///
+    /// # Errors
+    /// If it is missing or cannot be understood.
+    pub fn json<T: DeserializeOwned>(&self, part: Part, name: &str) -> Result<T, LayoutError> {
+        read_json(&self.path(part).join(name), &format!("{}/{name}", part.folder()))
+    }
+
+    /// Reads and checks `config.json` of a part.
+    ///
+    /// # Errors
+    /// If it is missing, cannot be understood, or asks for what this program does not do.
+    pub fn config<T: ComponentConfig>(&self, part: Part) -> Result<T, LayoutError> {
+        let config: T = self.json(part, "config.json")?;
+        config.check().map_err(|problem| LayoutError::Unsupported { path: self.path(part).join("config.json"), problem })?;
+        Ok(config)
+    }
+
+    /// Reads `scheduler/scheduler_config.json`; the defaults of Stable Diffusion 3 if there is none.
+    ///
+    /// # Errors
+    /// If it cannot be understood or asks for what this program does not do.
+    pub fn scheduler(&self) -> Result<SchedulerConfig, LayoutError> {
+        let path = self.path(Part::Scheduler).join("scheduler_config.json");
+        if !path.exists() {
+            return Ok(SchedulerConfig::default());
+        }
+        let config: SchedulerConfig = self.json(Part::Scheduler, "scheduler_config.json")?;
+        config.check().map_err(|problem| LayoutError::Unsupported { path, problem })?;
+        Ok(config)
+    }
+}
+
+/// A `config.json` that can be checked against what this program does.
+pub trait ComponentConfig: DeserializeOwned {
+    /// `Err` tells what is not supported or contradictory, for a person.
+    fn check(&self) -> Result<(), String>;
+}
+
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, part: &str) -> Result<T, LayoutError> {
+    let text = std::fs::read(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => LayoutError::Missing { path: path.to_owned(), part: part.to_owned() },
+        _ => LayoutError::Read { path: path.to_owned(), source },
+    })?;
+    serde_json::from_slice(&text).map_err(|source| LayoutError::Json { path: path.to_owned(), source })
+}
+
+/// diffusers' `FlowMatchEulerDiscreteScheduler`.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+pub struct SchedulerConfig {
+    /// Number of steps of the training table.
+    #[serde(default = "thousand")]
+    pub num_train_timesteps: u32,
+    /// Shift of the noise levels towards 1.
+    #[serde(default = "one")]
+    pub shift: f64,
+    /// Not supported.
+    #[serde(default)]
+    pub use_dynamic_shifting: bool,
+    /// Not supported.
+    #[serde(default)]
+    pub use_karras_sigmas: Option<bool>,
+    /// Not supported.
+    #[serde(default)]
+    pub use_exponential_sigmas: Option<bool>,
+    /// Not supported.
+    #[serde(default)]
+    pub use_beta_sigmas: Option<bool>,
+    /// Not supported.
+    #[serde(default)]
+    pub invert_sigmas: bool,
+    /// Not supported.
+    #[serde(default)]
+    pub shift_terminal: Option<f64>,
+    /// Not supported.
+    #[serde(default)]
+    pub stochastic_sampling: bool,
+}
+
+fn thousand() -> u32 {
+    1000
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Default for SchedulerConfig {
+    /// Stable Diffusion 3: 1000 steps, shift 3.
+    fn default() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            shift: 3.0,
+            use_dynamic_shifting: false,
+            use_karras_sigmas: None,
+            use_exponential_sigmas: None,
+            use_beta_sigmas: None,
+            invert_sigmas: false,
+            shift_terminal: None,
+            stochastic_sampling: false,
+        }
+    }
+}
+
+impl ComponentConfig for SchedulerConfig {
+    fn check(&self) -> Result<(), String> {
+        let extras = [
+            ("use_dynamic_shifting", self.use_dynamic_shifting),
+            ("use_karras_sigmas", self.use_karras_sigmas == Some(true)),
+            ("use_exponential_sigmas", self.use_exponential_sigmas == Some(true)),
+            ("use_beta_sigmas", self.use_beta_sigmas == Some(true)),
+            ("invert_sigmas", self.invert_sigmas),
+            ("shift_terminal", self.shift_terminal.is_some()),
+            ("stochastic_sampling", self.stochastic_sampling),
+        ];
+        if let Some((name, _)) = extras.iter().find(|(_, on)| *on) {
+            return Err(format!("{name} is not supported: Stable Diffusion 3 does not use it"));
+        }
+        if self.num_train_timesteps < 2 {
+            return Err(format!("num_train_timesteps is {}, it must be at least 2", self.num_train_timesteps));
+        }
+        if !(self.shift.is_finite() && self.shift > 0.0) {
+            return Err(format!("shift is {}, it must be a positive number", self.shift));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_scheduler(text: &str) -> Result<SchedulerConfig, LayoutError> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+        std::fs::write(dir.path().join("scheduler/scheduler_config.json"), text).unwrap();
+        ModelDir::open(dir.path()).unwrap().scheduler()
+    }
+
+    #[test]
+    fn scheduler_is_read_and_checked() {
+        assert!((with_scheduler(r#"{"shift": 3.0, "base_shift": 0.5}"#).unwrap().shift - 3.0).abs() < 1e-12);
+        for (text, part) in [
+            (r#"{"use_dynamic_shifting": true}"#, "use_dynamic_shifting is not supported"),
+            (r#"{"shift": 0}"#, "positive"),
+            (r#"{"num_train_timesteps": 1}"#, "at least 2"),
+        ] {
+            assert!(with_scheduler(text).unwrap_err().to_string().contains(part));
+        }
+        assert!(matches!(with_scheduler("{"), Err(LayoutError::Json { .. })));
+    }
+
+    #[test]
+    fn missing_parts_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = ModelDir::open(dir.path()).unwrap();
+        assert_eq!(model.scheduler().unwrap(), SchedulerConfig::default());
+        let error = model.json::<serde_json::Value>(Part::Vae, "config.json").unwrap_err().to_string();
+        assert!(error.contains("vae/config.json"), "{error}");
+        assert!(ModelDir::open(&dir.path().join("absent")).is_err());
+    }
+}
