@@ -2,7 +2,9 @@
 
 pub mod digest;
 pub mod layout;
+pub mod lora;
 pub mod mmap;
+pub mod mmdit;
 pub mod weights;
 
 pub use layout::ModelDir;

@@ -1,0 +1,1 @@
+//! Names and layout of kohya's and ComfyUI's LoRA files.
