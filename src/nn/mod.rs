@@ -1,9 +1,6 @@
 //! Differentiable layers: each forward is directly followed by its backward.
 
 pub mod flow_matching;
-mod weight;
-
-pub use weight::{StoredTensor, StoredType, WeightSource};
 
 /// Names the LoRA dropout masks of a batch: one stream per sample and module, so that micro-batch splits, threads and
 /// recomputation do not change them.

@@ -13,8 +13,9 @@ use candle_core::{Device, Tensor};
 
 pub use config::{MmditConfig, TIMESTEP_FEATURES};
 
+use super::Weights;
 use super::lora::{LoraError, LoraLayout, LoraSpec};
-use crate::nn::{DropoutKey, WeightSource};
+use crate::nn::DropoutKey;
 use crate::optim::Param;
 
 /// Why the transformer cannot be loaded or run.
@@ -95,7 +96,7 @@ impl Mmdit {
     ///
     /// # Errors
     /// If a weight is missing or does not fit the configuration, or the device has no kernels.
-    pub fn load(_source: Arc<dyn WeightSource>, _config: MmditConfig, _device: &Device) -> Result<Self, MmditError> {
+    pub fn load(_weights: Arc<Weights>, _config: MmditConfig, _device: &Device) -> Result<Self, MmditError> {
         Err(MmditError::Device { device: "cpu".into() })
     }
 
