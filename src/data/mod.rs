@@ -1,1 +1,3 @@
 //! Datasets, image transforms, the sampler and the content-addressed cache.
+
+pub mod sampler;
