@@ -1,4 +1,7 @@
-//! AdamW with 8-bit moments, as bitsandbytes' `AdamW8bit`.
+//! AdamW with 8-bit moments, as bitsandbytes' `AdamW8bit` (0.50, CPU path).
+//!
+//! An update uses the moments before they are made codes again. The weights decay first, as in PyTorch; bitsandbytes'
+//! CUDA kernels decay last, which differs by `lr*wd` of the update.
 
 use rayon::prelude::*;
 
@@ -130,13 +133,6 @@ fn update_block(
         moments.second[i] = tables.second.value(second_codes[i]) * *second_absmax;
     }
     adamw::update(value, grad, &mut moments, s);
-    quantize(&moments.first, first_codes, first_absmax, &tables.first);
-    quantize(&moments.second, second_codes, second_absmax, &tables.second);
-}
-
-fn quantize(values: &[f32], codes: &mut [u8], absmax: &mut f32, table: &CodeTable) {
-    *absmax = values.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
-    for (code, v) in codes.iter_mut().zip(values) {
-        *code = if *absmax > 0.0 { table.nearest(v / *absmax) } else { 0 };
-    }
+    *first_absmax = tables.first.quantize(&moments.first, first_codes);
+    *second_absmax = tables.second.quantize(&moments.second, second_codes);
 }

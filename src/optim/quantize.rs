@@ -1,33 +1,49 @@
 //! Blockwise 8-bit codes of bitsandbytes (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021).
+//!
+//! The codes are those of bitsandbytes 0.50's CPU path, which the reference cases follow: a value divided by its block's
+//! largest magnitude is rounded to one of 65,536 evenly spaced points in [-1, 1], and the point's nearest table value is
+//! its code. The CUDA kernels search the table for the value itself; the two differ by rounding to the grid (1.5e-5),
+//! which shows in values below about 1e-4 of their block's largest.
 
 /// Values that share a scale.
 pub(super) const BLOCK: usize = 256;
 
-/// A table of 256 ascending values in [-1, 1] with the search for the nearest.
-#[derive(Debug, Clone)]
+/// Points of the grid.
+const GRID: usize = 1 << 16;
+
+/// A table of 256 ascending values in [-1, 1], and the nearest code of each grid point.
+#[derive(Clone)]
 pub(super) struct CodeTable {
     values: [f32; 256],
+    nearest: Vec<u8>,
+}
+
+impl std::fmt::Debug for CodeTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CodeTable").field("first", &self.values[0]).finish_non_exhaustive()
+    }
 }
 
 impl CodeTable {
     /// `create_dynamic_map(signed, max_exponent_bits=7, total_bits=8)`: a sign (if signed), a unary exponent, a linear fraction.
     pub(super) fn dynamic(signed: bool) -> Self {
-        let mut values = vec![0.0, 1.0];
+        let mut sorted = vec![0.0, 1.0];
         for i in 0..7_i32 {
             let count = 1_usize << if signed { i } else { i + 1 };
             let boundaries: Vec<f32> = (0..=count).map(|k| linspace(0.1, 1.0, count, k)).collect();
             for pair in boundaries.windows(2) {
                 let value = 10_f64.powi(i - 6) as f32 * f32::midpoint(pair[0], pair[1]);
-                values.push(value);
+                sorted.push(value);
                 if signed {
-                    values.push(-value);
+                    sorted.push(-value);
                 }
             }
         }
-        values.sort_by(f32::total_cmp);
-        let mut table = [0.0; 256];
-        table.copy_from_slice(&values);
-        Self { values: table }
+        sorted.sort_by(f32::total_cmp);
+        let mut values = [0.0; 256];
+        values.copy_from_slice(&sorted);
+        let nearest = (0..GRID).map(|k| nearest(&values, k as f32 / (GRID - 1) as f32 * 2.0 - 1.0)).collect();
+        Self { values, nearest }
     }
 
     /// The value of a code.
@@ -35,12 +51,27 @@ impl CodeTable {
         self.values[usize::from(code)]
     }
 
-    /// The nearest code to `x` in [-1, 1].
-    pub(super) fn nearest(&self, x: f32) -> u8 {
-        let right = self.values.partition_point(|v| *v < x).min(255);
-        let left = right.saturating_sub(1);
-        (if x - self.values[left] < self.values[right] - x { left } else { right }) as u8
+    /// The codes of a block and its largest magnitude; an all-zero block has codes 0.
+    pub(super) fn quantize(&self, values: &[f32], codes: &mut [u8]) -> f32 {
+        let absmax = values.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
+        if absmax == 0.0 {
+            codes.fill(0);
+            return absmax;
+        }
+        let inverse = 1.0 / absmax;
+        for (code, v) in codes.iter_mut().zip(values) {
+            let point = ((v * inverse).clamp(-1.0, 1.0) + 1.0) * 0.5 * (GRID - 1) as f32 + 0.5;
+            *code = self.nearest[(point as usize).min(GRID - 1)];
+        }
+        absmax
     }
+}
+
+/// The nearest of ascending `values` to `x`; the lower one at a midpoint.
+fn nearest(values: &[f32; 256], x: f32) -> u8 {
+    let right = values.partition_point(|v| *v < x).min(255);
+    let left = right.saturating_sub(1);
+    (if values[right] - x < x - values[left] { right } else { left }) as u8
 }
 
 /// Element `k` of `torch.linspace(start, end, steps=count + 1, dtype=float32)`: counted from the nearer end.
