@@ -5,6 +5,7 @@ pub mod layout;
 pub mod lora;
 pub mod mmap;
 pub mod mmdit;
+pub mod text;
 pub mod weights;
 
 pub use layout::ModelDir;

@@ -1,0 +1,344 @@
+//! Captions to prompt embeddings: three tokenizers, CLIP-L, CLIP-G and T5, one after the other and each streamed layer by
+//! layer, so that one layer's weights are in memory at a time.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, IndexOp as _, Tensor};
+use serde::Deserialize;
+
+use super::digest::{DigestError, component_digest};
+use super::layout::{LayoutError, ModelDir, Part};
+use super::weights::{Weights, WeightsError};
+use crate::digest::{Sha256Digest, sha256_parts};
+
+mod clip;
+mod layers;
+mod t5;
+mod tokenizer;
+
+pub use clip::ClipConfig;
+pub use t5::T5Config;
+pub use tokenizer::CaptionTokenizer;
+
+/// Why captions could not be encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// The model folder is not as it should be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The weights are not as they should be.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// An encoder's identity could not be made.
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+    /// A tokenizer cannot be read, or refuses a caption.
+    #[error("failed to use the tokenizer {path}")]
+    Tokenizer {
+        /// Its folder or file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: tokenizers::Error,
+    },
+    /// A special token is not in the vocabulary.
+    #[error("the special token {token:?} is not in the vocabulary of the tokenizer {path}")]
+    SpecialToken {
+        /// The tokenizer's folder.
+        path: PathBuf,
+        /// The token.
+        token: String,
+    },
+    /// The tokenizer knows more tokens than the encoder.
+    #[error("token {id} is outside the vocabulary of {vocabulary} of {path}: tokenizer and text encoder do not belong together")]
+    TokenOutOfRange {
+        /// The token's id.
+        id: u32,
+        /// The encoder's number of ids.
+        vocabulary: usize,
+        /// The encoder's weights.
+        path: PathBuf,
+    },
+    /// The tokenizer gives longer sequences than the encoder takes.
+    #[error("the tokenizer gives {tokens} tokens, {path} takes {limit}: tokenizer and text encoder do not belong together")]
+    TooManyTokens {
+        /// The tokenizer's length.
+        tokens: usize,
+        /// The encoder's length.
+        limit: usize,
+        /// The encoder's weights.
+        path: PathBuf,
+    },
+    /// The encoders' widths do not fit together.
+    #[error("the CLIP encoders together are {clip} wide, but prompt embeddings {joint}: the encoders do not belong to one model")]
+    Width {
+        /// Width of both CLIP encoders' states.
+        clip: usize,
+        /// Width of the prompt embeddings.
+        joint: usize,
+    },
+    /// `max_sequence_length` is not usable.
+    #[error("the maximum sequence length is {0}, it must lie between 1 and 512")]
+    SequenceLength(usize),
+    /// A tensor operation failed.
+    #[error("failed to compute prompt embeddings")]
+    Tensor(#[from] candle_core::Error),
+    /// The caller asked to stop.
+    #[error("encoding of captions was stopped")]
+    Stopped,
+}
+
+/// What the MMDiT is told about a caption. Host memory, f32.
+#[derive(Debug, Clone)]
+pub struct PromptEmbedding {
+    /// [77 + S, J]: CLIP's states padded with zeros to width J, then T5's.
+    pub embeds: Tensor,
+    /// [P]: the pooled outputs of CLIP-L and CLIP-G.
+    pub pooled: Tensor,
+}
+
+/// Shape of prompt embeddings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptShape {
+    /// Tokens: 77 of CLIP and S of T5.
+    pub tokens: usize,
+    /// Width J of the states.
+    pub width: usize,
+    /// Width P of the pooled output.
+    pub pooled: usize,
+}
+
+/// One of the text encoders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoder {
+    /// `text_encoder`.
+    ClipL,
+    /// `text_encoder_2`.
+    ClipG,
+    /// `text_encoder_3`.
+    T5,
+}
+
+/// How far encoding has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeProgress {
+    /// The encoder at work.
+    pub encoder: Encoder,
+    /// Its layers that are done.
+    pub layers_done: usize,
+    /// Its layers.
+    pub layers: usize,
+    /// Distinct captions that are wholly done.
+    pub captions_done: usize,
+    /// Distinct captions.
+    pub captions: usize,
+}
+
+/// Token ids of a caption.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenIds {
+    /// CLIP-L's.
+    pub clip_l: Vec<u32>,
+    /// CLIP-G's.
+    pub clip_g: Vec<u32>,
+    /// T5's; empty if the model has no T5.
+    pub t5: Vec<u32>,
+}
+
+/// Called with the progress; `Break` stops the encoding with [`TextError::Stopped`].
+pub type OnProgress<'a> = &'a mut dyn FnMut(EncodeProgress) -> ControlFlow<()>;
+
+/// Tokens that go through a layer together: bounds the memory of activations (16 captions of 77 tokens).
+const BATCH_TOKENS: usize = 16 * 77;
+
+/// Values of states that wait between layers: bounds the captions of one pass through the encoders (1 GiB of f32).
+const GROUP_VALUES: usize = 1 << 28;
+
+/// The text encoders of a model folder.
+#[derive(Debug)]
+pub struct PromptEncoder {
+    model: ModelDir,
+    device: Device,
+    length: usize,
+    tokenizers: [CaptionTokenizer; 2],
+    tokenizer_3: Option<CaptionTokenizer>,
+    clip: [ClipConfig; 2],
+    t5: Option<T5Config>,
+    width: usize,
+}
+
+impl PromptEncoder {
+    /// Reads tokenizers and configurations; weights are opened when captions are encoded.
+    ///
+    /// `max_sequence_length` is T5's number of tokens S. A model without `text_encoder_3` gets zeros in T5's place.
+    ///
+    /// # Errors
+    /// If a part is missing, cannot be understood or does not fit the others.
+    pub fn open(model: &ModelDir, max_sequence_length: usize, device: &Device) -> Result<Self, TextError> {
+        #[derive(Deserialize)]
+        struct TransformerConfig {
+            joint_attention_dim: usize,
+        }
+        if !(1..=512).contains(&max_sequence_length) {
+            return Err(TextError::SequenceLength(max_sequence_length));
+        }
+        let clip: [ClipConfig; 2] = [model.config(Part::TextEncoder)?, model.config(Part::TextEncoder2)?];
+        let t5: Option<T5Config> = if model.has(Part::TextEncoder3) { Some(model.config(Part::TextEncoder3)?) } else { None };
+        let width = match &t5 {
+            Some(t5) => t5.d_model,
+            None => model.json::<TransformerConfig>(Part::Transformer, "config.json")?.joint_attention_dim,
+        };
+        let clip_width = clip[0].hidden_size + clip[1].hidden_size;
+        if clip_width > width {
+            return Err(TextError::Width { clip: clip_width, joint: width });
+        }
+        Ok(Self {
+            tokenizers: [CaptionTokenizer::clip(model, Part::Tokenizer)?, CaptionTokenizer::clip(model, Part::Tokenizer2)?],
+            tokenizer_3: t5.as_ref().map(|_| CaptionTokenizer::t5(model, max_sequence_length)).transpose()?,
+            model: model.clone(),
+            device: device.clone(),
+            length: max_sequence_length,
+            clip,
+            t5,
+            width,
+        })
+    }
+
+    /// Shape of each caption's embedding.
+    pub fn shape(&self) -> PromptShape {
+        PromptShape { tokens: self.tokenizers[0].length() + self.length, width: self.width, pooled: self.clip[0].projection_dim + self.clip[1].projection_dim }
+    }
+
+    /// What decides embeddings besides the caption: the contents of tokenizers and encoders, and the sequence length.
+    /// `memory` is as in [`component_digest`].
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn digest(&self, memory: Option<&Path>) -> Result<Sha256Digest, TextError> {
+        let mut parts = vec![Part::Tokenizer, Part::Tokenizer2, Part::TextEncoder, Part::TextEncoder2];
+        if self.t5.is_some() {
+            parts.extend([Part::Tokenizer3, Part::TextEncoder3]);
+        }
+        let mut all = b"prompt embedding 1".to_vec();
+        for size in [self.length, self.width] {
+            all.extend((size as u64).to_le_bytes());
+        }
+        for part in parts {
+            all.extend(component_digest(&self.model.path(part), memory)?);
+        }
+        Ok(sha256_parts([&all[..]]))
+    }
+
+    /// The token ids of a caption.
+    ///
+    /// # Errors
+    /// If a tokenizer refuses the caption.
+    pub fn tokenize(&self, caption: &str) -> Result<TokenIds, TextError> {
+        Ok(TokenIds {
+            clip_l: self.tokenizers[0].encode(caption)?,
+            clip_g: self.tokenizers[1].encode(caption)?,
+            t5: self.tokenizer_3.as_ref().map_or(Ok(Vec::new()), |t| t.encode(caption))?,
+        })
+    }
+
+    /// The embedding of every caption, in the captions' order. Equal captions are encoded once and share storage.
+    ///
+    /// All results are in memory at once: [`Self::encode_each`] hands them over one by one.
+    ///
+    /// # Errors
+    /// If a part of the model is not as it should be, memory is short, or `progress` asked to stop.
+    pub fn encode(&self, captions: &[String], progress: OnProgress) -> Result<Vec<PromptEmbedding>, TextError> {
+        let mut found = HashMap::new();
+        self.encode_each::<TextError>(captions, progress, &mut |caption, embedding| {
+            found.insert(caption.to_owned(), embedding);
+            Ok(())
+        })?;
+        captions.iter().map(|caption| found.get(caption.as_str()).cloned().ok_or(TextError::Stopped)).collect()
+    }
+
+    /// Calls `sink` once for each distinct caption, in the order of first appearance. Memory is bounded whatever the
+    /// number of captions.
+    ///
+    /// # Errors
+    /// If a part of the model is not as it should be, memory is short, `progress` asked to stop, or the sink failed.
+    pub fn encode_each<E: From<TextError>>(
+        &self,
+        captions: &[String],
+        progress: OnProgress,
+        sink: &mut dyn FnMut(&str, PromptEmbedding) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut seen = std::collections::HashSet::new();
+        let distinct: Vec<&str> = captions.iter().map(String::as_str).filter(|c| seen.insert(*c)).collect();
+        let shape = self.shape();
+        let per_group = (GROUP_VALUES / (shape.tokens * shape.width)).max(1);
+        for (group_index, group) in distinct.chunks(per_group).enumerate() {
+            let mut tell = |encoder, layers_done, layers| {
+                let told = EncodeProgress { encoder, layers_done, layers, captions_done: group_index * per_group, captions: distinct.len() };
+                if progress(told).is_break() { Err(TextError::Stopped) } else { Ok(()) }
+            };
+            for (caption, embedding) in group.iter().zip(self.encode_group(group, &mut tell)?) {
+                sink(caption, embedding)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_group(&self, captions: &[&str], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<PromptEmbedding>, TextError> {
+        let ids = captions.iter().map(|c| self.tokenize(c)).collect::<Result<Vec<_>, _>>()?;
+        let l = self.run_clip(0, &ids.iter().map(|i| i.clip_l.clone()).collect::<Vec<_>>(), tell)?;
+        let g = self.run_clip(1, &ids.iter().map(|i| i.clip_g.clone()).collect::<Vec<_>>(), tell)?;
+        let t5 = self.run_t5(&ids.iter().map(|i| i.t5.clone()).collect::<Vec<_>>(), tell)?;
+        let rest = self.width - self.clip[0].hidden_size - self.clip[1].hidden_size;
+        let mut embeddings = Vec::with_capacity(captions.len());
+        for (((l_hidden, l_pooled), (g_hidden, g_pooled)), t5) in l.into_iter().zip(g).zip(t5) {
+            let clip = Tensor::cat(&[&l_hidden, &g_hidden], 1)?.pad_with_zeros(1, 0, rest)?;
+            embeddings.push(PromptEmbedding { embeds: Tensor::cat(&[&clip, &t5], 0)?, pooled: Tensor::cat(&[&l_pooled, &g_pooled], 0)? });
+        }
+        Ok(embeddings)
+    }
+
+    /// Each caption's states [77, hidden] and pooled output [projection], on the host.
+    fn run_clip(
+        &self,
+        which: usize,
+        ids: &[Vec<u32>],
+        tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>,
+    ) -> Result<Vec<(Tensor, Tensor)>, TextError> {
+        let (encoder, part) = [(Encoder::ClipL, Part::TextEncoder), (Encoder::ClipG, Part::TextEncoder2)][which];
+        let config = &self.clip[which];
+        let weights = Weights::open(&self.model.path(part))?;
+        let outputs = clip::encode(&weights, config, &batches(ids), &self.device, &mut |done| tell(encoder, done, config.num_hidden_layers))?;
+        let mut captions = Vec::with_capacity(ids.len());
+        for output in outputs {
+            let (hidden, pooled) = (output.hidden.to_device(&Device::Cpu)?, output.pooled.to_device(&Device::Cpu)?);
+            for i in 0..hidden.dim(0)? {
+                captions.push((hidden.i(i)?, pooled.i(i)?));
+            }
+        }
+        Ok(captions)
+    }
+
+    /// Each caption's states [S, J], on the host; zeros without T5.
+    fn run_t5(&self, ids: &[Vec<u32>], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<Tensor>, TextError> {
+        let Some(config) = &self.t5 else {
+            return Ok(vec![Tensor::zeros((self.length, self.width), DType::F32, &Device::Cpu)?; ids.len()]);
+        };
+        let weights = Weights::open(&self.model.path(Part::TextEncoder3))?;
+        let outputs = t5::encode(&weights, config, &batches(ids), &self.device, &mut |done| tell(Encoder::T5, done, config.num_layers))?;
+        let mut captions = Vec::with_capacity(ids.len());
+        for output in outputs {
+            let states = output.to_device(&Device::Cpu)?;
+            for i in 0..states.dim(0)? {
+                captions.push(states.i(i)?);
+            }
+        }
+        Ok(captions)
+    }
+}
+
+fn batches(ids: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
+    let tokens = ids.first().map_or(1, Vec::len).max(1);
+    ids.chunks((BATCH_TOKENS / tokens).max(1)).collect()
+}
