@@ -1,0 +1,237 @@
+//! From a location to a client of `object_store`, and from its errors to ours.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::local::LocalFileSystem;
+use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
+
+use super::StoreOptions;
+use super::env::Secrets;
+use super::error::{Cause, Result, StoreError};
+use super::http::{HttpFailure, RetryingConnector, chain};
+use super::uri::Scheme;
+
+/// A client for `bucket`. Settings come from `options`, then from the environment's `AWS_*`, `GOOGLE_*` or `AZURE_*`.
+pub(super) fn connect(scheme: Scheme, bucket: &str, options: &StoreOptions) -> Result<Arc<dyn ObjectStore>> {
+    // The process has one TLS provider; a second installation is refused and changes nothing.
+    let _already_installed = rustls::crypto::ring::default_provider().install_default();
+    let location = format!("{}://{bucket}/", scheme.as_str());
+    let secrets = options.environment.secrets();
+    let set_up = Setup { options, secrets: &secrets, location: &location };
+    match scheme {
+        Scheme::S3 => set_up.s3(bucket),
+        Scheme::Gs => set_up.gs(bucket),
+        Scheme::Az => set_up.az(bucket),
+    }
+}
+
+/// A client for the directory `root`; keys are relative to it.
+pub(super) fn directory(root: &Path) -> Result<Arc<dyn ObjectStore>> {
+    let store = LocalFileSystem::new_with_prefix(root)
+        .map_err(|error| classify(&error, "open", &root.display().to_string(), &super::env::Environment::from_pairs::<String, String>([]).secrets()))?;
+    Ok(Arc::new(store.with_fsync(true)))
+}
+
+struct Setup<'a> {
+    options: &'a StoreOptions,
+    secrets: &'a Secrets,
+    location: &'a str,
+}
+
+impl Setup<'_> {
+    fn s3(&self, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+        let mut builder = AmazonS3Builder::new();
+        for (name, value) in self.options.environment.with_prefix("AWS_") {
+            if let Ok(key) = name.to_ascii_lowercase().parse() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let endpoint = self.endpoint(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"])?;
+        if let Some(endpoint) = &endpoint {
+            builder = builder.with_config("aws_endpoint_url_s3".parse().map_err(|error| self.failed(&error))?, endpoint).with_endpoint(endpoint);
+        }
+        if let Some(region) = self.options.region.as_deref().or_else(|| self.options.environment.get("AWS_REGION")) {
+            builder = builder.with_region(region);
+        }
+        builder
+            .with_bucket_name(bucket)
+            // Many servers of the S3 protocol lack the bulk call; single deletes work everywhere.
+            .with_disable_bulk_delete(true)
+            .with_retry(self.body_retries())
+            .with_client_options(self.client_options(endpoint.as_deref(), "AWS_CA_BUNDLE")?)
+            .with_http_connector(self.connector())
+            .build()
+            .map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn gs(&self, bucket: &str) -> Result<Arc<dyn ObjectStore>> {
+        let mut builder = GoogleCloudStorageBuilder::new();
+        for (name, value) in self.options.environment.with_prefix("GOOGLE_") {
+            if let Ok(key) = name.to_ascii_lowercase().parse() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let endpoint = self.endpoint(&["GOOGLE_BASE_URL"])?;
+        if let Some(endpoint) = &endpoint {
+            builder = builder.with_base_url(endpoint);
+        }
+        builder
+            .with_bucket_name(bucket)
+            .with_retry(self.body_retries())
+            .with_client_options(self.client_options(endpoint.as_deref(), "GOOGLE_CA_BUNDLE")?)
+            .with_http_connector(self.connector())
+            .build()
+            .map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn az(&self, container: &str) -> Result<Arc<dyn ObjectStore>> {
+        let mut builder = MicrosoftAzureBuilder::new();
+        for (name, value) in self.options.environment.with_prefix("AZURE_") {
+            if let Ok(key) = name.to_ascii_lowercase().parse() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let endpoint = self.endpoint(&["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"])?;
+        if let Some(endpoint) = &endpoint {
+            builder = builder.with_endpoint(endpoint.clone());
+        }
+        builder
+            .with_container_name(container)
+            .with_retry(self.body_retries())
+            .with_client_options(self.client_options(endpoint.as_deref(), "AZURE_CA_BUNDLE")?)
+            .with_http_connector(self.connector())
+            .build()
+            .map(|store| Arc::new(store) as Arc<dyn ObjectStore>)
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// The endpoint: the job's, else the first of the variables `names` that is set; checked, without a trailing slash.
+    fn endpoint(&self, names: &[&str]) -> Result<Option<String>> {
+        let Some(endpoint) = self.options.endpoint.as_deref().or_else(|| names.iter().find_map(|name| self.options.environment.get(name))) else {
+            return Ok(None);
+        };
+        let invalid = |problem: &str| StoreError::invalid(endpoint, format!("the storage endpoint {problem}"));
+        let url = url::Url::parse(endpoint).map_err(|_| invalid("must be an address such as https://minio.storage:9000"))?;
+        if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
+            return Err(invalid("must start with https:// (or http:// inside a trusted network)"));
+        }
+        if !url.username().is_empty() || url.password().is_some() || url.query().is_some() || url.fragment().is_some() {
+            return Err(invalid("must not hold credentials, a query or a fragment; set credentials in the environment"));
+        }
+        Ok(Some(endpoint.trim_end_matches('/').to_owned()))
+    }
+
+    /// Plain http only where the endpoint itself says so. Variables such as `AWS_ALLOW_HTTP` or
+    /// `AWS_ALLOW_INVALID_CERTIFICATES` have no say: these options replace theirs.
+    fn client_options(&self, endpoint: Option<&str>, ca_variable: &str) -> Result<ClientOptions> {
+        let policy = &self.options.retry;
+        let mut options = ClientOptions::new()
+            .with_allow_http(endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")))
+            .with_connect_timeout(policy.connect_timeout)
+            .with_read_timeout(policy.read_timeout)
+            // Large bodies take as long as they take; the read timeout notices one that stands still.
+            .with_timeout_disabled();
+        let bundle = self.options.ca_bundle.clone().or_else(|| self.options.environment.get(ca_variable).map(Into::into));
+        if let Some(path) = bundle {
+            let pem = std::fs::read(&path).map_err(StoreError::local("read the CA bundle", &path))?;
+            let certificates = Certificate::from_pem_bundle(&pem).map_err(|error| self.failed(&error))?;
+            if certificates.is_empty() {
+                return Err(StoreError::invalid(&path.display().to_string(), "the CA bundle holds no PEM certificate"));
+            }
+            for certificate in certificates {
+                options = options.with_root_certificate(certificate);
+            }
+        }
+        Ok(options)
+    }
+
+    /// What `object_store` retries itself: a body that breaks off is continued from where it stopped.
+    fn body_retries(&self) -> RetryConfig {
+        let policy = &self.options.retry;
+        RetryConfig {
+            backoff: BackoffConfig { init_backoff: policy.first_delay, max_backoff: policy.max_delay, base: 2.0 },
+            max_retries: policy.max_retries as usize,
+            retry_timeout: policy.total,
+        }
+    }
+
+    fn connector(&self) -> RetryingConnector {
+        RetryingConnector { policy: self.options.retry.clone(), secrets: self.secrets.clone() }
+    }
+
+    fn failed(&self, error: &object_store::Error) -> StoreError {
+        StoreError::Setup { location: self.location.to_owned(), source: Cause(self.secrets.redact(&chain(error))) }
+    }
+}
+
+/// Finds the first cause of type `T`.
+fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(current) = next {
+        if let Some(found) = current.downcast_ref() {
+            return Some(found);
+        }
+        next = current.source();
+    }
+    None
+}
+
+/// True when a create found the object there, or lost a race that the server reports as a conflict.
+pub(super) fn is_conflict(error: &object_store::Error) -> bool {
+    let refused = matches!(cause::<HttpFailure>(error), Some(HttpFailure::Status { status: 304 | 409 | 412, .. }));
+    refused || matches!(error, object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. })
+}
+
+/// True when the object is no longer the one that was asked for (`If-Match`).
+pub(super) fn is_changed(error: &object_store::Error) -> bool {
+    let refused = matches!(cause::<HttpFailure>(error), Some(HttpFailure::Status { status: 412, .. }));
+    refused || matches!(error, object_store::Error::Precondition { .. })
+}
+
+/// True when the request may have been carried out, or may be when it is sent again.
+pub(super) fn is_doubtful(error: &object_store::Error) -> bool {
+    cause::<HttpFailure>(error).is_some_and(HttpFailure::is_doubtful)
+}
+
+/// Our error for one of `object_store`, cleaned of secrets.
+pub(super) fn classify(error: &object_store::Error, operation: &'static str, location: &str, secrets: &Secrets) -> StoreError {
+    use std::io::ErrorKind;
+
+    let location = location.to_owned();
+    if let Some(failure) = cause::<HttpFailure>(error) {
+        let source = Cause(failure.to_string());
+        return match failure {
+            HttpFailure::Status { status: 404 | 410, .. } => StoreError::NotFound { operation, location, source },
+            HttpFailure::Status { status: 401 | 403, .. } | HttpFailure::NoCredentials { .. } => StoreError::PermissionDenied { operation, location, source },
+            // S3 and the token services answer 400 to credentials that have expired or are malformed.
+            HttpFailure::Status { status: 400, code, .. } if code.contains("Token") || code.contains("Credential") || code == "InvalidAccessKeyId" => {
+                StoreError::PermissionDenied { operation, location, source }
+            }
+            HttpFailure::Status { status: 301 | 307 | 308, .. } => {
+                StoreError::InvalidLocation { location, problem: format!("{source}; set the bucket's region and endpoint") }
+            }
+            HttpFailure::Status { status: 400, code, .. } if code == "AuthorizationHeaderMalformed" => {
+                StoreError::InvalidLocation { location, problem: format!("{source}; set the bucket's region") }
+            }
+            HttpFailure::Status { .. } | HttpFailure::Transport { .. } => StoreError::Unavailable { operation, location, source },
+        };
+    }
+    let text = Cause(secrets.redact(&chain(error)));
+    let io_kind = cause::<std::io::Error>(error).map(std::io::Error::kind);
+    match (error, io_kind) {
+        (object_store::Error::NotFound { .. }, _) | (_, Some(ErrorKind::NotFound | ErrorKind::NotADirectory)) => {
+            StoreError::NotFound { operation, location, source: text }
+        }
+        (object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }, _)
+        | (_, Some(ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem)) => StoreError::PermissionDenied { operation, location, source: text },
+        (object_store::Error::InvalidPath { .. }, _) => StoreError::InvalidLocation { location, problem: text.to_string() },
+        (object_store::Error::Precondition { .. } | object_store::Error::NotModified { .. }, _) => StoreError::corrupt(location, "changed while it was read"),
+        _ => StoreError::Unavailable { operation, location, source: text },
+    }
+}
