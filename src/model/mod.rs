@@ -6,6 +6,7 @@ pub mod lora;
 pub mod mmap;
 pub mod mmdit;
 pub mod text;
+pub mod vae;
 pub mod weights;
 
 pub use layout::ModelDir;

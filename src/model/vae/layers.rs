@@ -1,0 +1,130 @@
+//! Convolutions and group norms of the autoencoder.
+
+use candle_core::{DType, Device, Tensor};
+
+pub(super) type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
+use candle_nn::Module as _;
+
+use crate::model::weights::{Weights, WeightsError};
+
+/// Epsilon of every norm.
+pub(super) const EPSILON: f64 = 1e-6;
+
+/// Reads the weights below a name.
+pub(super) struct Reader<'a> {
+    weights: &'a Weights,
+    device: &'a Device,
+    pub(super) groups: usize,
+    prefix: String,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(weights: &'a Weights, device: &'a Device, groups: usize) -> Self {
+        Self { weights, device, groups, prefix: String::new() }
+    }
+
+    pub(super) fn at(&self, name: &str) -> Reader<'a> {
+        Reader { prefix: format!("{}{name}.", self.prefix), ..*self }
+    }
+
+    pub(super) fn weights(&self) -> &'a Weights {
+        self.weights
+    }
+
+    pub(super) fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    pub(super) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, WeightsError> {
+        self.weights.tensor_of_shape(&format!("{}{name}", self.prefix), shape, DType::F32, self.device)
+    }
+
+    fn conv(&self, name: &str, input: usize, output: usize, kernel: usize, how: How) -> Result<Conv, WeightsError> {
+        let weight = self.tensor(&format!("{name}.weight"), &[output, input, kernel, kernel])?;
+        let bias = self.tensor(&format!("{name}.bias"), &[output])?;
+        Ok(Conv { weight, bias, how })
+    }
+
+    /// 1x1.
+    pub(super) fn conv1(&self, name: &str, input: usize, output: usize) -> Result<Conv, WeightsError> {
+        self.conv(name, input, output, 1, How::Pointwise)
+    }
+
+    /// 3x3 that keeps the size.
+    pub(super) fn conv3(&self, name: &str, input: usize, output: usize) -> Result<Conv, WeightsError> {
+        self.conv(name, input, output, 3, How::Same)
+    }
+
+    /// 3x3 that halves the size.
+    pub(super) fn conv_down(&self, name: &str, channels: usize) -> Result<Conv, WeightsError> {
+        self.conv(name, channels, channels, 3, How::Halve)
+    }
+
+    /// 3x3 after doubling the size.
+    pub(super) fn conv_up(&self, name: &str, channels: usize) -> Result<Conv, WeightsError> {
+        self.conv(name, channels, channels, 3, How::Double)
+    }
+
+    pub(super) fn norm(&self, name: &str, channels: usize) -> Result<Norm, WeightsError> {
+        let (weight, bias) = (self.tensor(&format!("{name}.weight"), &[channels])?, self.tensor(&format!("{name}.bias"), &[channels])?);
+        Ok(Norm { weight, bias, groups: self.groups, channels })
+    }
+}
+
+/// What a convolution does to the size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// 1x1, no padding.
+    Pointwise,
+    /// 3x3, padded by one.
+    Same,
+    /// 3x3 with stride 2, padded by one at the right and the bottom only, as diffusers does.
+    Halve,
+    /// 3x3, padded by one, over pixels doubled each way.
+    Double,
+}
+
+/// A convolution with bias.
+#[derive(Debug)]
+pub(super) struct Conv {
+    weight: Tensor,
+    bias: Tensor,
+    how: How,
+}
+
+impl Conv {
+    /// [B, in, H, W] -> [B, out, H', W'].
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = match self.how {
+            How::Pointwise => x.conv2d(&self.weight, 0, 1, 1, 1)?,
+            How::Same => x.conv2d(&self.weight, 1, 1, 1, 1)?,
+            How::Halve => x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?.conv2d(&self.weight, 0, 2, 1, 1)?,
+            How::Double => {
+                let (_, _, h, w) = x.dims4()?;
+                x.upsample_nearest2d(2 * h, 2 * w)?.conv2d(&self.weight, 1, 1, 1, 1)?
+            }
+        };
+        y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)
+    }
+}
+
+/// A group norm.
+#[derive(Debug)]
+pub(super) struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+    channels: usize,
+}
+
+impl Norm {
+    /// silu(norm(x)).
+    pub(super) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        let norm = candle_nn::GroupNorm::new(self.weight.clone(), self.bias.clone(), self.channels, self.groups, EPSILON)?;
+        norm.forward(x)?.silu()
+    }
+}
