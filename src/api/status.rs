@@ -1,0 +1,267 @@
+//! What the operator reports.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{OutputFormat, Reason};
+
+/// What the operator knows of a job. The conditions are the API; `phase` is derived from them.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FineTuneJobStatus {
+    /// The `metadata.generation` that this status is about. -1: no operator has seen the job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Where the job is, in one word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// SHA-256 of what determines the weights; also in the bucket's `result.json`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spec_hash: Option<String>,
+    /// SHA-256 of the metadata file and of every picture that it names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dataset_digest: Option<String>,
+    /// Image of the trainer, fixed at the first start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trainer_image: Option<String>,
+    /// When the first pod started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the job ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// The batch Job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_ref: Option<JobRef>,
+    /// The Kueue queue and workload.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue: Option<QueueStatus>,
+    /// Attempts counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempts: Option<AttemptCounts>,
+    /// The last 20 attempts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20))]
+    pub attempt_history: Vec<Attempt>,
+    /// Nodes on which the job runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub nodes: Vec<String>,
+    /// How far training is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ProgressStatus>,
+    /// The newest checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_checkpoint: Option<CheckpointStatus>,
+    /// Published files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub artifacts: Vec<ArtifactStatus>,
+    /// Why the last attempt failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<FailureStatus>,
+    /// The state in detail.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Where the job is, in one word.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, JsonSchema, Ord, PartialEq, PartialOrd, Serialize)]
+pub enum Phase {
+    /// Accepted, nothing created yet.
+    Pending,
+    /// Waits for quota in a Kueue queue.
+    Queued,
+    /// A pod is being scheduled or prepares.
+    Starting,
+    /// Trains.
+    Running,
+    /// Suspended by its user.
+    Suspended,
+    /// The LoRA is in the bucket.
+    Succeeded,
+    /// Ended without one.
+    Failed,
+}
+
+impl Phase {
+    /// Every phase.
+    pub const ALL: [Self; 7] = [Self::Pending, Self::Queued, Self::Starting, Self::Running, Self::Suspended, Self::Succeeded, Self::Failed];
+
+    /// The phase's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Queued => "Queued",
+            Self::Starting => "Starting",
+            Self::Running => "Running",
+            Self::Suspended => "Suspended",
+            Self::Succeeded => "Succeeded",
+            Self::Failed => "Failed",
+        }
+    }
+}
+
+/// The batch Job.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct JobRef {
+    /// Name.
+    pub name: String,
+    /// UID.
+    pub uid: String,
+}
+
+/// The Kueue queue and workload.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct QueueStatus {
+    /// Name of the queue.
+    pub name: String,
+    /// Name of the Workload, once it exists.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workload: Option<String>,
+}
+
+/// Attempts counted.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptCounts {
+    /// Pods that started.
+    pub started: u32,
+    /// Pods that ended by disruption, or after a checkpoint on request; they do not count as failures.
+    pub disrupted: u32,
+    /// Pods that failed; compared with `failurePolicy.maxRetries`.
+    pub failed: u32,
+}
+
+/// One pod of the job.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attempt {
+    /// UID of the pod.
+    #[serde(rename = "podUID")]
+    pub pod_uid: String,
+    /// UID of its batch Job.
+    #[serde(rename = "jobUID")]
+    pub job_uid: String,
+    /// Node on which it ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// When its trainer started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_time: Option<Time>,
+    /// How it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<AttemptCause>,
+    /// Exit code of its trainer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// Reason of a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+}
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum AttemptCause {
+    /// The trainer ended well.
+    Succeeded,
+    /// Evicted, preempted, drained, or its node was lost.
+    Disrupted,
+    /// Saved a checkpoint and ended when asked to.
+    Checkpointed,
+    /// Ended by suspension.
+    Suspended,
+    /// Failed; counted.
+    Failed,
+    /// Vanished before its end was seen.
+    Lost,
+}
+
+/// How far training is. Numbers with fractions are strings; times are absolute, so that nothing needs rewriting each second.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProgressStatus {
+    /// Optimizer updates done.
+    pub step: u64,
+    /// Optimizer updates in all.
+    pub total_steps: u64,
+    /// Passes over the dataset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<String>,
+    /// Share of the steps done, 0 to 100.
+    pub percent: u32,
+    /// When training will end at the present speed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub estimated_completion_time: Option<Time>,
+    /// Optimizer updates per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps_per_second: Option<String>,
+    /// Smoothed training loss.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<String>,
+    /// Most memory that the trainer has held on its device, in MiB.
+    #[serde(rename = "peakMemoryMiB", skip_serializing_if = "Option::is_none")]
+    pub peak_memory_mib: Option<u64>,
+    /// "900/2000 (45%)".
+    pub summary: String,
+    /// When the trainer was last asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_report_time: Option<Time>,
+}
+
+/// A checkpoint.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointStatus {
+    /// Optimizer updates done.
+    pub step: u64,
+    /// Where it is.
+    pub uri: String,
+    /// Digest of its manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// When it was saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<Time>,
+}
+
+/// A published file.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactStatus {
+    /// Its format.
+    pub format: OutputFormat,
+    /// Where it is.
+    pub uri: String,
+    /// Its digest.
+    pub sha256: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// Why an attempt failed.
+#[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FailureStatus {
+    /// The cause, in one word.
+    pub reason: Reason,
+    /// Exit code of the trainer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// Node on which it ran.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// What happened and what to do.
+    #[schemars(length(max = 1024))]
+    pub message: String,
+    /// Which attempt, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
+}
