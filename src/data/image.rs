@@ -1,0 +1,186 @@
+//! Pictures from files: PNG, JPEG and WebP to upright 8-bit RGB, as `ImageOps.exif_transpose(image).convert("RGB")` of Pillow.
+
+use std::io::Cursor;
+
+use image::codecs::{png::PngDecoder, webp::WebPDecoder};
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat};
+
+use super::jpeg::JpegDecoder;
+pub use super::jpeg::JpegError;
+
+/// What a file may ask for before it is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageLimits {
+    /// Largest width times height.
+    pub max_pixels: u64,
+    /// Largest width or height.
+    pub max_side: u32,
+}
+
+impl Default for ImageLimits {
+    /// 100 million pixels, 32,768 on a side.
+    fn default() -> Self {
+        Self { max_pixels: 100_000_000, max_side: 1 << 15 }
+    }
+}
+
+/// Why a file gives no picture.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Not one of the three formats.
+    #[error("not a PNG, JPEG or WebP file")]
+    UnknownFormat,
+    /// Larger than the limits allow.
+    #[error("{width}x{height} pixels are more than the limit of {max_pixels} pixels and {max_side} a side")]
+    TooLarge {
+        /// Stored width.
+        width: u32,
+        /// Stored height.
+        height: u32,
+        /// The limit.
+        max_pixels: u64,
+        /// The limit.
+        max_side: u32,
+    },
+    /// No pixels.
+    #[error("the picture has no pixels")]
+    Empty,
+    /// The JPEG file is damaged or uses a feature that the decoder lacks.
+    #[error("failed to decode JPEG")]
+    Jpeg(#[from] JpegError),
+    /// The file is damaged or uses a feature that the decoder lacks.
+    #[error("failed to decode {format}")]
+    Decode {
+        /// The format's name.
+        format: &'static str,
+        /// The decoder's error.
+        #[source]
+        source: image::ImageError,
+    },
+}
+
+/// An upright 8-bit RGB picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// `[height, width, 3]`, row-major.
+    pub data: Vec<u8>,
+}
+
+/// Decodes a file's bytes, turns the picture upright and drops alpha.
+///
+/// # Errors
+/// If the bytes are not a whole PNG, JPEG or WebP file within the limits. Dimensions are checked before pixels are decoded.
+pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError> {
+    match image::guess_format(bytes) {
+        Ok(ImageFormat::Png) => {
+            let bounds = image_limits(limits);
+            read(PngDecoder::with_limits(Cursor::new(bytes), bounds), "PNG", limits)
+        }
+        Ok(ImageFormat::Jpeg) => read_jpeg(bytes, limits),
+        Ok(ImageFormat::WebP) => read(WebPDecoder::new(Cursor::new(bytes)), "WebP", limits),
+        _ => Err(ImageError::UnknownFormat),
+    }
+}
+
+fn image_limits(limits: &ImageLimits) -> image::Limits {
+    let mut bounds = image::Limits::no_limits();
+    bounds.max_alloc = Some(limits.max_pixels * 8 + (64 << 20));
+    bounds
+}
+
+fn check_size((width, height): (u32, u32), limits: &ImageLimits) -> Result<(), ImageError> {
+    if width == 0 || height == 0 {
+        return Err(ImageError::Empty);
+    }
+    if u64::from(width) * u64::from(height) > limits.max_pixels || width.max(height) > limits.max_side {
+        return Err(ImageError::TooLarge { width, height, max_pixels: limits.max_pixels, max_side: limits.max_side });
+    }
+    Ok(())
+}
+
+fn read_jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError> {
+    let decoder = JpegDecoder::new(bytes)?;
+    let (width, height) = decoder.dimensions();
+    check_size((width, height), limits)?;
+    let orientation = orientation(decoder.metadata().exif, decoder.metadata().xmp);
+    Ok(upright(RgbImage { width, height, data: decoder.decode()? }, orientation))
+}
+
+fn read<D: ImageDecoder>(decoder: image::ImageResult<D>, format: &'static str, limits: &ImageLimits) -> Result<RgbImage, ImageError> {
+    let failed = |source| ImageError::Decode { format, source };
+    let mut decoder = decoder.map_err(failed)?;
+    let (width, height) = decoder.dimensions();
+    check_size((width, height), limits)?;
+    decoder.set_limits(image_limits(limits)).map_err(failed)?;
+    // Metadata that cannot be read is no reason to refuse a picture.
+    let exif = decoder.exif_metadata().ok().flatten();
+    let xmp = decoder.xmp_metadata().ok().flatten();
+    let orientation = orientation(exif.as_deref(), xmp.as_deref());
+    let color = decoder.color_type();
+    let mut raw = vec![0; decoder.total_bytes() as usize];
+    decoder.read_image(&mut raw).map_err(failed)?;
+    let data = to_rgb8(raw, color);
+    Ok(upright(RgbImage { width, height, data }, orientation))
+}
+
+/// The EXIF orientation, or else XMP's.
+fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Orientation {
+    exif.and_then(Orientation::from_exif_chunk).or_else(|| xmp.and_then(xmp_orientation)).unwrap_or(Orientation::NoTransforms)
+}
+
+/// `tiff:Orientation="6"` or `<tiff:Orientation>6<`.
+fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
+    const TAG: &[u8] = b"tiff:Orientation";
+    xmp.windows(TAG.len()).enumerate().filter(|(_, w)| *w == TAG).find_map(|(at, _)| {
+        let digit = match &xmp[at + TAG.len()..] {
+            [b'=', b'"', digit, ..] | [b'>', digit, ..] => *digit,
+            _ => return None,
+        };
+        digit.is_ascii_digit().then(|| Orientation::from_exif(digit - b'0')).flatten()
+    })
+}
+
+/// Drops alpha, repeats grey and keeps the high byte of 16-bit samples.
+fn to_rgb8(raw: Vec<u8>, color: ColorType) -> Vec<u8> {
+    let high = usize::from(cfg!(target_endian = "little"));
+    let pick = |stride: usize, at: [usize; 3]| raw.chunks_exact(stride).flat_map(|p| at.map(|i| p[i])).collect();
+    match color {
+        ColorType::L8 => pick(1, [0, 0, 0]),
+        ColorType::La8 => pick(2, [0, 0, 0]),
+        ColorType::Rgba8 => pick(4, [0, 1, 2]),
+        ColorType::L16 => pick(2, [high; 3]),
+        ColorType::La16 => pick(4, [high; 3]),
+        ColorType::Rgb16 => pick(6, [high, 2 + high, 4 + high]),
+        ColorType::Rgba16 => pick(8, [high, 2 + high, 4 + high]),
+        // Rgb8; the three decoders give no float pictures.
+        _ => raw,
+    }
+}
+
+fn upright(picture: RgbImage, orientation: Orientation) -> RgbImage {
+    if orientation == Orientation::NoTransforms {
+        return picture;
+    }
+    let Some(buffer) = image::RgbImage::from_raw(picture.width, picture.height, picture.data) else {
+        return RgbImage { width: 0, height: 0, data: Vec::new() };
+    };
+    let mut turned = DynamicImage::ImageRgb8(buffer);
+    turned.apply_orientation(orientation);
+    RgbImage { width: turned.width(), height: turned.height(), data: turned.into_rgb8().into_raw() }
+}
+#[cfg(test)]
+mod tmp {
+    #[test]
+    fn dump() {
+        if let Ok(p) = std::env::var("DUMP_IN") {
+            let b = std::fs::read(p).unwrap();
+            let i = super::decode(&b, &Default::default()).unwrap();
+            std::fs::write(std::env::var("DUMP_OUT").unwrap(), i.data).unwrap();
+        }
+    }
+}
