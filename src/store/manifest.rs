@@ -118,6 +118,7 @@ pub async fn publish(folder: &Store, files: Vec<(String, Content)>, metadata: Va
     if let Some(claim) = claim {
         claim.check().await?;
     }
+    super::fault::pause("before-manifest").await;
     folder.put(FILE_NAME, manifest.to_json()).await?;
     Ok(manifest)
 }

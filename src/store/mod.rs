@@ -11,6 +11,7 @@ pub mod claims;
 mod download;
 mod env;
 mod error;
+pub(crate) mod fault;
 mod http;
 pub mod manifest;
 mod progress;

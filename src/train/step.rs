@@ -1,0 +1,216 @@
+//! One micro-batch: draws, forward pass, loss, backward pass.
+//!
+//! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
+//! the micro-batch nor what ran before changes it.
+
+use candle_core::{Device, Tensor};
+
+use crate::model::mmdit::{Mmdit, MmditError};
+use crate::nn::DropoutKey;
+use crate::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
+use crate::rng::{Purpose, Stream};
+
+/// What the loss is made of.
+#[derive(Debug, Clone)]
+pub struct Objective {
+    /// Noise levels.
+    pub table: SigmaTable,
+    /// How timesteps are drawn.
+    pub density: TimestepDensity,
+    /// Target and weighting.
+    pub kind: LossKind,
+    /// Latents are `(z - shift) · scale`.
+    pub latents: LatentScaling,
+    /// The run's seed.
+    pub seed: u64,
+    /// Whether LoRA's dropout is on.
+    pub dropout: bool,
+}
+
+/// The VAE's normalisation of latents.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentScaling {
+    /// `scaling_factor` of the VAE's config.
+    pub scale: f32,
+    /// `shift_factor` of the VAE's config.
+    pub shift: f32,
+}
+
+impl LatentScaling {
+    /// `(z - shift) · scale`.
+    pub fn normalise(self, z: f32) -> f32 {
+        (z - self.shift) * self.scale
+    }
+}
+
+/// The prepared data of one copy of one sample.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// Posterior mean, [C, h, w].
+    pub mean: Vec<f32>,
+    /// Posterior log variance, [C, h, w].
+    pub logvar: Vec<f32>,
+    /// [C, h, w].
+    pub shape: [usize; 3],
+    /// Prompt embeddings, [S, J] on the host.
+    pub embeds: Tensor,
+    /// Pooled embeddings, [P] on the host.
+    pub pooled: Tensor,
+}
+
+/// What is drawn for one item of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draw {
+    /// Normalised latents.
+    pub x0: Vec<f32>,
+    /// Standard normal noise.
+    pub noise: Vec<f32>,
+    /// Level in the noise table.
+    pub level: usize,
+}
+
+impl Objective {
+    /// Redraws the posterior, the noise and the timestep of the item `ordinal` of `epoch`.
+    pub fn draw(&self, example: &Example, epoch: u64, ordinal: u64) -> Draw {
+        let stream = |purpose| Stream::new(self.seed, purpose, epoch, ordinal);
+        let mut posterior = stream(Purpose::Posterior);
+        let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
+        let x0 = example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect();
+        let mut noise = vec![0.0; example.mean.len()];
+        stream(Purpose::Noise).fill_normal(&mut noise);
+        let level = self.table.index(self.density.draw(&mut stream(Purpose::Timestep)));
+        Draw { x0, noise, level }
+    }
+}
+
+/// A batch as the model takes it.
+#[derive(Debug)]
+pub struct Inputs {
+    x0: Vec<f32>,
+    noise: Vec<f32>,
+    sigmas: Vec<f32>,
+    /// [B, C, h, w].
+    x: Tensor,
+    /// [B].
+    timestep: Tensor,
+    /// [B, S, J].
+    embeds: Tensor,
+    /// [B, P].
+    pooled: Tensor,
+}
+
+impl Inputs {
+    /// Mixes latents and noise and stacks the batch on `device`; only these embeddings are ever there.
+    ///
+    /// # Errors
+    /// If examples have different shapes, or a tensor cannot be made.
+    pub fn new(table: &SigmaTable, examples: &[&Example], draws: &[Draw], device: &Device) -> candle_core::Result<Self> {
+        let x0: Vec<f32> = draws.iter().flat_map(|d| d.x0.iter().copied()).collect();
+        let noise: Vec<f32> = draws.iter().flat_map(|d| d.noise.iter().copied()).collect();
+        let sigmas: Vec<f32> = draws.iter().map(|d| table.sigma(d.level)).collect();
+        let timesteps: Vec<f32> = draws.iter().map(|d| table.timestep(d.level)).collect();
+        let count = draws.len();
+        let [c, h, w] = examples.first().map_or([0; 3], |e| e.shape);
+        let stack = |tensors: Vec<&Tensor>| Tensor::stack(&tensors, 0)?.to_device(device);
+        Ok(Self {
+            x: Tensor::from_vec(flow_matching::mix(&x0, &noise, &sigmas), (count, c, h, w), device)?,
+            timestep: Tensor::from_vec(timesteps, count, device)?,
+            embeds: stack(examples.iter().map(|e| &e.embeds).collect())?,
+            pooled: stack(examples.iter().map(|e| &e.pooled).collect())?,
+            x0,
+            noise,
+            sigmas,
+        })
+    }
+}
+
+/// The outcome of a micro-batch.
+#[derive(Debug)]
+pub struct MicroBatch {
+    /// Mean loss over the samples, before division by the accumulation count.
+    pub loss: f64,
+    /// Gradients of loss / accumulation, aligned with the parameters.
+    pub grads: Vec<Vec<f32>>,
+}
+
+/// Forward, loss and backward of one micro-batch. `ordinals` are the items' places within `epoch`.
+///
+/// # Errors
+/// If the model refuses the inputs.
+pub fn micro_batch(
+    model: &Mmdit,
+    objective: &Objective,
+    device: &Device,
+    examples: &[&Example],
+    epoch: u64,
+    ordinals: &[u64],
+    accumulation: u32,
+) -> Result<MicroBatch, MmditError> {
+    let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
+    let inputs = Inputs::new(&objective.table, examples, &draws, device)?;
+    let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
+    let (velocity, saved) = model.forward(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref())?;
+    let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
+    let coefficients = vec![1.0 / examples.len() as f64 / f64::from(accumulation); examples.len()];
+    let loss = flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &coefficients);
+    let mean = loss.mean();
+    let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), device)?;
+    Ok(MicroBatch { loss: mean, grads: model.backward(saved, &d_velocity)? })
+}
+
+/// The losses of a batch without gradients, one per sample.
+///
+/// # Errors
+/// If the model refuses the inputs.
+pub fn losses(model: &Mmdit, objective: &Objective, device: &Device, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
+    let inputs = Inputs::new(&objective.table, examples, draws, device)?;
+    let velocity = model.forward_only(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, 1.0, &[])?;
+    let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
+    Ok(flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::flow_matching::Weighting;
+
+    fn objective() -> Objective {
+        Objective {
+            table: SigmaTable::default(),
+            density: TimestepDensity::default(),
+            kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
+            latents: LatentScaling { scale: 1.5305, shift: 0.0609 },
+            seed: 3,
+            dropout: false,
+        }
+    }
+
+    fn example(n: usize, logvar: f32) -> Example {
+        let none = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        Example { mean: vec![0.5; n], logvar: vec![logvar; n], shape: [1, 1, n], embeds: none.clone(), pooled: none }
+    }
+
+    #[test]
+    fn draws_are_named_by_epoch_and_ordinal_only() {
+        let (objective, example) = (objective(), example(64, -1.0));
+        let draw = objective.draw(&example, 2, 5);
+        assert_eq!(draw, objective.draw(&example, 2, 5));
+        for other in [objective.draw(&example, 3, 5), objective.draw(&example, 2, 6)] {
+            assert_ne!(draw.x0, other.x0);
+            assert_ne!(draw.noise, other.noise);
+        }
+    }
+
+    /// z ~ N(mean, exp(logvar)), then normalised.
+    #[test]
+    fn the_posterior_is_redrawn_with_its_own_mean_and_variance() {
+        let (objective, example) = (objective(), example(20_000, -1.0));
+        let x0 = objective.draw(&example, 0, 0).x0;
+        let mean = x0.iter().map(|x| f64::from(*x)).sum::<f64>() / x0.len() as f64;
+        let variance = x0.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / x0.len() as f64;
+        assert!((mean - (0.5 - 0.0609) * 1.5305).abs() < 0.02, "{mean}");
+        assert!((variance / ((-1.0_f64).exp() * 1.5305 * 1.5305) - 1.0).abs() < 0.03, "{variance}");
+        let sharp = objective.draw(&self::example(10, -1000.0), 0, 0).x0;
+        assert!(sharp.iter().all(|x| (x - (0.5 - 0.0609) * 1.5305).abs() < 1e-5), "{sharp:?}");
+    }
+}
