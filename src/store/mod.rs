@@ -14,6 +14,7 @@ mod error;
 pub(crate) mod fault;
 mod http;
 pub mod manifest;
+pub mod model_source;
 mod progress;
 mod retry;
 mod upload;

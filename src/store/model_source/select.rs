@@ -1,0 +1,335 @@
+//! Which files of a model are needed. Pure.
+
+use std::collections::BTreeMap;
+
+use super::ModelSourceError;
+
+/// Parts of a Stable Diffusion 3 model in diffusers' folder layout. Combine with `|`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts(u8);
+
+impl Parts {
+    /// `model_index.json` alone, which every selection holds.
+    pub const NONE: Self = Self(0);
+    /// `tokenizer`, `tokenizer_2`, `tokenizer_3`.
+    pub const TOKENIZERS: Self = Self(1);
+    /// `text_encoder`, `text_encoder_2`, `text_encoder_3`.
+    pub const TEXT_ENCODERS: Self = Self(2);
+    /// `vae`.
+    pub const VAE: Self = Self(4);
+    /// `transformer`.
+    pub const TRANSFORMER: Self = Self(8);
+    /// `scheduler`.
+    pub const SCHEDULER: Self = Self(16);
+    /// Everything.
+    pub const ALL: Self = Self(31);
+
+    /// True when every part of `other` is in `self`.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl std::ops::BitOr for Parts {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// A file that a source offers.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct RemoteFile {
+    /// Path relative to the model's folder, `/`-separated.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// SHA-256 in hexadecimal, where the source knows it.
+    pub sha256: Option<String>,
+    /// Something that changes with the content, where the source knows it.
+    pub version: Option<String>,
+}
+
+struct Component {
+    folder: &'static str,
+    part: Parts,
+    /// Holds weights, not just text files.
+    weights: bool,
+    /// A model without it is usable: Stable Diffusion 3 runs without T5.
+    optional: bool,
+}
+
+const fn component(folder: &'static str, part: Parts, weights: bool, optional: bool) -> Component {
+    Component { folder, part, weights, optional }
+}
+
+const COMPONENTS: [Component; 9] = [
+    component("tokenizer", Parts::TOKENIZERS, false, false),
+    component("tokenizer_2", Parts::TOKENIZERS, false, false),
+    component("tokenizer_3", Parts::TOKENIZERS, false, true),
+    component("text_encoder", Parts::TEXT_ENCODERS, true, false),
+    component("text_encoder_2", Parts::TEXT_ENCODERS, true, false),
+    component("text_encoder_3", Parts::TEXT_ENCODERS, true, true),
+    component("vae", Parts::VAE, true, false),
+    component("transformer", Parts::TRANSFORMER, true, false),
+    component("scheduler", Parts::SCHEDULER, false, false),
+];
+
+/// The model's table of contents, at the top of its folder.
+pub(super) const MODEL_INDEX: &str = "model_index.json";
+
+/// What to take of one selection.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Selection {
+    /// Files to take in any case, sorted.
+    pub files: Vec<RemoteFile>,
+    /// Indexes of sharded weights (among `files`): each names further files of its folder.
+    pub indexes: Vec<String>,
+    /// All weight files that the selection may take, sorted; those of an index among them.
+    pub weights: Vec<RemoteFile>,
+}
+
+/// Selects the files of `parts` in `listing`.
+pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Result<Selection, ModelSourceError> {
+    let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problem };
+    let mut selection = Selection::default();
+    let Some(index) = listing.iter().find(|file| file.path == MODEL_INDEX) else {
+        let problem = format!("it has no {MODEL_INDEX}; a model in diffusers' folder layout is needed (names of such repositories often end in -diffusers)");
+        return Err(unusable(problem));
+    };
+    selection.files.push(index.clone());
+    for component in COMPONENTS.iter().filter(|component| parts.contains(component.part)) {
+        let files = in_folder(listing, component.folder);
+        if files.is_empty() {
+            if component.optional {
+                continue;
+            }
+            return Err(unusable(format!("it has no folder {}/", component.folder)));
+        }
+        let config =
+            |name: &&str| name.ends_with(".json") && !name.contains(".safetensors.index.") && !name.contains(".bin.index.") && !name.starts_with("flax_");
+        let texts = files.keys().filter(|name| config(name) || **name == "merges.txt");
+        selection.files.extend(texts.filter_map(|name| files.get(name)).map(|file| (*file).clone()));
+        if component.weights {
+            take_weights(&files, component.folder, &mut selection).map_err(unusable)?;
+        }
+    }
+    selection.files.sort_by(|a, b| a.path.cmp(&b.path));
+    selection.weights.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(selection)
+}
+
+/// The files directly in `folder`, by name.
+fn in_folder<'a>(listing: &'a [RemoteFile], folder: &str) -> BTreeMap<&'a str, &'a RemoteFile> {
+    let below = listing.iter().filter_map(|file| Some((file.path.strip_prefix(folder)?.strip_prefix('/')?, file)));
+    below.filter(|(name, _)| !name.contains('/') && !name.starts_with('.')).collect()
+}
+
+/// A weight file's name: `model.fp16-00001-of-00002.safetensors` has stem `model`, variant `fp16`, shard (1, 2).
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct WeightName<'a> {
+    stem: &'a str,
+    variant: &'a str,
+    shard: Option<(u32, u32)>,
+}
+
+fn weight_name(name: &str) -> Option<WeightName<'_>> {
+    let base = name.strip_suffix(".safetensors")?;
+    let shard = base.len().checked_sub("-00001-of-00002".len()).filter(|at| base.is_char_boundary(*at)).and_then(|at| {
+        let (number, count) = base[at..].strip_prefix('-')?.split_once("-of-")?;
+        Some((at, number.parse().ok()?, count.parse().ok()?))
+    });
+    let base = shard.map_or(base, |(at, ..)| &base[..at]);
+    let (stem, variant) = base.split_once('.').unwrap_or((base, ""));
+    matches!(stem, "model" | "diffusion_pytorch_model").then_some(WeightName { stem, variant, shard: shard.map(|(_, number, count)| (number, count)) })
+}
+
+/// One variant of a component's weights: the one without a name, else `fp16`, else the first by name; one file rather than shards.
+fn take_weights(files: &BTreeMap<&str, &RemoteFile>, folder: &str, selection: &mut Selection) -> Result<(), String> {
+    let mut named: Vec<(WeightName<'_>, &RemoteFile)> = files.iter().filter_map(|(name, file)| Some((weight_name(name)?, *file))).collect();
+    named.sort_by(|(a, _), (b, _)| (a.variant != "", a.variant != "fp16", a).cmp(&(b.variant != "", b.variant != "fp16", b)));
+    let Some((first, first_file)) = named.first() else {
+        let other = files.keys().any(|name| [".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".h5"].iter().any(|ending| name.ends_with(ending)));
+        let hint = if other { "; other formats (.bin, .ckpt) can run code when they are loaded and are not read" } else { "" };
+        return Err(format!("its folder {folder}/ has no weights in safetensors format{hint}"));
+    };
+    let Some((_, count)) = first.shard else {
+        selection.files.push((*first_file).clone());
+        selection.weights.push((*first_file).clone());
+        return Ok(());
+    };
+    let index_name = if first.variant.is_empty() {
+        format!("{}.safetensors.index.json", first.stem)
+    } else {
+        format!("{}.safetensors.index.{}.json", first.stem, first.variant)
+    };
+    let index = files.get(index_name.as_str()).ok_or_else(|| format!("its folder {folder}/ has weights in {count} shards but no {index_name}"))?;
+    selection.files.push((*index).clone());
+    selection.indexes.push(index.path.clone());
+    let same = |name: &WeightName<'_>| (name.stem, name.variant) == (first.stem, first.variant) && name.shard.is_some();
+    selection.weights.extend(named.iter().filter(|(name, _)| same(name)).map(|(_, file)| (*file).clone()));
+    Ok(())
+}
+
+/// The files that an index of shards names. `index_path` is the index's own path.
+pub(super) fn shards(index: &[u8], index_path: &str, listing: &[RemoteFile], location: &str) -> Result<Vec<RemoteFile>, ModelSourceError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+
+    let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problem };
+    let parsed: Index = serde_json::from_slice(index).map_err(|error| unusable(format!("{index_path} is no index of weights: {error}")))?;
+    let folder = index_path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let files = in_folder(listing, folder);
+    let names: std::collections::BTreeSet<&str> = parsed.weight_map.values().map(String::as_str).collect();
+    if names.is_empty() {
+        return Err(unusable(format!("{index_path} names no weights")));
+    }
+    let find = |name: &&str| {
+        if !name.ends_with(".safetensors") {
+            return Err(unusable(format!("{index_path} names {name:?}, which is not a safetensors file of its folder")));
+        }
+        // Only names that are listed directly in the folder are found, so "../" leads nowhere.
+        files.get(name).map(|file| (*file).clone()).ok_or_else(|| unusable(format!("{index_path} names {name:?}, which does not exist in its folder")))
+    };
+    names.iter().map(find).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(paths: &[&str]) -> Vec<RemoteFile> {
+        paths.iter().map(|path| RemoteFile { path: (*path).into(), size: 1, sha256: None, version: None }).collect()
+    }
+
+    fn paths(files: &[RemoteFile]) -> Vec<&str> {
+        files.iter().map(|file| file.path.as_str()).collect()
+    }
+
+    /// What the published repositories of Stable Diffusion 3 hold.
+    const SD3: [&str; 38] = [
+        ".gitattributes",
+        "LICENSE.md",
+        "README.md",
+        "sd3_medium.safetensors",
+        "sd3_medium_incl_clips.safetensors",
+        "text_encoders/clip_g.safetensors",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "text_encoder_2/config.json",
+        "text_encoder_2/model.fp16.safetensors",
+        "text_encoder_2/model.safetensors",
+        "text_encoder_3/config.json",
+        "text_encoder_3/model-00001-of-00002.safetensors",
+        "text_encoder_3/model-00002-of-00002.safetensors",
+        "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+        "text_encoder_3/model.fp16-00002-of-00002.safetensors",
+        "text_encoder_3/model.safetensors.index.fp16.json",
+        "text_encoder_3/model.safetensors.index.json",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer_2/merges.txt",
+        "tokenizer_2/vocab.json",
+        "tokenizer_3/special_tokens_map.json",
+        "tokenizer_3/spiece.model",
+        "tokenizer_3/tokenizer.json",
+        "tokenizer_3/tokenizer_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/model.onnx",
+        "transformer/flax_model.msgpack",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ];
+
+    #[test]
+    fn each_part_takes_its_own_files_and_one_variant() {
+        let files = listing(&SD3);
+        let take = |parts| select(&files, parts, "x").unwrap();
+        assert_eq!(paths(&take(Parts::NONE).files), ["model_index.json"]);
+        assert_eq!(paths(&take(Parts::VAE).files), ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]);
+        assert_eq!(
+            paths(&take(Parts::TRANSFORMER | Parts::SCHEDULER).files),
+            ["model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+        );
+        let encoders = take(Parts::TEXT_ENCODERS);
+        assert_eq!(
+            paths(&encoders.files),
+            [
+                "model_index.json",
+                "text_encoder/config.json",
+                "text_encoder/model.safetensors",
+                "text_encoder_2/config.json",
+                "text_encoder_2/model.safetensors",
+                "text_encoder_3/config.json",
+                "text_encoder_3/model.safetensors.index.json"
+            ]
+        );
+        assert_eq!(encoders.indexes, ["text_encoder_3/model.safetensors.index.json"]);
+        assert!(paths(&encoders.weights).contains(&"text_encoder_3/model-00002-of-00002.safetensors"));
+        assert!(paths(&take(Parts::TOKENIZERS).files).contains(&"tokenizer/merges.txt"));
+        assert!(
+            !paths(&take(Parts::ALL).files)
+                .iter()
+                .any(|path| path.contains("fp16") || path.ends_with(".bin") || path.contains("sd3_medium") || path.contains("spiece"))
+        );
+    }
+
+    #[test]
+    fn the_half_precision_variant_is_taken_where_it_is_the_only_one() {
+        let half: Vec<&str> =
+            SD3.iter().copied().filter(|path| !path.starts_with("text_encoder") || path.contains("fp16") || path.ends_with("config.json")).collect();
+        let selection = select(&listing(&half), Parts::TEXT_ENCODERS, "x").unwrap();
+        assert!(paths(&selection.files).contains(&"text_encoder/model.fp16.safetensors"));
+        assert_eq!(selection.indexes, ["text_encoder_3/model.safetensors.index.fp16.json"]);
+        assert_eq!(selection.weights.len(), 4);
+    }
+
+    #[test]
+    fn a_model_without_t5_is_usable_and_one_without_a_vae_is_not() {
+        let without: Vec<&str> = SD3.iter().copied().filter(|path| !path.contains("_3/")).collect();
+        assert_eq!(select(&listing(&without), Parts::TEXT_ENCODERS, "x").unwrap().indexes, [""; 0]);
+        let without: Vec<&str> = SD3.iter().copied().filter(|path| !path.starts_with("vae/")).collect();
+        assert!(select(&listing(&without), Parts::VAE, "x").unwrap_err().to_string().contains("vae/"));
+        assert!(select(&listing(&["sd3.safetensors"]), Parts::VAE, "x").unwrap_err().to_string().contains("model_index.json"));
+        let pickled = listing(&["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.bin"]);
+        assert!(select(&pickled, Parts::VAE, "x").unwrap_err().to_string().contains(".bin"));
+        let no_index: Vec<&str> = SD3.iter().copied().filter(|path| !path.ends_with(".index.json")).collect();
+        assert!(select(&listing(&no_index), Parts::TEXT_ENCODERS, "x").unwrap_err().to_string().contains("model.safetensors.index.json"));
+    }
+
+    #[test]
+    fn an_index_decides_on_the_shards_and_cannot_leave_its_folder() {
+        let files = listing(&SD3);
+        let path = "text_encoder_3/model.safetensors.index.json";
+        let index = br#"{"metadata": {}, "weight_map": {"b": "model-00002-of-00002.safetensors", "a": "model-00001-of-00002.safetensors", "c": "model-00001-of-00002.safetensors"}}"#;
+        let found = shards(index, path, &files, "x").unwrap();
+        assert_eq!(paths(&found), ["text_encoder_3/model-00001-of-00002.safetensors", "text_encoder_3/model-00002-of-00002.safetensors"]);
+        for bad in ["../vae/diffusion_pytorch_model.safetensors", "/etc/passwd", "model-00003-of-00002.safetensors", "config.json"] {
+            let index = format!(r#"{{"weight_map": {{"a": "{bad}"}}}}"#);
+            assert!(shards(index.as_bytes(), path, &files, "x").is_err(), "{bad}");
+        }
+        assert!(shards(b"{}", path, &files, "x").is_err());
+        assert!(shards(br#"{"weight_map": {}}"#, path, &files, "x").is_err());
+    }
+
+    #[test]
+    fn names_of_weight_files_are_taken_apart() {
+        let name = |stem, variant, shard| Some(WeightName { stem, variant, shard });
+        assert_eq!(weight_name("model.safetensors"), name("model", "", None));
+        assert_eq!(weight_name("model.fp16.safetensors"), name("model", "fp16", None));
+        assert_eq!(weight_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"), name("diffusion_pytorch_model", "fp16", Some((1, 2))));
+        for other in ["model.bin", "adapter.safetensors", "modelé-0001-of-0002.safetensors", "model.safetensors.index.json"] {
+            assert_eq!(weight_name(other), None, "{other}");
+        }
+    }
+}
