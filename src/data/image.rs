@@ -173,14 +173,3 @@ fn upright(picture: RgbImage, orientation: Orientation) -> RgbImage {
     turned.apply_orientation(orientation);
     RgbImage { width: turned.width(), height: turned.height(), data: turned.into_rgb8().into_raw() }
 }
-#[cfg(test)]
-mod tmp {
-    #[test]
-    fn dump() {
-        if let Ok(p) = std::env::var("DUMP_IN") {
-            let b = std::fs::read(p).unwrap();
-            let i = super::decode(&b, &Default::default()).unwrap();
-            std::fs::write(std::env::var("DUMP_OUT").unwrap(), i.data).unwrap();
-        }
-    }
-}
