@@ -1,1 +1,16 @@
 //! Computing kernels: the only place for unsafe code.
+//!
+//! [`Engine`] has one method per operation and decides by its device which kernel runs; [`Buffer`] is memory of that device,
+//! whose values nothing outside this module touches except by [`Engine::upload`] and [`Engine::download`]. Layers in `nn`
+//! are written once, over these.
+//!
+//! CPU kernels use rayon with a partition of the work that depends on shapes only, and every value is
+//! computed in one fixed order: results are bit-identical for any number of threads, and a sample's values do not depend
+//! on the batch around it.
+
+mod cpu;
+mod engine;
+mod pool;
+
+pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix, UnsupportedDevice};
+pub use pool::Buffer;

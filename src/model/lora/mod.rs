@@ -10,7 +10,7 @@ mod target;
 pub mod kohya;
 
 pub use merge::{delta_weight, merge_into};
-pub use state_dict::{LoraState, metadata_json};
+pub use state_dict::{LoraState, METADATA_KEY, metadata_json};
 pub use target::{LinearSite, matches, select};
 
 use crate::optim::Param;

@@ -4,18 +4,28 @@
 //! Shapes: `B` samples, `C` latent channels, `h x w` latent pixels, `N` image tokens (patches), `S` prompt tokens,
 //! `D` width, `J` width of prompt embeddings, `P` width of pooled embeddings.
 
+mod block;
 mod config;
+mod embed;
+mod load;
+mod run;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
-pub use config::{MmditConfig, TIMESTEP_FEATURES};
+use self::block::{Block, Needs};
+pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
+use self::embed::{Embedder, Positions};
+pub use self::run::Saved;
 
-use super::Weights;
 use super::lora::{LoraError, LoraLayout, LoraSpec};
-use crate::nn::DropoutKey;
+use super::weights::{Weights, WeightsError};
+use crate::kernels::{Engine, UnsupportedDevice};
+use crate::nn::Linear;
 use crate::optim::Param;
 
 /// Why the transformer cannot be loaded or run.
@@ -49,7 +59,7 @@ pub enum MmditError {
         /// What is supported.
         expected: String,
     },
-    /// A weight is missing, or has another shape or type than the configuration says.
+    /// A weight cannot be used.
     #[error("failed to load transformer weight {name:?}: {problem}")]
     Weight {
         /// The weight.
@@ -71,33 +81,41 @@ pub enum MmditError {
     #[error(transparent)]
     Lora(#[from] LoraError),
     /// A device without kernels in this build.
-    #[error("failed to run the transformer on {device}: this build has no kernels for it")]
-    Device {
-        /// The device.
-        device: String,
-    },
+    #[error(transparent)]
+    Device(#[from] UnsupportedDevice),
+    /// A weight is missing or has another shape.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
     /// A tensor cannot be read or made.
     #[error("failed to convert a tensor")]
     Tensor(#[from] candle_core::Error),
 }
 
-/// What [`Mmdit::forward`] keeps for [`Mmdit::backward`].
-#[derive(Debug)]
-pub struct Saved;
-
 /// The transformer.
+#[derive(Debug)]
 pub struct Mmdit {
+    engine: Engine,
     config: MmditConfig,
     layout: LoraLayout,
+    patch: Linear,
+    positions: Positions,
+    timestep: Embedder,
+    pooled: Embedder,
+    context_embedder: Linear,
+    blocks: Vec<Block>,
+    norm_out: Linear,
+    proj_out: Linear,
+    recompute: Vec<bool>,
 }
 
 impl Mmdit {
-    /// Loads the frozen weights. Those of large models stay in their stored type, memory-mapped.
+    /// Loads the frozen weights. Those of large models stay in their stored type, memory-mapped, and are converted in
+    /// passing.
     ///
     /// # Errors
     /// If a weight is missing or does not fit the configuration, or the device has no kernels.
-    pub fn load(_weights: Arc<Weights>, _config: MmditConfig, _device: &Device) -> Result<Self, MmditError> {
-        Err(MmditError::Device { device: "cpu".into() })
+    pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &Device) -> Result<Self, MmditError> {
+        load::load(weights, config, Engine::new(device)?)
     }
 
     /// The configuration.
@@ -105,20 +123,37 @@ impl Mmdit {
         &self.config
     }
 
-    /// Selects the modules that carry LoRA (all parameters zero until [`Mmdit::set_lora`]); returns their layout.
+    /// The LoRA modules; empty before one is attached.
+    pub fn layout(&self) -> &LoraLayout {
+        &self.layout
+    }
+
+    /// Selects the modules that carry LoRA (without effect until [`Mmdit::set_lora`]); returns their layout.
     ///
     /// # Errors
     /// If a target matches no module.
     pub fn attach_lora(&mut self, spec: &LoraSpec) -> Result<&LoraLayout, MmditError> {
-        self.attach_layout(LoraLayout::new(spec, &self.config().linear_sites())?)
+        self.attach_layout(LoraLayout::new(spec, &self.config.linear_sites())?)
     }
 
-    /// As [`Mmdit::attach_lora`] for a LoRA file's layout ([`super::lora::LoraState::resolve`]).
+    /// As [`Mmdit::attach_lora`] for a LoRA file's layout ([`super::lora::LoraState::resolve`]). An empty layout takes the
+    /// LoRA away.
     ///
     /// # Errors
     /// If a module is not this model's.
     pub fn attach_layout(&mut self, layout: LoraLayout) -> Result<&LoraLayout, MmditError> {
+        let sites = self.config.linear_sites();
+        if let Some(stranger) = layout.modules.iter().find(|m| sites.get(m.site.ordinal) != Some(&m.site)) {
+            return Err(LoraError::Key { key: stranger.site.name.clone(), problem: "it names no linear module of this transformer".into() }.into());
+        }
         self.layout = layout;
+        self.each_linear(&mut |_, linear| linear.clear_lora());
+        // Zeros first, so that the layers know what they carry.
+        let zeros: Vec<Param> =
+            self.layout.parameters().into_iter().map(|(name, shape)| Param { value: vec![0.0; shape.iter().product()], name, shape }).collect();
+        self.set_lora(&zeros)?;
+        let needs = self.gradient_needs();
+        self.blocks.iter_mut().zip(needs).for_each(|(block, needs)| block.needs = needs);
         Ok(&self.layout)
     }
 
@@ -126,54 +161,59 @@ impl Mmdit {
     ///
     /// # Errors
     /// Names the first parameter that does not fit.
-    pub fn set_lora(&mut self, _params: &[Param]) -> Result<(), MmditError> {
+    pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
+        self.layout.check(params)?;
+        let layout = std::mem::take(&mut self.layout);
+        let mut slots = vec![None; self.config.linear_sites().len()];
+        layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
+        self.each_linear(&mut |engine, linear| {
+            if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
+                linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
+            }
+        });
+        self.layout = layout;
         Ok(())
     }
 
-    /// Which blocks are recomputed in the backward pass instead of keeping their activations (one flag per block;
-    /// results are bit-identical). Default: none.
-    pub fn set_recompute(&mut self, _blocks: &[bool]) {}
-
-    /// Predicts the velocity for training.
-    ///
-    /// `x` [B, C, h, w] noisy latents, `timestep` [B] in 0..=1000, `prompt_embeds` [B, S, J], `pooled` [B, P]; all f32.
-    /// `dropout`: names the LoRA dropout masks; `None` switches dropout off. Returns the velocity [B, C, h, w].
-    ///
-    /// # Errors
-    /// If an input does not fit.
-    pub fn forward(
-        &self,
-        _x: &Tensor,
-        _timestep: &Tensor,
-        _prompt_embeds: &Tensor,
-        _pooled: &Tensor,
-        _dropout: Option<&DropoutKey>,
-    ) -> Result<(Tensor, Saved), MmditError> {
-        Err(MmditError::Device { device: "cpu".into() })
+    /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
+    /// ones are false. Results are bit-identical. Default: none.
+    pub fn set_recompute(&mut self, blocks: &[bool]) {
+        self.recompute = (0..self.blocks.len()).map(|i| blocks.get(i).copied().unwrap_or(false)).collect();
     }
 
-    /// Gradients of the LoRA parameters in canonical order, given d(loss)/d(velocity) [B, C, h, w].
-    ///
-    /// # Errors
-    /// If `d_velocity` does not fit.
-    pub fn backward(&self, _saved: Saved, _d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
-        Err(MmditError::Device { device: "cpu".into() })
+    /// Gives memory that was kept for the next step back to the system.
+    pub fn trim(&self) {
+        self.engine.trim();
     }
 
-    /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
-    /// without the blocks in `skip_blocks` (skip-layer guidance).
-    ///
-    /// # Errors
-    /// If an input does not fit.
-    pub fn forward_only(
-        &self,
-        _x: &Tensor,
-        _timestep: &Tensor,
-        _prompt_embeds: &Tensor,
-        _pooled: &Tensor,
-        _lora_scale: f64,
-        _skip_blocks: &[usize],
-    ) -> Result<Tensor, MmditError> {
-        Err(MmditError::Device { device: "cpu".into() })
+    fn each_linear(&mut self, f: &mut dyn FnMut(&Engine, &mut Linear)) {
+        let engine = &self.engine;
+        let f = &mut |linear: &mut Linear| f(engine, linear);
+        for embedder in [&mut self.timestep, &mut self.pooled] {
+            f(&mut embedder.linear_1);
+            f(&mut embedder.linear_2);
+        }
+        f(&mut self.context_embedder);
+        for block in &mut self.blocks {
+            block.each_linear(f);
+        }
+        f(&mut self.norm_out);
+        f(&mut self.proj_out);
+    }
+
+    /// Which gradients each block must pass on, from where the LoRA is.
+    fn gradient_needs(&mut self) -> Vec<Needs> {
+        let conditioning = self.timestep.has_lora() || self.pooled.has_lora();
+        let mut below = (false, self.context_embedder.has_lora());
+        let mut all = Vec::with_capacity(self.blocks.len());
+        for block in &mut self.blocks {
+            let modulation = conditioning || block.norm1.has_lora();
+            let context_modulation = conditioning || block.norm1_context.has_lora();
+            all.push(Needs { x: below.0, c: below.1, modulation, context_modulation });
+            let mut trained = conditioning || below.0 || below.1;
+            block.each_linear(&mut |linear| trained |= linear.has_lora());
+            below = (trained, trained);
+        }
+        all
     }
 }

@@ -1,0 +1,361 @@
+//! The operations that layers are made of, on the engine's device.
+
+use std::sync::Arc;
+
+use candle_core::Device;
+use rayon::prelude::*;
+
+use super::cpu::attention::{self, Streams};
+use super::cpu::{gemm::Packed, linear, norm, pointwise};
+use super::pool::{Buffer, Pool};
+use crate::rng::{Purpose, Stream};
+
+pub use super::cpu::linear::StoredMatrix;
+
+/// A device without kernels in this build.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to compute on {device}: this build has no kernels for it")]
+pub struct UnsupportedDevice {
+    /// The device.
+    pub device: String,
+}
+
+/// Runs operations on one device and keeps its memory for reuse. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    pool: Arc<Pool>,
+}
+
+/// A frozen weight [out, in] in the form that the device's products want.
+pub struct FrozenMatrix(linear::Weight);
+
+impl std::fmt::Debug for FrozenMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FrozenMatrix")
+    }
+}
+
+/// LoRA factors in the form that the device's products want.
+pub struct LoraMatrix(linear::Lora);
+
+impl std::fmt::Debug for LoraMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "LoraMatrix(rank {})", self.0.rank)
+    }
+}
+
+impl LoraMatrix {
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.0.rank
+    }
+}
+
+/// Mean and reciprocal standard deviation of each row.
+#[derive(Debug)]
+pub struct NormStats(Buffer);
+
+/// Where an operation finds its modulation: `values` [batch, stride], one vector of width D per sample at each offset.
+#[derive(Debug, Clone, Copy)]
+pub struct Modulation<'a> {
+    /// [batch, stride].
+    pub values: &'a Buffer,
+    /// From one sample to the next.
+    pub stride: usize,
+    /// Tokens per sample.
+    pub tokens: usize,
+    /// Width D.
+    pub width: usize,
+}
+
+/// Sizes of a joint attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Samples.
+    pub batch: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Image tokens per sample.
+    pub image: usize,
+    /// Context tokens per sample; 0: the image attends to itself.
+    pub context: usize,
+    /// Whether the context asks too; if not, it is only attended to.
+    pub context_queries: bool,
+}
+
+impl AttentionShape {
+    /// Width of a row: heads · head_dim.
+    pub fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Tokens attended to.
+    pub fn keys(&self) -> usize {
+        self.image + self.context
+    }
+}
+
+/// An operand of both streams: [batch · image, width] and [batch · context, width].
+#[derive(Debug)]
+pub struct Joint<T> {
+    /// The image's.
+    pub image: T,
+    /// The context's, where it takes part.
+    pub context: Option<T>,
+}
+
+impl Joint<Buffer> {
+    fn host(&self) -> Streams<&[f32]> {
+        Streams { image: self.image.host(), context: self.context.as_ref().map(Buffer::host) }
+    }
+
+    fn host_mut(&mut self) -> Streams<&mut [f32]> {
+        Streams { image: self.image.host_mut(), context: self.context.as_mut().map(Buffer::host_mut) }
+    }
+}
+
+impl Engine {
+    /// The engine of a device.
+    ///
+    /// # Errors
+    /// If this build has no kernels for it.
+    pub fn new(device: &Device) -> Result<Self, UnsupportedDevice> {
+        match device {
+            Device::Cpu => Ok(Self { pool: Arc::default() }),
+            other => Err(UnsupportedDevice { device: format!("{:?}", other.location()) }),
+        }
+    }
+
+    /// `len` values of any content.
+    pub fn alloc(&self, len: usize) -> Buffer {
+        Buffer::new(&self.pool, len)
+    }
+
+    /// `len` zeros.
+    pub fn zeros(&self, len: usize) -> Buffer {
+        let mut buffer = self.alloc(len);
+        buffer.host_mut().fill(0.0);
+        buffer
+    }
+
+    /// A copy of host values on the device.
+    pub fn upload(&self, values: &[f32]) -> Buffer {
+        let mut buffer = self.alloc(values.len());
+        buffer.host_mut().copy_from_slice(values);
+        buffer
+    }
+
+    /// A copy on the host.
+    pub fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        buffer.host().to_vec()
+    }
+
+    /// A copy on the device.
+    pub fn copy(&self, buffer: &Buffer) -> Buffer {
+        self.upload(buffer.host())
+    }
+
+    /// Gives memory that is not in use back to the system.
+    pub fn trim(&self) {
+        self.pool.clear();
+    }
+
+    /// A frozen weight W [outputs, inputs] from host values, kept in the form that is fastest.
+    pub fn frozen(&self, outputs: usize, inputs: usize, values: &[f32]) -> FrozenMatrix {
+        FrozenMatrix(linear::Weight::Packed {
+            forward: Packed::transposed(outputs, inputs, values),
+            backward: Packed::new(outputs, inputs, values, inputs, 1, 1.0),
+        })
+    }
+
+    /// A frozen weight W [outputs, inputs] that stays where it is stored and is converted in passing.
+    pub fn frozen_stored(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> FrozenMatrix {
+        FrozenMatrix(linear::Weight::Stored { matrix, outputs, inputs })
+    }
+
+    /// LoRA factors: A [rank, inputs], B [outputs, rank], and the scale (alpha / rank) that B carries.
+    pub fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> LoraMatrix {
+        LoraMatrix(linear::Lora::new(rank, inputs, outputs, a, b, scale))
+    }
+
+    /// `y = bias + x Wᵀ + s · scale · (x_lora Aᵀ) Bᵀ`, with LoRA given as (factors, x_lora if dropout changed x, s).
+    ///
+    /// # Shapes
+    /// x [rows, in], y [rows, out]; also returns t = s · x_lora Aᵀ [rows, r], which the backward wants (with s = 1).
+    pub fn linear(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        weight: &FrozenMatrix,
+        bias: Option<&Buffer>,
+        lora: Option<(&LoraMatrix, Option<&Buffer>, f32)>,
+        y: &mut Buffer,
+    ) -> Option<Buffer> {
+        let mut t = lora.map(|(l, ..)| self.alloc(rows * l.rank()));
+        let side = lora.map(|(l, dropped, s)| (&l.0, dropped.unwrap_or(x).host(), s));
+        linear::forward(rows, x.host(), &weight.0, bias.map(Buffer::host), side, t.as_mut().map(Buffer::host_mut), y.host_mut());
+        t
+    }
+
+    /// The backward of [`Engine::linear`]: `dx (+)= dy W + mask ∘ (scale · dy B A)`; `dx` is (buffer, accumulate).
+    ///
+    /// Returns `dt = scale · dy B` [rows, r], which [`Engine::lora_gradient`] wants.
+    pub fn linear_backward(
+        &self,
+        rows: usize,
+        dy: &Buffer,
+        weight: &FrozenMatrix,
+        lora: Option<(&LoraMatrix, Option<&Buffer>)>,
+        mut dx: Option<(&mut Buffer, bool)>,
+    ) -> Option<Buffer> {
+        let mut dt = lora.map(|(l, _)| self.alloc(rows * l.rank()));
+        let mask = lora.and_then(|(_, mask)| mask);
+        let host = dx.as_mut().map(|(dx, accumulate)| (dx.host_mut(), *accumulate));
+        linear::backward(rows, dy.host(), &weight.0, lora.map(|(l, _)| &l.0), mask.is_none(), dt.as_mut().map(Buffer::host_mut), host);
+        if let (Some((l, _)), Some(mask), Some((dx, _)), Some(dt)) = (lora, mask, dx, &dt) {
+            let mut through = self.alloc(dx.len());
+            linear::through_a(rows, dt.host(), &l.0, through.host_mut());
+            pointwise::multiply(through.host_mut(), mask.host());
+            pointwise::add(dx.host_mut(), through.host());
+        }
+        dt
+    }
+
+    /// Adds LoRA's gradients: `dA += dtᵀ x_lora` [r, in], `dB += scale · dyᵀ t` [out, r].
+    pub fn lora_gradient(&self, rows: usize, x_lora: &Buffer, dy: &Buffer, t: &Buffer, dt: &Buffer, scale: f32, da: &mut Buffer, db: &mut Buffer) {
+        let (inputs, outputs, rank) = (x_lora.len() / rows, dy.len() / rows, t.len() / rows);
+        linear::outer_products(rows, x_lora.host(), inputs, dt.host(), rank, 1.0, true, da.host_mut());
+        linear::outer_products(rows, dy.host(), outputs, t.host(), rank, scale, false, db.host_mut());
+    }
+
+    /// A dropout mask [batch · tokens, width]: 0 with probability p, else 1 / (1 - p). One random stream per sample, named
+    /// by (seed, the sample's name, module).
+    pub fn dropout_mask(&self, seed: u64, samples: &[(u64, u64)], module: usize, tokens: usize, width: usize, p: f64) -> Buffer {
+        let mut mask = self.alloc(samples.len() * tokens * width);
+        let (kept, p) = ((1.0 / (1.0 - p)) as f32, p as f32);
+        mask.host_mut().par_chunks_mut(tokens * width).zip(samples).for_each(|(mask, &(a, b))| {
+            let mut stream = Stream::new(seed, Purpose::LoraDropout, a, b & 0xffff_ffff | (module as u64) << 32);
+            mask.iter_mut().for_each(|m| *m = if stream.uniform_f32() < p { 0.0 } else { kept });
+        });
+        mask
+    }
+
+    /// `x *= y`.
+    pub fn multiply(&self, x: &mut Buffer, y: &Buffer) {
+        pointwise::multiply(x.host_mut(), y.host());
+    }
+
+    /// `x += y`; y is repeated where x is longer.
+    pub fn add(&self, x: &mut Buffer, y: &Buffer) {
+        if x.len() == y.len() { pointwise::add(x.host_mut(), y.host()) } else { pointwise::add_repeated(x.host_mut(), y.host()) }
+    }
+
+    /// `y = LN(x) · (1 + scale) + shift` (no affine, ε = 1e-6), shift and scale at these offsets of the modulation.
+    pub fn modulate(&self, x: &Buffer, m: Modulation<'_>, shift: usize, scale: usize) -> (Buffer, NormStats) {
+        let mut y = self.alloc(x.len());
+        let mut stats = self.alloc(x.len() / m.width * 2);
+        norm::modulate(m.tokens, m.width, x.host(), m.values.host(), m.stride, shift, scale, y.host_mut(), stats.host_mut());
+        (y, NormStats(stats))
+    }
+
+    /// The backward of [`Engine::modulate`]: adds to `dx`, and to shift and scale in `d_modulation` where given.
+    pub fn modulate_backward(
+        &self,
+        x: &Buffer,
+        stats: &NormStats,
+        m: Modulation<'_>,
+        shift: usize,
+        scale: usize,
+        dy: &Buffer,
+        dx: Option<&mut Buffer>,
+        d_modulation: Option<&mut Buffer>,
+    ) {
+        if let Some(dx) = dx {
+            norm::modulate_backward(m.tokens, m.width, x.host(), stats.0.host(), m.values.host(), m.stride, scale, dy.host(), dx.host_mut());
+        }
+        if let Some(d) = d_modulation {
+            norm::modulation_gradient(m.tokens, m.width, x.host(), stats.0.host(), dy.host(), d.host_mut(), m.stride, shift, scale);
+        }
+    }
+
+    /// `x + gate · y`.
+    pub fn gate_residual(&self, x: &Buffer, y: &Buffer, m: Modulation<'_>, gate: usize) -> Buffer {
+        let mut out = self.alloc(x.len());
+        pointwise::gate_residual(m.tokens, m.width, x.host(), y.host(), m.values.host(), m.stride, gate, out.host_mut());
+        out
+    }
+
+    /// The backward of [`Engine::gate_residual`]: returns `gate · d_out`; adds `Σ_t y · d_out` to the gate in `d_modulation`
+    /// where y and it are given. (The residual's gradient is `d_out`.)
+    pub fn gate_backward(&self, d_out: &Buffer, m: Modulation<'_>, gate: usize, d_modulation: Option<(&Buffer, &mut Buffer)>) -> Buffer {
+        let mut dy = self.alloc(d_out.len());
+        pointwise::gate_backward(m.tokens, m.width, d_out.host(), m.values.host(), m.stride, gate, dy.host_mut());
+        if let Some((y, d)) = d_modulation {
+            pointwise::gate_gradient(m.tokens, m.width, y.host(), d_out.host(), d.host_mut(), m.stride, gate);
+        }
+        dy
+    }
+
+    /// GELU, tanh form.
+    pub fn gelu(&self, x: &Buffer) -> Buffer {
+        let mut y = self.alloc(x.len());
+        pointwise::gelu(x.host(), y.host_mut());
+        y
+    }
+
+    /// Turns the gradient of [`Engine::gelu`]'s output into that of its input.
+    pub fn gelu_backward(&self, x: &Buffer, dy: &mut Buffer) {
+        pointwise::gelu_backward(x.host(), dy.host_mut());
+    }
+
+    /// SiLU.
+    pub fn silu(&self, x: &Buffer) -> Buffer {
+        let mut y = self.alloc(x.len());
+        pointwise::silu(x.host(), y.host_mut());
+        y
+    }
+
+    /// Turns the gradient of [`Engine::silu`]'s output into that of its input.
+    pub fn silu_backward(&self, x: &Buffer, dy: &mut Buffer) {
+        pointwise::silu_backward(x.host(), dy.host_mut());
+    }
+
+    /// RMSNorm of each head with a weight of head_dim values (ε = 1e-6). Also returns each head's reciprocal root.
+    pub fn rms_norm(&self, x: &Buffer, weight: &Buffer) -> (Buffer, NormStats) {
+        let mut y = self.alloc(x.len());
+        let mut rstd = self.alloc(x.len() / weight.len());
+        norm::rms(x.host(), weight.host(), y.host_mut(), rstd.host_mut());
+        (y, NormStats(rstd))
+    }
+
+    /// Turns the gradient of [`Engine::rms_norm`]'s output into that of its input x.
+    pub fn rms_norm_backward(&self, x: &Buffer, weight: &Buffer, stats: &NormStats, dy: &mut Buffer) {
+        norm::rms_backward(x.host(), weight.host(), stats.0.host(), dy.host_mut());
+    }
+
+    /// Attention of [image, context] per sample and head, scaled by 1/√head_dim, no mask. Returns the output and the
+    /// logarithm of each row's sum of exponentials [batch, heads, tokens].
+    pub fn attention(&self, shape: &AttentionShape, q: &Joint<Buffer>, k: &Joint<Buffer>, v: &Joint<Buffer>) -> (Joint<Buffer>, Buffer) {
+        let mut out = Joint { image: self.alloc(q.image.len()), context: q.context.as_ref().map(|c| self.alloc(c.len())) };
+        let mut lse = self.alloc(shape.batch * shape.heads * shape.keys());
+        attention::forward(shape, q.host(), k.host(), v.host(), out.host_mut(), lse.host_mut());
+        (out, lse)
+    }
+
+    /// The backward of [`Engine::attention`]: gradients of q, k and v.
+    pub fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        (q, k, v): (&Joint<Buffer>, &Joint<Buffer>, &Joint<Buffer>),
+        out: &Joint<Buffer>,
+        lse: &Buffer,
+        d_out: &Joint<Buffer>,
+    ) -> (Joint<Buffer>, Joint<Buffer>, Joint<Buffer>) {
+        let like = |j: &Joint<Buffer>| Joint { image: self.alloc(j.image.len()), context: j.context.as_ref().map(|c| self.alloc(c.len())) };
+        let (mut dq, mut dk, mut dv) = (like(q), like(k), like(v));
+        attention::backward(shape, q.host(), k.host(), v.host(), out.host(), lse.host(), d_out.host(), dq.host_mut(), dk.host_mut(), dv.host_mut());
+        (dq, dk, dv)
+    }
+}

@@ -1,0 +1,141 @@
+//! What comes before and after the blocks: patches, positions, timestep and pooled prompt.
+
+use std::sync::Arc;
+
+use super::config::{MmditConfig, TIMESTEP_FEATURES};
+use crate::kernels::{Buffer, Engine};
+use crate::model::weights::Weights;
+use crate::nn::{Gradients, Linear, LinearSaved, Pass};
+
+/// `linear_2(silu(linear_1(x)))`.
+#[derive(Debug)]
+pub(super) struct Embedder {
+    pub(super) linear_1: Linear,
+    pub(super) linear_2: Linear,
+}
+
+/// # Saved for backward
+/// The input, the first layer's output, its SiLU.
+#[derive(Debug)]
+pub(super) struct EmbedderSaved {
+    x: Buffer,
+    h: Buffer,
+    activated: Buffer,
+    first: LinearSaved,
+    second: LinearSaved,
+}
+
+impl Embedder {
+    pub(super) fn has_lora(&self) -> bool {
+        self.linear_1.has_lora() || self.linear_2.has_lora()
+    }
+
+    /// x [batch, in] -> [batch, D].
+    pub(super) fn forward(&self, pass: Pass<'_>, batch: usize, x: Buffer) -> (Buffer, EmbedderSaved) {
+        let (h, first) = self.linear_1.forward(pass, batch, &x);
+        let activated = pass.engine.silu(&h);
+        let (y, second) = self.linear_2.forward(pass, batch, &activated);
+        (y, EmbedderSaved { x, h, activated, first, second })
+    }
+
+    /// LoRA gradients alone: nothing below wants any.
+    pub(super) fn backward(&self, pass: Pass<'_>, batch: usize, saved: &EmbedderSaved, dy: &Buffer, gradients: &mut Gradients) {
+        let mut dh = self.linear_1.has_lora().then(|| pass.engine.alloc(saved.h.len()));
+        self.linear_2.backward(pass, batch, Some(&saved.activated), &saved.second, dy, dh.as_mut().map(|d| (d, false)), gradients);
+        if let Some(mut dh) = dh {
+            pass.engine.silu_backward(&saved.h, &mut dh);
+            self.linear_1.backward(pass, batch, Some(&saved.x), &saved.first, &dh, None, gradients);
+        }
+    }
+}
+
+/// Sinusoidal features [batch, 256] of timesteps: `[cos(t f), sin(t f)]`, `f_k = exp(-ln(10000) k / 128)`, in f32 as the
+/// reference.
+pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
+    let half = TIMESTEP_FEATURES / 2;
+    let frequency = |k: usize| (-(10_000.0_f32.ln()) * k as f32 / half as f32).exp();
+    let mut features = Vec::with_capacity(timesteps.len() * TIMESTEP_FEATURES);
+    for &t in timesteps {
+        features.extend((0..half).map(|k| (t * frequency(k)).cos()));
+        features.extend((0..half).map(|k| (t * frequency(k)).sin()));
+    }
+    features
+}
+
+/// The table of position embeddings, read where it is stored.
+#[derive(Debug)]
+pub(super) struct Positions {
+    pub(super) weights: Arc<Weights>,
+}
+
+impl Positions {
+    /// The table's name.
+    pub(super) const NAME: &'static str = "pos_embed.pos_embed";
+
+    /// The central h x w patches of the table [1, M·M, D], as [h · w, D]; `None` if it cannot be read.
+    pub(super) fn crop(&self, engine: &Engine, config: &MmditConfig, h: usize, w: usize) -> Option<Buffer> {
+        let (side, d) = (config.pos_embed_max_size, config.width());
+        let (top, left) = ((side - h) / 2, (side - w) / 2);
+        let view = self.weights.view(Self::NAME).ok()?;
+        let mut values = vec![0.0; h * w * d];
+        for (i, row) in values.chunks_exact_mut(w * d).enumerate() {
+            if !view.read_f32(((top + i) * side + left) * d, row) {
+                return None;
+            }
+        }
+        Some(engine.upload(&values))
+    }
+}
+
+/// Latents [B, C, H, W] as patches [B · (H/p) · (W/p), C · p · p], each in the order (c, p, q) of the convolution's weight.
+pub(super) fn patchify(x: &[f32], batch: usize, channels: usize, (height, width): (usize, usize), p: usize) -> Vec<f32> {
+    let (h, w) = (height / p, width / p);
+    let mut patches = Vec::with_capacity(x.len());
+    for b in 0..batch {
+        for i in 0..h {
+            for j in 0..w {
+                for c in 0..channels {
+                    for row in 0..p {
+                        let start = ((b * channels + c) * height + i * p + row) * width + j * p;
+                        patches.extend_from_slice(&x[start..start + p]);
+                    }
+                }
+            }
+        }
+    }
+    patches
+}
+
+/// Patches [B · h · w, p · p · C] in the order (p, q, c) of the output projection, as latents [B, C, h·p, w·p].
+pub(super) fn unpatchify(patches: &[f32], batch: usize, channels: usize, (height, width): (usize, usize), p: usize) -> Vec<f32> {
+    let mut x = vec![0.0; patches.len()];
+    each_output(batch, channels, (height, width), p, |patch, pixel| x[pixel] = patches[patch]);
+    x
+}
+
+/// The backward of [`unpatchify`]: latents to patches.
+pub(super) fn unpatchify_backward(dx: &[f32], batch: usize, channels: usize, (height, width): (usize, usize), p: usize) -> Vec<f32> {
+    let mut patches = vec![0.0; dx.len()];
+    each_output(batch, channels, (height, width), p, |patch, pixel| patches[patch] = dx[pixel]);
+    patches
+}
+
+/// Calls `f` with corresponding places in patches and latents.
+fn each_output(batch: usize, channels: usize, (height, width): (usize, usize), p: usize, mut f: impl FnMut(usize, usize)) {
+    let (h, w) = (height / p, width / p);
+    let mut patch = 0;
+    for b in 0..batch {
+        for i in 0..h {
+            for j in 0..w {
+                for row in 0..p {
+                    for column in 0..p {
+                        for c in 0..channels {
+                            f(patch, ((b * channels + c) * height + i * p + row) * width + j * p + column);
+                            patch += 1;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

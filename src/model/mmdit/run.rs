@@ -1,0 +1,314 @@
+//! The whole transformer, forward and backward.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::block::{BlockModulation, BlockSaved};
+use super::embed::{self, EmbedderSaved};
+use super::{Mmdit, MmditError};
+use crate::kernels::{Buffer, Modulation, NormStats};
+use crate::nn::{DropoutKey, Gradients, LinearSaved, Pass};
+
+/// Sizes of a batch.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    /// Latent pixels (height, width).
+    pixels: (usize, usize),
+    /// Patches (height, width).
+    patches: (usize, usize),
+    context: usize,
+}
+
+/// What a block leaves for its backward.
+#[derive(Debug)]
+enum Kept {
+    /// Nothing: no gradient passes through it.
+    Nothing,
+    /// Its activations.
+    Activations(Box<BlockSaved>),
+    /// Its inputs, from which it is computed again.
+    Inputs(Buffer, Buffer),
+}
+
+/// What [`Mmdit::forward`] keeps for [`Mmdit::backward`]. Memory is given back piece by piece during the backward.
+#[derive(Debug)]
+pub struct Saved {
+    sizes: Sizes,
+    dropout: Option<DropoutKey>,
+    timestep: EmbedderSaved,
+    pooled: EmbedderSaved,
+    /// Timestep and pooled embedding together [batch, D], and its SiLU.
+    conditioning: (Buffer, Buffer),
+    /// Prompt embeddings, if the context embedder has LoRA.
+    prompt: Option<Buffer>,
+    context_embedder: LinearSaved,
+    modulations: Vec<BlockModulation>,
+    modulation_layers: Vec<(LinearSaved, LinearSaved)>,
+    blocks: Vec<Kept>,
+    /// The last block's output, statistics and modulation of the final norm.
+    x: Buffer,
+    stats: NormStats,
+    norm_out: Buffer,
+    norm_out_layer: LinearSaved,
+    /// The final norm's output, if the projection has LoRA.
+    normal: Option<Buffer>,
+    proj_out: LinearSaved,
+}
+
+/// Whether a forward keeps what a backward needs, and which blocks it leaves out.
+#[derive(Clone, Copy)]
+enum Mode<'a> {
+    Train,
+    Only { skip_blocks: &'a [usize] },
+}
+
+impl Mmdit {
+    /// Predicts the velocity for training.
+    ///
+    /// `x` [B, C, h, w] noisy latents, `timestep` [B] in 0..=1000, `prompt_embeds` [B, S, J], `pooled` [B, P].
+    /// `dropout`: names the LoRA dropout masks; `None` switches dropout off. Returns the velocity [B, C, h, w].
+    ///
+    /// # Errors
+    /// If an input does not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        timestep: &Tensor,
+        prompt_embeds: &Tensor,
+        pooled: &Tensor,
+        dropout: Option<&DropoutKey>,
+    ) -> Result<(Tensor, Saved), MmditError> {
+        if let Some(key) = dropout.filter(|k| k.samples.len() != x.dims().first().copied().unwrap_or(0)) {
+            return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
+        }
+        self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train)
+    }
+
+    /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
+    /// without the blocks in `skip_blocks` (skip-layer guidance).
+    ///
+    /// # Errors
+    /// If an input does not fit.
+    pub fn forward_only(
+        &self,
+        x: &Tensor,
+        timestep: &Tensor,
+        prompt_embeds: &Tensor,
+        pooled: &Tensor,
+        lora_scale: f64,
+        skip_blocks: &[usize],
+    ) -> Result<Tensor, MmditError> {
+        Ok(self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks })?.0)
+    }
+
+    fn sizes(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Sizes, MmditError> {
+        let config = &self.config;
+        let refuse = |input, tensor: &Tensor, expected: String| Err(MmditError::Input { input, got: tensor.dims().to_vec(), expected });
+        let (p, most) = (config.patch_size, config.pos_embed_max_size * config.patch_size);
+        let &[batch, channels, height, width] = x.dims() else {
+            return refuse("the noisy latent", x, "four dimensions".into());
+        };
+        let fits = |side: usize| side > 0 && side.is_multiple_of(p) && side <= most;
+        if batch == 0 || channels != config.in_channels || !fits(height) || !fits(width) {
+            return refuse("the noisy latent", x, format!("[batch, {}, height, width] with sides that are multiples of {p} up to {most}", config.in_channels));
+        }
+        if timestep.dims() != [batch] {
+            return refuse("the timestep", timestep, format!("[{batch}]"));
+        }
+        let context = match *prompt_embeds.dims() {
+            [b, tokens, width] if b == batch && tokens > 0 && width == config.joint_attention_dim => tokens,
+            _ => return refuse("the prompt embedding", prompt_embeds, format!("[{batch}, tokens, {}]", config.joint_attention_dim)),
+        };
+        if pooled.dims() != [batch, config.pooled_projection_dim] {
+            return refuse("the pooled prompt embedding", pooled, format!("[{batch}, {}]", config.pooled_projection_dim));
+        }
+        Ok(Sizes { batch, pixels: (height, width), patches: (height / p, width / p), context })
+    }
+
+    fn pass<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> Pass<'a> {
+        Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) }
+    }
+
+    /// Whether a backward passes through block `i`.
+    fn is_trained(&self, i: usize) -> bool {
+        let needs = self.blocks[i].needs;
+        needs.x || needs.c || needs.modulation || needs.context_modulation || self.has_lora(i)
+    }
+
+    fn has_lora(&self, i: usize) -> bool {
+        let block = &self.blocks[i];
+        block.attention.has_lora()
+            || block.attention2.as_ref().is_some_and(crate::nn::Attention::has_lora)
+            || block.feed_forward.has_lora()
+            || block.feed_forward_context.as_ref().is_some_and(crate::nn::FeedForward::has_lora)
+    }
+
+    fn run(
+        &self,
+        x: &Tensor,
+        timestep: &Tensor,
+        prompt_embeds: &Tensor,
+        pooled: &Tensor,
+        dropout: Option<&DropoutKey>,
+        lora_scale: f32,
+        mode: Mode<'_>,
+    ) -> Result<(Tensor, Saved), MmditError> {
+        let (config, engine) = (&self.config, &self.engine);
+        let sizes = self.sizes(x, timestep, prompt_embeds, pooled)?;
+        let Sizes { batch, patches, .. } = sizes;
+        let pass = self.pass(dropout, lora_scale);
+        let d = config.width();
+
+        let patched = embed::patchify(&to_host(x)?, batch, config.in_channels, sizes.pixels, config.patch_size);
+        let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &engine.upload(&patched));
+        let positions = self.positions.crop(engine, config, patches.0, patches.1);
+        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
+        engine.add(&mut x, &positions);
+
+        let features = engine.upload(&embed::timestep_features(&to_host(timestep)?));
+        let (mut conditioning, timestep_saved) = self.timestep.forward(pass, batch, features);
+        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, engine.upload(&to_host(pooled)?));
+        engine.add(&mut conditioning, &pooled);
+        let activated = engine.silu(&conditioning);
+
+        let prompt = engine.upload(&to_host(prompt_embeds)?);
+        let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &prompt);
+        let prompt = Some(prompt).filter(|_| self.context_embedder.has_lora());
+
+        // All modulations of the step at once, outside what is recomputed.
+        let (mut modulations, mut modulation_layers) = (Vec::new(), Vec::new());
+        for block in &self.blocks {
+            let (image, saved) = block.norm1.forward(pass, batch, &activated);
+            let (context, context_saved) = block.norm1_context.forward(pass, batch, &activated);
+            modulations.push(BlockModulation { image, context });
+            modulation_layers.push((saved, context_saved));
+        }
+        let (norm_out, norm_out_layer) = self.norm_out.forward(pass, batch, &activated);
+
+        let mut c = Some(c);
+        let mut kept = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let Some(context) = c.take() else { break };
+            let (keep, recompute) = match mode {
+                Mode::Only { skip_blocks } if skip_blocks.contains(&i) => {
+                    c = Some(context);
+                    continue;
+                }
+                Mode::Only { .. } => (false, false),
+                Mode::Train => (self.is_trained(i), self.recompute[i]),
+            };
+            let inputs = (keep && recompute).then(|| Kept::Inputs(engine.copy(&x), engine.copy(&context)));
+            let (next, next_context, saved) = block.forward(pass, batch, x, context, &modulations[i]);
+            (x, c) = (next, next_context);
+            kept.push(match inputs {
+                Some(inputs) => inputs,
+                None if keep => Kept::Activations(Box::new(saved)),
+                None => Kept::Nothing,
+            });
+        }
+
+        let rows = batch * patches.0 * patches.1;
+        let m = Modulation { values: &norm_out, stride: 2 * d, tokens: rows / batch, width: d };
+        let (normal, stats) = engine.modulate(&x, m, d, 0);
+        let (out, proj_out) = self.proj_out.forward(pass, rows, &normal);
+        let velocity = embed::unpatchify(&engine.download(&out), batch, config.out_channels(), sizes.pixels, config.patch_size);
+        let velocity = Tensor::from_vec(velocity, (batch, config.out_channels(), sizes.pixels.0, sizes.pixels.1), &Device::Cpu)?;
+        let saved = Saved {
+            sizes,
+            dropout: dropout.cloned(),
+            timestep: timestep_saved,
+            pooled: pooled_saved,
+            conditioning: (conditioning, activated),
+            prompt,
+            context_embedder: context_saved,
+            modulations,
+            modulation_layers,
+            blocks: kept,
+            x,
+            stats,
+            norm_out,
+            norm_out_layer,
+            normal: Some(normal).filter(|_| self.proj_out.has_lora()),
+            proj_out,
+        };
+        Ok((velocity, saved))
+    }
+
+    /// Gradients of the LoRA parameters in canonical order, given d(loss)/d(velocity) [B, C, h, w].
+    ///
+    /// # Errors
+    /// If `d_velocity` does not fit.
+    pub fn backward(&self, mut saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
+        let (config, engine) = (&self.config, &self.engine);
+        let Sizes { batch, pixels, patches, context } = saved.sizes;
+        let channels = config.out_channels();
+        if d_velocity.dims() != [batch, channels, pixels.0, pixels.1] {
+            let expected = format!("{:?}", [batch, channels, pixels.0, pixels.1]);
+            return Err(MmditError::Input { input: "the velocity's gradient", got: d_velocity.dims().to_vec(), expected });
+        }
+        let dropout = saved.dropout.take();
+        let pass = self.pass(dropout.as_ref(), 1.0);
+        let (d, rows) = (config.width(), batch * patches.0 * patches.1);
+        let mut gradients = Gradients::zeros(engine, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
+
+        // Output: projection, final norm.
+        let conditioning_trained = self.timestep.has_lora() || self.pooled.has_lora();
+        let norm_out_trained = conditioning_trained || self.norm_out.has_lora();
+        let blocks_trained = (0..self.blocks.len()).any(|i| self.is_trained(i));
+        let dy = engine.upload(&embed::unpatchify_backward(&to_host(d_velocity)?, batch, channels, pixels, config.patch_size));
+        let through = blocks_trained || norm_out_trained;
+        let mut d_normal = through.then(|| engine.alloc(rows * d));
+        self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, &dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
+        let Some(d_normal) = d_normal else { return Ok(gradients.download(engine)) };
+        let mut dx = engine.zeros(rows * d);
+        let mut d_norm_out = norm_out_trained.then(|| engine.zeros(batch * 2 * d));
+        let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
+        engine.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
+        drop(d_normal);
+
+        // Blocks, last first; the context's gradient begins in the last.
+        let mut dc = engine.zeros(batch * context * d);
+        let mut d_activated = conditioning_trained.then(|| engine.zeros(batch * d));
+        let activated = &saved.conditioning.1;
+        for (i, block) in self.blocks.iter().enumerate().rev() {
+            let modulation = &saved.modulations[i];
+            let mut d_modulation = BlockModulation {
+                image: engine.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
+                context: engine.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
+            };
+            let activations = match saved.blocks.pop() {
+                Some(Kept::Activations(activations)) => activations,
+                Some(Kept::Inputs(x, c)) => Box::new(block.forward(pass, batch, x, c, modulation).2),
+                Some(Kept::Nothing) | None => break,
+            };
+            block.backward(pass, batch, &activations, modulation, &mut dx, &mut dc, &mut d_modulation, &mut gradients);
+            let (image, context) = &saved.modulation_layers[i];
+            let mut conditioned = |linear: &crate::nn::Linear, layer: &LinearSaved, dm: &Buffer, wanted: bool| {
+                if wanted {
+                    linear.backward(pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
+                }
+            };
+            conditioned(&block.norm1, image, &d_modulation.image, block.needs.modulation);
+            conditioned(&block.norm1_context, context, &d_modulation.context, block.needs.context_modulation);
+        }
+
+        // Input: context embedder, conditioning.
+        if let Some(prompt) = &saved.prompt {
+            self.context_embedder.backward(pass, batch * context, Some(prompt), &saved.context_embedder, &dc, None, &mut gradients);
+        }
+        if let Some(dm) = &d_norm_out {
+            let d_activated = d_activated.as_mut().map(|b| (b, true));
+            self.norm_out.backward(pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
+        }
+        if let Some(mut d_conditioning) = d_activated {
+            engine.silu_backward(&saved.conditioning.0, &mut d_conditioning);
+            self.timestep.backward(pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
+            self.pooled.backward(pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
+        }
+        Ok(gradients.download(engine))
+    }
+}
+
+fn to_host(tensor: &Tensor) -> Result<Vec<f32>, MmditError> {
+    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}

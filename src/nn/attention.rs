@@ -1,0 +1,221 @@
+//! Attention of the image stream, joint with the context stream or alone, with its projections.
+
+use super::{Gradients, Linear, LinearSaved, Pass};
+use crate::kernels::{AttentionShape, Buffer, Joint, NormStats};
+
+/// Projections of one stream.
+#[derive(Debug)]
+pub struct Projections {
+    /// Query; `None` where this stream only answers (the last block's context: its output is discarded).
+    pub q: Option<Linear>,
+    /// Key.
+    pub k: Linear,
+    /// Value.
+    pub v: Linear,
+    /// Output, where there is a query.
+    pub out: Option<Linear>,
+    /// RMSNorm weights of queries and keys [head_dim].
+    pub norms: Option<(Buffer, Buffer)>,
+}
+
+impl Projections {
+    fn each(&self) -> impl Iterator<Item = &Linear> {
+        self.q.iter().chain([&self.k, &self.v])
+    }
+}
+
+/// Attention over [image, context] tokens (joint), or over image tokens alone (`context` absent).
+#[derive(Debug)]
+pub struct Attention {
+    /// Heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// The image's projections.
+    pub image: Projections,
+    /// The context's.
+    pub context: Option<Projections>,
+}
+
+/// What RMSNorm keeps: its input and each head's reciprocal root.
+type NormSaved = Option<(Buffer, NormStats)>;
+
+#[derive(Debug)]
+struct StreamSaved {
+    /// Input [rows, D], if a projection of it has LoRA.
+    x: Option<Buffer>,
+    q: Option<LinearSaved>,
+    k: LinearSaved,
+    v: LinearSaved,
+    q_norm: NormSaved,
+    k_norm: NormSaved,
+    out: Option<LinearSaved>,
+}
+
+/// # Saved for backward
+/// q, k, v and the attention's output [rows, D] of each stream, lse [batch, heads, tokens]; with RMSNorm also q and k before
+/// it; inputs where a projection has LoRA.
+#[derive(Debug)]
+pub struct AttentionSaved {
+    shape: AttentionShape,
+    image: StreamSaved,
+    context: Option<StreamSaved>,
+    q: Joint<Buffer>,
+    k: Joint<Buffer>,
+    v: Joint<Buffer>,
+    out: Joint<Buffer>,
+    lse: Buffer,
+}
+
+/// q, k, v of a stream.
+struct Projected {
+    q: Option<Buffer>,
+    k: Buffer,
+    v: Buffer,
+    saved: StreamSaved,
+}
+
+impl Projections {
+    /// x [rows, D] -> q, k, v [rows, D], normalised.
+    fn forward(&self, pass: Pass<'_>, rows: usize, x: Buffer) -> Projected {
+        let normalise = |value: Buffer, weight: Option<&Buffer>| match weight {
+            None => (value, None),
+            Some(weight) => {
+                let (normal, stats) = pass.engine.rms_norm(&value, weight);
+                (normal, Some((value, stats)))
+            }
+        };
+        let q = self.q.as_ref().map(|q| q.forward(pass, rows, &x));
+        let (k, k_saved) = self.k.forward(pass, rows, &x);
+        let (v, v_saved) = self.v.forward(pass, rows, &x);
+        let (q, q_saved) = q.unzip();
+        let (q, q_norm) = q.map(|q| normalise(q, self.norms.as_ref().map(|n| &n.0))).unzip();
+        let (k, k_norm) = normalise(k, self.norms.as_ref().map(|n| &n.1));
+        let x = Some(x).filter(|_| self.each().any(Linear::has_lora));
+        Projected { q, k, v, saved: StreamSaved { x, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None } }
+    }
+
+    /// dx [rows, D] of the three projections together, if `need_input`.
+    fn backward(
+        &self,
+        pass: Pass<'_>,
+        rows: usize,
+        saved: &StreamSaved,
+        (dq, mut dk, dv): (Option<Buffer>, Buffer, Buffer),
+        need_input: bool,
+        gradients: &mut Gradients,
+    ) -> Option<Buffer> {
+        let x = saved.x.as_ref();
+        let mut dx = need_input.then(|| pass.engine.alloc(dk.len()));
+        if let (Some((_, weight)), Some((before, stats))) = (&self.norms, &saved.k_norm) {
+            pass.engine.rms_norm_backward(before, weight, stats, &mut dk);
+        }
+        self.k.backward(pass, rows, x, &saved.k, &dk, dx.as_mut().map(|d| (d, false)), gradients);
+        self.v.backward(pass, rows, x, &saved.v, &dv, dx.as_mut().map(|d| (d, true)), gradients);
+        if let (Some(q), Some(q_saved), Some(mut dq)) = (&self.q, &saved.q, dq) {
+            if let (Some((weight, _)), Some((before, stats))) = (&self.norms, &saved.q_norm) {
+                pass.engine.rms_norm_backward(before, weight, stats, &mut dq);
+            }
+            q.backward(pass, rows, x, q_saved, &dq, dx.as_mut().map(|d| (d, true)), gradients);
+        }
+        dx
+    }
+}
+
+impl Attention {
+    /// Whether q, k or v of a stream has LoRA.
+    fn projects_with_lora(&self) -> bool {
+        self.image.each().chain(self.context.iter().flat_map(Projections::each)).any(Linear::has_lora)
+    }
+
+    /// Whether any projection has LoRA.
+    pub fn has_lora(&self) -> bool {
+        let outs = self.image.out.iter().chain(self.context.iter().filter_map(|c| c.out.as_ref()));
+        self.projects_with_lora() || outs.into_iter().any(Linear::has_lora)
+    }
+
+    /// Calls `f` on every linear layer.
+    pub fn each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
+        for stream in [Some(&mut self.image), self.context.as_mut()].into_iter().flatten() {
+            stream.q.iter_mut().for_each(&mut *f);
+            f(&mut stream.k);
+            f(&mut stream.v);
+            stream.out.iter_mut().for_each(&mut *f);
+        }
+    }
+
+    /// # Shapes
+    /// x [batch · image tokens, D], c [batch · context tokens, D] -> the same; the context's output is absent where it has no
+    /// query.
+    pub fn forward(&self, pass: Pass<'_>, batch: usize, x: Buffer, c: Option<Buffer>) -> (Buffer, Option<Buffer>, AttentionSaved) {
+        let width = self.heads * self.head_dim;
+        let (rows, context_rows) = (x.len() / width, c.as_ref().map_or(0, |c| c.len() / width));
+        let image = self.image.forward(pass, rows, x);
+        let context = self.context.as_ref().zip(c).map(|(p, c)| p.forward(pass, context_rows, c));
+        let (mut image_saved, mut context_saved) = (image.saved, None);
+        let (mut qc, mut kc, mut vc) = (None, None, None);
+        if let Some(context) = context {
+            (qc, kc, vc) = (context.q, Some(context.k), Some(context.v));
+            context_saved = Some(context.saved);
+        }
+        let shape = AttentionShape {
+            batch,
+            heads: self.heads,
+            head_dim: self.head_dim,
+            image: rows / batch,
+            context: context_rows / batch,
+            context_queries: qc.is_some(),
+        };
+        let q = Joint { image: image.q.unwrap_or_else(|| pass.engine.zeros(rows * width)), context: qc };
+        let k = Joint { image: image.k, context: kc };
+        let v = Joint { image: image.v, context: vc };
+        let (out, lse) = pass.engine.attention(&shape, &q, &k, &v);
+        let project = |p: &Projections, rows, o: &Buffer| p.out.as_ref().map(|out| out.forward(pass, rows, o));
+        let (x, saved) = project(&self.image, rows, &out.image).unzip();
+        image_saved.out = saved;
+        let context_out = self.context.as_ref().zip(out.context.as_ref()).and_then(|(p, o)| project(p, context_rows, o));
+        let (c, saved) = context_out.unzip();
+        if let Some(s) = &mut context_saved {
+            s.out = saved;
+        }
+        let x = x.unwrap_or_else(|| pass.engine.copy(&out.image));
+        (x, c, AttentionSaved { shape, image: image_saved, context: context_saved, q, k, v, out, lse })
+    }
+
+    /// # Backward
+    /// From the gradients of both outputs to those of both inputs, where wanted (`need`: image, context).
+    pub fn backward(
+        &self,
+        pass: Pass<'_>,
+        saved: &AttentionSaved,
+        dx: &Buffer,
+        dc: Option<&Buffer>,
+        need: (bool, bool),
+        gradients: &mut Gradients,
+    ) -> (Option<Buffer>, Option<Buffer>) {
+        let shape = &saved.shape;
+        let (rows, context_rows) = (shape.batch * shape.image, shape.batch * shape.context);
+        let through = need.0 || need.1 || self.projects_with_lora();
+        let mut out_backward = |p: &Projections, s: &StreamSaved, rows, out: &Buffer, dy: &Buffer| {
+            let mut d_out = through.then(|| pass.engine.alloc(out.len()));
+            if let (Some(layer), Some(layer_saved)) = (&p.out, &s.out) {
+                layer.backward(pass, rows, Some(out), layer_saved, dy, d_out.as_mut().map(|d| (d, false)), gradients);
+            }
+            d_out
+        };
+        let d_image = out_backward(&self.image, &saved.image, rows, &saved.out.image, dx);
+        let d_context = match (&self.context, &saved.context, &saved.out.context, dc) {
+            (Some(p), Some(s), Some(out), Some(dc)) => out_backward(p, s, context_rows, out, dc),
+            _ => None,
+        };
+        let Some(d_image) = d_image else { return (None, None) };
+        let d_out = Joint { image: d_image, context: d_context };
+        let (dq, dk, dv) = pass.engine.attention_backward(shape, (&saved.q, &saved.k, &saved.v), &saved.out, &saved.lse, &d_out);
+        let dx = self.image.backward(pass, rows, &saved.image, (Some(dq.image), dk.image, dv.image), need.0, gradients);
+        let dc = match (&self.context, &saved.context, dk.context, dv.context) {
+            (Some(p), Some(s), Some(dk), Some(dv)) => p.backward(pass, context_rows, s, (dq.context, dk, dv), need.1, gradients),
+            _ => None,
+        };
+        (dx, dc)
+    }
+}
