@@ -108,10 +108,10 @@ mod tests {
         assert_eq!((sheet.width(), sheet.height()), (6 + 16 + 16, 6 + 8 + 6));
         assert_eq!((sheet.get_pixel(6, 6).0, sheet.get_pixel(22, 6).0, sheet.get_pixel(0, 0).0), ([255, 0, 0], [0, 0, 255], [255, 255, 255]));
 
-        let row = SheetRow { label: "LoRA".into(), cells: vec![(red, "a long caption".into()), (blue, String::new())] };
+        let row = SheetRow { label: "LoRA".into(), cells: vec![(red, "a long word".into()), (blue, String::new())] };
         let large = Sheet { rows: vec![plain, row], least_width: 40 }.draw();
         assert_eq!(large.width(), 6 + 46 * 2);
-        // "a long" and "caption" of seven letters: two lines at 40 pixels.
+        // Six letters fit 40 pixels: two lines.
         assert_eq!(large.height(), 6 + (32 + 6) + (font::LINE + 32 + 2 * font::LINE + 6));
         assert!(large.pixels().any(|p| *p == INK));
     }
