@@ -87,6 +87,22 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
     }
 }
 
+/// The stored (not yet upright) width and height, from the headers alone.
+///
+/// # Errors
+/// As [`decode`], for what the headers show.
+pub fn probe(bytes: &[u8], limits: &ImageLimits) -> Result<(u32, u32), ImageError> {
+    let failed = |format| move |source| ImageError::Decode { format, source };
+    let size = match image::guess_format(bytes) {
+        Ok(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(bytes), image_limits(limits)).map_err(failed("PNG"))?.dimensions(),
+        Ok(ImageFormat::Jpeg) => JpegDecoder::new(bytes)?.dimensions(),
+        Ok(ImageFormat::WebP) => WebPDecoder::new(Cursor::new(bytes)).map_err(failed("WebP"))?.dimensions(),
+        _ => return Err(ImageError::UnknownFormat),
+    };
+    check_size(size, limits)?;
+    Ok(size)
+}
+
 fn image_limits(limits: &ImageLimits) -> image::Limits {
     let mut bounds = image::Limits::no_limits();
     bounds.max_alloc = Some(limits.max_pixels * 8 + (64 << 20));

@@ -9,7 +9,7 @@ pub enum Shape {
     ConstantWithWarmup,
     /// Linear rise, then a linear fall to 0.
     Linear,
-    /// Linear rise, then half a cosine wave to 0. `cycles` is ignored, as in diffusers' `get_scheduler`.
+    /// Linear rise, then `cycles` cosine waves from the full rate; 0.5 (diffusers' `get_scheduler`) ends at 0.
     Cosine,
     /// Linear rise, then `cycles` half cosine waves, each from the full rate to 0.
     CosineWithRestarts,
@@ -31,7 +31,7 @@ pub struct Schedule {
     pub warmup_steps: u64,
     /// Updates of the whole run.
     pub total_steps: u64,
-    /// Restarts.
+    /// Waves of the two cosine shapes.
     pub cycles: f64,
     /// Power of the polynomial.
     pub power: f64,
@@ -52,7 +52,7 @@ impl Schedule {
         match self.shape {
             Shape::Constant | Shape::ConstantWithWarmup => 1.0,
             Shape::Linear => ((total - n) / (total - warmup).max(1.0)).max(0.0),
-            Shape::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * 0.5 * 2.0 * progress).cos())).max(0.0),
+            Shape::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * self.cycles * 2.0 * progress).cos())).max(0.0),
             Shape::CosineWithRestarts if progress >= 1.0 => 0.0,
             Shape::CosineWithRestarts => (0.5 * (1.0 + (std::f64::consts::PI * ((self.cycles * progress) % 1.0)).cos())).max(0.0),
             Shape::Polynomial if index > self.total_steps => POLYNOMIAL_END / self.learning_rate,
