@@ -7,10 +7,6 @@ use clap::{Parser, Subcommand};
 use crate::telemetry::{self, LogFormat};
 
 #[cfg(feature = "train")]
-mod device;
-#[cfg(feature = "train")]
-mod sample;
-#[cfg(feature = "train")]
 mod verify;
 
 /// Fine-tune Stable Diffusion 3 with LoRA on 16 GB GPUs, on this machine or on Kubernetes.
@@ -28,9 +24,6 @@ struct Cli {
 /// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Draw pictures with a model, with or without a LoRA.
-    #[cfg(feature = "train")]
-    Sample(sample::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]
     Verify(verify::Args),
@@ -41,14 +34,12 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let default_filter = match cli.command {
         #[cfg(feature = "train")]
-        Command::Sample(_) | Command::Verify(_) => "warn",
+        Command::Verify(_) => "warn",
     };
     telemetry::init(cli.log_format, default_filter);
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
-        #[cfg(feature = "train")]
-        Command::Sample(args) => sample::run(&args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),
     };
