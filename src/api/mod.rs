@@ -8,6 +8,7 @@
 mod checkpoint;
 mod closed_enum;
 mod condition;
+mod crd;
 mod dataset;
 mod decimal;
 mod defaults;
@@ -23,12 +24,14 @@ mod status;
 mod storage;
 mod text;
 mod training;
+pub mod validate;
 
 pub use checkpoint::{CheckpointSpec, ResumePolicy, ResumeSpec};
 pub use condition::{
     AdmittedReason, CheckpointedReason, CompleteReason, ConditionType, JobCreatedReason, PodsScheduledReason, ReconcilingReason, RunningReason, StalledReason,
     SuspendedReason, ValidatedReason,
 };
+pub use crd::{crd, schema, with_integers};
 pub use dataset::{DatasetSpec, OnBadSample};
 pub use decimal::{Decimal, DecimalError};
 pub use model::{CacheClaim, HuggingFaceSource, ModelCache, ModelSource, ModelSpec, ObjectStoreSource, PersistentVolumeClaimSource, SecretKeyRef};

@@ -18,7 +18,7 @@ pub struct StorageSpec {
     /// URL of an S3-compatible server; the provider's own where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
-    #[x_kube(validation = Rule::new("self.matches('^https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^@?#]*)?$') || self.matches('^https?://[[][0-9a-fA-F:]+[]](:[0-9]+)?(/[^@?#]*)?$')")
+    #[x_kube(validation = Rule::new("self.matches('^https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^@?#]*)?$') || self.matches('^https?://\\\\[[0-9a-fA-F:]+\\\\](:[0-9]+)?(/[^@?#]*)?$')")
         .message("must be an http:// or https:// URL without user, query or fragment"))]
     pub endpoint: Option<String>,
     /// Region of the bucket.

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::telemetry::{self, LogFormat};
 
+mod crd;
 #[cfg(feature = "train")]
 mod verify;
 
@@ -24,6 +25,8 @@ struct Cli {
 /// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Print the CustomResourceDefinition.
+    Crd(crd::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]
     Verify(verify::Args),
@@ -33,6 +36,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let default_filter = match cli.command {
+        Command::Crd(_) => "warn",
         #[cfg(feature = "train")]
         Command::Verify(_) => "warn",
     };
@@ -40,6 +44,7 @@ pub fn main() -> ExitCode {
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
+        Command::Crd(args) => crd::run(&args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),
     };

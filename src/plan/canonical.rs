@@ -132,6 +132,7 @@ mod tests {
         );
         let keys = json!({"\u{20ac}": 1, "\r": 2, "\u{fb33}": 3, "1": 4, "\u{1f600}": 5, "\u{80}": 6, "\u{f6}": 7});
         let order: Vec<char> = canonical_json(&keys).chars().filter(char::is_ascii_digit).collect();
-        assert_eq!(order, ['2', '1', '4', '6', '7', '1', '5', '3'].iter().copied().filter(|_| true).collect::<Vec<_>>());
+        // The second is the key "1" itself.
+        assert_eq!(order, ['2', '1', '4', '6', '7', '1', '5', '3']);
     }
 }

@@ -119,6 +119,10 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let source = model_source(spec, facts, &mut reader);
     reader.folder("spec.dataset.uri", &spec.dataset.uri);
     reader.folder("spec.output.uri", &spec.output.uri);
+    let gpu = &spec.scheduling.gpu;
+    if let Some(max) = gpu.max_memory_mib.filter(|&max| max < gpu.min_memory_mib) {
+        reader.problem("spec.scheduling.gpu", format!("minMemoryMiB ({}) must not exceed maxMemoryMiB ({max})", gpu.min_memory_mib));
+    }
     let (Some(source), true) = (source, reader.problems.is_empty()) else {
         return Err(PlanError::Invalid(reader.problems));
     };
