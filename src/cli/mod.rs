@@ -8,6 +8,10 @@ use crate::telemetry::{self, LogFormat};
 
 mod crd;
 #[cfg(feature = "train")]
+mod device;
+#[cfg(feature = "train")]
+mod sample;
+#[cfg(feature = "train")]
 mod verify;
 
 /// Fine-tune Stable Diffusion 3 with LoRA on 16 GB GPUs, on this machine or on Kubernetes.
@@ -27,6 +31,9 @@ struct Cli {
 enum Command {
     /// Print the CustomResourceDefinition.
     Crd(crd::Args),
+    /// Draw pictures with a model, with or without a LoRA.
+    #[cfg(feature = "train")]
+    Sample(sample::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]
     Verify(verify::Args),
@@ -38,13 +45,15 @@ pub fn main() -> ExitCode {
     let default_filter = match cli.command {
         Command::Crd(_) => "warn",
         #[cfg(feature = "train")]
-        Command::Verify(_) => "warn",
+        Command::Sample(_) | Command::Verify(_) => "warn",
     };
     telemetry::init(cli.log_format, default_filter);
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
         Command::Crd(args) => crd::run(&args),
+        #[cfg(feature = "train")]
+        Command::Sample(args) => sample::run(&args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),
     };

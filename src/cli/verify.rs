@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
-use candle_core::Device;
+use anyhow::{Result, bail};
 
+use super::device::DeviceName;
 use crate::verify::{self, Case, Report};
 
 /// Arguments of `finetune verify`.
@@ -27,18 +27,9 @@ pub(super) struct Args {
     quiet: bool,
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum DeviceName {
-    Cpu,
-    Cuda,
-}
-
 /// Exit code 0 when every tensor of every case is within its tolerance, 1 otherwise.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let device = match args.device {
-        DeviceName::Cpu => Device::Cpu,
-        DeviceName::Cuda => Device::new_cuda(0).context("failed to open the CUDA device")?,
-    };
+    let device = args.device.open()?;
     let mut cases = Case::find(&args.dir)?;
     if let Some(kind) = &args.kind {
         cases.retain(|case| case.kind() == kind);

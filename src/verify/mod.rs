@@ -2,9 +2,6 @@
 //!
 //! Each kind of case has a module that calls the code which trains, encodes or samples, not a second implementation.
 
-mod preprocess;
-pub mod train;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +9,9 @@ use candle_core::{DType, Device, Tensor};
 
 mod encode_image;
 mod encode_prompt;
+mod preprocess;
+mod sample;
+pub mod train;
 
 /// Why a case could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -258,8 +258,13 @@ fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 /// # Errors
 /// If the case is malformed, its kind unknown, or the product's code fails on it.
 pub fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
-    let kinds: &[(&str, RunKind)] =
-        &[("encode_image", encode_image::run), ("encode_prompt", encode_prompt::run), ("preprocess", preprocess::run), ("train", train::run)];
+    let kinds: &[(&str, RunKind)] = &[
+        ("encode_image", encode_image::run),
+        ("encode_prompt", encode_prompt::run),
+        ("preprocess", preprocess::run),
+        ("sample", sample::run),
+        ("train", train::run),
+    ];
     let (_, run) = kinds.iter().find(|(kind, _)| *kind == case.kind()).ok_or_else(|| VerifyError::UnknownKind(case.kind().to_owned()))?;
     let mut report = run(case, device)?;
     report.require_all(case, &case.expected()?);
