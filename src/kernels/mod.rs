@@ -12,5 +12,7 @@ mod cpu;
 mod engine;
 mod pool;
 
+pub use cpu::conv::{ConvShape, conv2d};
+pub use cpu::group_norm::group_norm_silu;
 pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix, UnsupportedDevice};
 pub use pool::Buffer;

@@ -4,7 +4,9 @@
 #![expect(clippy::too_many_arguments, reason = "kernels take shapes beside their operands")]
 
 pub(super) mod attention;
+pub(super) mod conv;
 pub(super) mod gemm;
+pub(super) mod group_norm;
 pub(super) mod linear;
 mod microkernel;
 pub(super) mod norm;

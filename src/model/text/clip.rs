@@ -186,9 +186,14 @@ pub(super) fn encode(
     let projection = LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?;
     let mut outputs = Vec::with_capacity(batches.len());
     for ((batch, state), hidden) in batches.iter().zip(&states).zip(hidden) {
-        let ends = batch.iter().enumerate().map(|(i, ids)| state.i((i, pooled_position(ids, config.eos_token_id))));
-        let ends = Tensor::stack(&ends.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
-        let pooled = projection.forward(&norm.forward(&ends)?.unsqueeze(0)?)?.squeeze(0)?;
+        // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
+        // must not depend on the captions beside it.
+        let mut pooled = Vec::with_capacity(batch.len());
+        for (i, ids) in batch.iter().enumerate() {
+            let end = state.i((i, pooled_position(ids, config.eos_token_id)))?.reshape((1, 1, d))?;
+            pooled.push(projection.forward(&norm.forward(&end)?)?.reshape((1, ()))?);
+        }
+        let pooled = Tensor::cat(&pooled, 0)?;
         outputs.push(ClipOutput { hidden, pooled });
     }
     progress(config.num_hidden_layers)?;

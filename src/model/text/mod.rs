@@ -340,5 +340,8 @@ impl PromptEncoder {
 
 fn batches(ids: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
     let tokens = ids.first().map_or(1, Vec::len).max(1);
-    ids.chunks((BATCH_TOKENS / tokens).max(1)).collect()
+    // Products of few rows may round differently: very short sequences go one by one, so that a caption's numbers never
+    // depend on the captions beside it.
+    let captions = if tokens < 16 { 1 } else { (BATCH_TOKENS / tokens).max(1) };
+    ids.chunks(captions).collect()
 }

@@ -1,10 +1,11 @@
 //! Convolutions and group norms of the autoencoder.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 
 pub(super) type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 use candle_nn::Module as _;
 
+use crate::kernels::{ConvShape, conv2d, group_norm_silu};
 use crate::model::weights::{Weights, WeightsError};
 
 /// Epsilon of every norm.
@@ -99,6 +100,9 @@ pub(super) struct Conv {
 impl Conv {
     /// [B, in, H, W] -> [B, out, H', W'].
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if x.device().is_cpu() {
+            return self.forward_cpu(x);
+        }
         let y = match self.how {
             How::Pointwise => x.conv2d(&self.weight, 0, 1, 1, 1)?,
             How::Same => x.conv2d(&self.weight, 1, 1, 1, 1)?,
@@ -110,6 +114,32 @@ impl Conv {
         };
         y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)
     }
+
+    fn forward_cpu(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, inputs, height, width) = x.dims4()?;
+        let (outputs, _, kernel, _) = self.weight.dims4()?;
+        let (stride, pad_before, pad_after) = match self.how {
+            How::Pointwise => (1, 0, 0),
+            How::Same | How::Double => (1, 1, 1),
+            How::Halve => (2, 0, 1),
+        };
+        let shape = ConvShape { inputs, outputs, height, width, kernel, stride, pad_before, pad_after, double: self.how == How::Double };
+        let pictures = on_host(x, |x| {
+            on_host(&self.weight, |weight| {
+                on_host(&self.bias, |bias| x.chunks_exact(inputs * height * width).flat_map(|x| conv2d(x, weight, bias, &shape)).collect::<Vec<f32>>())
+            })
+        })???;
+        Tensor::from_vec(pictures, (batch, outputs, shape.out_height(), shape.out_width()), x.device())
+    }
+}
+
+/// Lends the values of a tensor in host memory.
+fn on_host<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cpu(values) = &*storage else { candle_core::bail!("expected a tensor in host memory") };
+    let start = layout.start_offset();
+    Ok(f(&values.as_slice::<f32>()?[start..start + layout.shape().elem_count()]))
 }
 
 /// A group norm.
@@ -124,6 +154,18 @@ pub(super) struct Norm {
 impl Norm {
     /// silu(norm(x)).
     pub(super) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        if x.device().is_cpu() {
+            let (batch, ..) = x.dims4()?;
+            let pictures = on_host(x, |x| {
+                on_host(&self.weight, |gain| {
+                    on_host(&self.bias, |offset| {
+                        let size = (x.len() / batch.max(1)).max(1);
+                        x.chunks_exact(size).flat_map(|x| group_norm_silu(x, self.groups, gain, offset, EPSILON)).collect::<Vec<f32>>()
+                    })
+                })
+            })???;
+            return Tensor::from_vec(pictures, x.shape(), x.device());
+        }
         let norm = candle_nn::GroupNorm::new(self.weight.clone(), self.bias.clone(), self.channels, self.groups, EPSILON)?;
         norm.forward(x)?.silu()
     }
