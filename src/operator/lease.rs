@@ -1,0 +1,342 @@
+//! Leader election by a `coordination.k8s.io` Lease.
+//!
+//! # Expected flow
+//! [`Elector::acquire`] waits until this process holds the Lease and returns a [`Leadership`]; [`Elector::hold`] renews it and returns only when
+//! it is lost. Then the process must end: [`Leadership::is_valid`] is checked before every write, so that a process that was frozen past its
+//! deadline writes nothing on waking up.
+//!
+//! # Guarantees
+//! - Every change of the Lease is a replace at a known resource version, so of two candidates that saw the same expired Lease one is refused.
+//! - Another holder's expiry is judged by this process's own monotonic clock since the record last changed, never by the times in the record:
+//!   clocks of two nodes need not agree.
+//! - `lease duration > renew deadline > retry period`: the holder stops before anybody else starts.
+//!
+//! # Why no crate
+//! `kube-leader-election` 0.44 needs kube 4 and `kubert` 0.25 kube 1. `kube-lease-manager` 0.13 fits kube 5, but it takes an expired Lease by a
+//! patch without a resource version (two candidates can both believe that they hold it) and compares the record's times with the local clock.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use kube::api::{Api, ObjectMeta, PostParams};
+use kube::{Client, ResourceExt as _};
+use tokio::time::Instant;
+
+/// Why leadership could not be had or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// The Lease could not be renewed in time, or another process holds it now.
+    #[error("failed to keep the lease {name:?}: {why}")]
+    Lost {
+        /// Name of the Lease.
+        name: String,
+        /// Who or what took it.
+        why: String,
+    },
+    /// The intervals contradict each other.
+    #[error("failed to accept the lease intervals: duration {duration:?} must exceed the renew deadline {renew:?}, and that the retry period {retry:?}")]
+    Intervals {
+        /// Lease duration.
+        duration: Duration,
+        /// Renew deadline.
+        renew: Duration,
+        /// Retry period.
+        retry: Duration,
+    },
+}
+
+/// How long leadership lasts and how often it is renewed.
+#[derive(Debug, Clone, Copy)]
+pub struct Intervals {
+    /// How long others wait after the last renewal that they saw.
+    pub duration: Duration,
+    /// How long the holder goes on without a successful renewal.
+    pub renew_deadline: Duration,
+    /// Time between two attempts.
+    pub retry: Duration,
+}
+
+impl Intervals {
+    /// Checks `duration > renew_deadline > retry > 0`.
+    pub fn checked(self) -> Result<Self, LeaseError> {
+        if self.duration > self.renew_deadline && self.renew_deadline > self.retry && !self.retry.is_zero() && self.duration.as_secs() >= 1 {
+            Ok(self)
+        } else {
+            Err(LeaseError::Intervals { duration: self.duration, renew: self.renew_deadline, retry: self.retry })
+        }
+    }
+}
+
+impl Default for Intervals {
+    fn default() -> Self {
+        Self { duration: Duration::from_secs(15), renew_deadline: Duration::from_secs(10), retry: Duration::from_secs(2) }
+    }
+}
+
+/// Until when this process may write. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Leadership {
+    /// `None`: leader election is off, always valid.
+    valid_until: Option<Arc<Mutex<Instant>>>,
+}
+
+impl Leadership {
+    /// Leadership without an election.
+    pub fn without_election() -> Self {
+        Self::default()
+    }
+
+    fn until(instant: Instant) -> Self {
+        Self { valid_until: Some(Arc::new(Mutex::new(instant))) }
+    }
+
+    fn extend(&self, instant: Instant) {
+        if let Some(valid_until) = &self.valid_until {
+            *valid_until.lock().unwrap_or_else(PoisonError::into_inner) = instant;
+        }
+    }
+
+    /// Whether the last successful renewal is recent enough to write.
+    pub fn is_valid(&self) -> bool {
+        self.valid_until.as_ref().is_none_or(|until| Instant::now() < *until.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What this process last saw of the Lease, and when it first saw that.
+#[derive(Debug, Clone, Default)]
+struct Observed {
+    /// Empty when the Lease has not been seen.
+    resource_version: String,
+    spec: LeaseSpec,
+    since: Option<Instant>,
+}
+
+/// What to do about the Lease now.
+#[derive(Debug, PartialEq, Eq)]
+enum Decision {
+    Create,
+    Take,
+    Renew,
+    Wait,
+}
+
+/// The pure core: `lease` is the live object, `observed.since` tells for how long its record has not changed.
+fn decide(lease: Option<&Lease>, observed: &Observed, identity: &str, now: Instant) -> Decision {
+    let Some(spec) = lease.map(|lease| lease.spec.clone().unwrap_or_default()) else { return Decision::Create };
+    match spec.holder_identity.as_deref() {
+        None | Some("") => Decision::Take,
+        Some(holder) if holder == identity => Decision::Renew,
+        Some(_) => {
+            let duration = Duration::from_secs(u64::try_from(spec.lease_duration_seconds.unwrap_or(0)).unwrap_or(0));
+            match observed.since {
+                Some(since) if now.duration_since(since) > duration => Decision::Take,
+                _ => Decision::Wait,
+            }
+        }
+    }
+}
+
+/// Competes for one Lease.
+#[derive(Debug, Clone)]
+pub struct Elector {
+    api: Api<Lease>,
+    name: String,
+    identity: String,
+    intervals: Intervals,
+}
+
+impl Elector {
+    /// `client` must be one without retries of its own (`Config::default_retry = false`): a renewal that hangs is a lost one.
+    pub fn new(client: Client, namespace: &str, name: &str, identity: &str, intervals: Intervals) -> Result<Self, LeaseError> {
+        Ok(Self { api: Api::namespaced(client, namespace), name: name.to_owned(), identity: identity.to_owned(), intervals: intervals.checked()? })
+    }
+
+    /// Waits until this process holds the Lease.
+    pub async fn acquire(&self) -> Leadership {
+        let mut observed = Observed::default();
+        loop {
+            match self.attempt(&mut observed).await {
+                Ok(Some(renewed)) => {
+                    tracing::info!(lease = %self.name, identity = %self.identity, "holds the leader lease");
+                    return Leadership::until(renewed + self.intervals.renew_deadline);
+                }
+                Ok(None) => {}
+                Err(error) => tracing::warn!(lease = %self.name, error = &error as &dyn std::error::Error, "failed to reach the leader lease"),
+            }
+            tokio::time::sleep(jittered(self.intervals.retry)).await;
+        }
+    }
+
+    /// Renews until the Lease is lost; never returns otherwise.
+    pub async fn hold(&self, leadership: &Leadership) -> LeaseError {
+        let mut observed = Observed::default();
+        let mut last = Instant::now();
+        let mut why = String::from("no renewal succeeded in time");
+        loop {
+            tokio::time::sleep(self.intervals.retry).await;
+            match self.attempt(&mut observed).await {
+                Ok(Some(renewed)) => {
+                    last = renewed;
+                    leadership.extend(renewed + self.intervals.renew_deadline);
+                }
+                Ok(None) => {
+                    let holder = observed.spec.holder_identity.clone().unwrap_or_default();
+                    return LeaseError::Lost { name: self.name.clone(), why: format!("{holder:?} holds it") };
+                }
+                Err(error) => {
+                    tracing::warn!(lease = %self.name, error = &error as &dyn std::error::Error, "failed to renew the leader lease");
+                    why = error.to_string();
+                }
+            }
+            if last.elapsed() >= self.intervals.renew_deadline {
+                return LeaseError::Lost { name: self.name.clone(), why };
+            }
+        }
+    }
+
+    /// Gives the Lease up, so that another process need not wait for it to expire.
+    pub async fn release(&self) {
+        let released = async {
+            let Some(mut lease) = self.api.get_opt(&self.name).await? else { return Ok(()) };
+            let spec = lease.spec.get_or_insert_default();
+            if spec.holder_identity.as_deref() == Some(self.identity.as_str()) {
+                spec.holder_identity = Some(String::new());
+                spec.lease_duration_seconds = Some(1);
+                self.api.replace(&self.name, &PostParams::default(), &lease).await?;
+            }
+            Ok::<_, kube::Error>(())
+        };
+        match tokio::time::timeout(self.intervals.retry, released).await {
+            Ok(Ok(())) => tracing::info!(lease = %self.name, "released the leader lease"),
+            Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to release the leader lease"),
+            Err(_elapsed) => tracing::warn!("failed to release the leader lease in time"),
+        }
+    }
+
+    /// One look at the Lease and at most one write. `Ok(Some(start of the attempt))` when this process holds it now.
+    async fn attempt(&self, observed: &mut Observed) -> Result<Option<Instant>, AttemptError> {
+        let started = Instant::now();
+        let budget = self.intervals.renew_deadline / 2;
+        let held = tokio::time::timeout(budget, self.attempt_unbounded(observed)).await.map_err(|_elapsed| AttemptError::TimedOut(budget))??;
+        Ok(held.then_some(started))
+    }
+
+    async fn attempt_unbounded(&self, observed: &mut Observed) -> Result<bool, AttemptError> {
+        let lease = self.api.get_opt(&self.name).await?;
+        if let Some(lease) = &lease {
+            let resource_version = lease.resource_version().unwrap_or_default();
+            if observed.since.is_none() || observed.resource_version != resource_version {
+                *observed = Observed { resource_version, spec: lease.spec.clone().unwrap_or_default(), since: Some(Instant::now()) };
+            }
+        }
+        let written = match decide(lease.as_ref(), observed, &self.identity, Instant::now()) {
+            Decision::Wait => return Ok(false),
+            Decision::Create => {
+                let metadata = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
+                self.api.create(&PostParams::default(), &Lease { metadata, spec: Some(self.record(None)) }).await
+            }
+            Decision::Take | Decision::Renew => {
+                let mut lease = lease.unwrap_or_default();
+                lease.spec = Some(self.record(lease.spec.as_ref()));
+                self.api.replace(&self.name, &PostParams::default(), &lease).await
+            }
+        };
+        match written {
+            Ok(_) => Ok(true),
+            // Somebody else was faster; look again.
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The record that says that this process holds the Lease, given the one before.
+    fn record(&self, before: Option<&LeaseSpec>) -> LeaseSpec {
+        let now = MicroTime(jiff::Timestamp::now());
+        let ours = before.is_some_and(|spec| spec.holder_identity.as_deref() == Some(self.identity.as_str()));
+        let transitions = before.and_then(|spec| spec.lease_transitions).unwrap_or(0);
+        LeaseSpec {
+            holder_identity: Some(self.identity.clone()),
+            lease_duration_seconds: Some(i32::try_from(self.intervals.duration.as_secs()).unwrap_or(i32::MAX)),
+            acquire_time: if ours { before.and_then(|spec| spec.acquire_time.clone()) } else { Some(now.clone()) },
+            renew_time: Some(now),
+            lease_transitions: Some(if ours || before.is_none() { transitions } else { transitions.saturating_add(1) }),
+            ..LeaseSpec::default()
+        }
+    }
+}
+
+/// Why one attempt failed.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    #[error("failed to reach the API server: {0}")]
+    Api(#[from] kube::Error),
+    #[error("no answer of the API server within {0:?}")]
+    TimedOut(Duration),
+}
+
+/// `duration` plus up to a fifth, so that candidates do not come all at once.
+fn jittered(duration: Duration) -> Duration {
+    duration.mul_f64(1.0 + rand::random::<f64>() * 0.2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(holder: Option<&str>, seconds: i32) -> Lease {
+        let spec = LeaseSpec { holder_identity: holder.map(str::to_owned), lease_duration_seconds: Some(seconds), ..LeaseSpec::default() };
+        Lease { metadata: ObjectMeta::default(), spec: Some(spec) }
+    }
+
+    #[test]
+    fn a_lease_is_taken_when_free_or_unchanged_for_its_duration() {
+        let now = Instant::now();
+        let seen = |seconds_ago: u64| Observed { since: now.checked_sub(Duration::from_secs(seconds_ago)), ..Observed::default() };
+        let cases = [
+            ("there is none", None, seen(0), Decision::Create),
+            ("nobody holds it", Some(lease(None, 15)), seen(0), Decision::Take),
+            ("released", Some(lease(Some(""), 1)), seen(0), Decision::Take),
+            ("ours", Some(lease(Some("me"), 15)), seen(0), Decision::Renew),
+            ("ours, of long ago", Some(lease(Some("me"), 15)), seen(100), Decision::Renew),
+            ("another's, fresh", Some(lease(Some("you"), 15)), seen(14), Decision::Wait),
+            ("another's, expired", Some(lease(Some("you"), 15)), seen(16), Decision::Take),
+            ("another's, just met", Some(lease(Some("you"), 15)), Observed::default(), Decision::Wait),
+        ];
+        for (name, lease, observed, want) in cases {
+            assert_eq!(decide(lease.as_ref(), &observed, "me", now), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn another_holders_expiry_is_judged_by_our_clock_not_by_the_record() {
+        // Trap: a record whose renewTime lies far in the past (the holder's clock is behind) is fresh as long as it keeps changing.
+        let mut stale_clock = lease(Some("you"), 15);
+        stale_clock.spec.get_or_insert_default().renew_time = Some(MicroTime(jiff::Timestamp::UNIX_EPOCH));
+        let now = Instant::now();
+        let observed = Observed { since: Some(now), ..Observed::default() };
+        assert_eq!(decide(Some(&stale_clock), &observed, "me", now), Decision::Wait);
+    }
+
+    #[test]
+    fn the_holder_must_stop_before_others_start() {
+        let seconds = Duration::from_secs;
+        assert!(Intervals::default().checked().is_ok());
+        for (duration, renew, retry) in [(10, 10, 10), (15, 15, 2), (15, 10, 10), (15, 10, 0), (2, 10, 1)] {
+            let intervals = Intervals { duration: seconds(duration), renew_deadline: seconds(renew), retry: seconds(retry) };
+            assert!(intervals.checked().is_err(), "{intervals:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leadership_ends_by_itself_when_not_extended() {
+        let leadership = Leadership::until(Instant::now() + Duration::from_secs(10));
+        assert!(leadership.is_valid());
+        tokio::time::advance(Duration::from_secs(11)).await;
+        assert!(!leadership.is_valid(), "a process that was frozen past its deadline must not write");
+        leadership.extend(Instant::now() + Duration::from_secs(10));
+        assert!(leadership.is_valid());
+        assert!(Leadership::without_election().is_valid());
+    }
+}

@@ -1,0 +1,297 @@
+//! The operator's metrics, in OpenMetrics text. No label ever holds the name of a job: series stay few however many jobs there are.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+/// Labels of `finetune_job_terminal_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TerminalLabels {
+    result: String,
+    reason: String,
+}
+
+/// Labels of `finetune_job_restarts_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CauseLabels {
+    cause: String,
+}
+
+/// Labels of `finetune_reconcile_duration_seconds`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabels {
+    result: String,
+}
+
+/// Labels of `finetune_reconcile_errors_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClassLabels {
+    class: String,
+}
+
+/// Labels of `finetune_apiserver_requests_total`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    verb: String,
+    code: String,
+}
+
+/// Labels of `finetune_jobs`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct JobLabels {
+    namespace: String,
+    phase: String,
+}
+
+/// Number of jobs by (namespace, phase), counted when asked.
+pub type JobCounts = Box<dyn Fn() -> Vec<((String, String), i64)> + Send + Sync>;
+
+/// Everything the operator counts. One per process.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    counts: Arc<Mutex<JobSources>>,
+    terminal: Family<TerminalLabels, Counter>,
+    queue_seconds: Histogram,
+    start_latency_seconds: Histogram,
+    duration_seconds: Histogram,
+    restarts: Family<CauseLabels, Counter>,
+    reconcile_seconds: Family<ResultLabels, Histogram>,
+    reconcile_errors: Family<ClassLabels, Counter>,
+    status_patches: Counter,
+    progress_fetches: Family<ResultLabels, Counter>,
+    requests: Family<RequestLabels, Counter>,
+    leader: Gauge<i64>,
+    crd_missing: Gauge<i64>,
+    resident_bytes: ResidentBytes,
+}
+
+/// Histogram of `finetune_reconcile_duration_seconds`.
+fn reconcile_histogram() -> Histogram {
+    Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0])
+}
+
+/// Buckets for what takes minutes to days.
+fn long_histogram() -> Histogram {
+    Histogram::new([1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 10_800.0, 21_600.0, 43_200.0, 86_400.0, 259_200.0])
+}
+
+impl Metrics {
+    /// Registers every metric.
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::default(),
+            counts: Arc::default(),
+            terminal: Family::default(),
+            queue_seconds: long_histogram(),
+            start_latency_seconds: long_histogram(),
+            duration_seconds: long_histogram(),
+            restarts: Family::default(),
+            reconcile_seconds: Family::new_with_constructor(reconcile_histogram),
+            reconcile_errors: Family::default(),
+            status_patches: Counter::default(),
+            progress_fetches: Family::default(),
+            requests: Family::default(),
+            leader: Gauge::default(),
+            crd_missing: Gauge::default(),
+            resident_bytes: ResidentBytes,
+        };
+        metrics.register();
+        metrics
+    }
+
+    fn register(&mut self) {
+        // The library itself appends "_total" to counters and "_info" to infos.
+        let registry = &mut self.registry;
+        registry.register_collector(Box::new(JobsCollector(Arc::clone(&self.counts))));
+        registry.register_collector(Box::new(self.resident_bytes));
+        registry.register("finetune_job_terminal", "Jobs that ended, by result and reason", self.terminal.clone());
+        registry.register("finetune_job_queue_seconds", "Seconds from a job's creation (or resumption) until its quota was reserved", self.queue_seconds.clone());
+        registry.register("finetune_job_start_latency_seconds", "Seconds from a job's creation until its first pod ran", self.start_latency_seconds.clone());
+        registry.register("finetune_job_duration_seconds", "Seconds from a job's first running pod to its end", self.duration_seconds.clone());
+        registry.register("finetune_job_restarts", "Attempts after a job's first, by the cause that ended the one before", self.restarts.clone());
+        registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation", self.reconcile_seconds.clone());
+        registry.register("finetune_reconcile_errors", "Reconciliations that failed, by class of error", self.reconcile_errors.clone());
+        registry.register("finetune_status_patches", "Status writes", self.status_patches.clone());
+        registry.register("finetune_progress_fetches", "Requests for a trainer's progress, by result", self.progress_fetches.clone());
+        registry.register("finetune_apiserver_requests", "Requests to the API server, by verb and status code", self.requests.clone());
+        registry.register("finetune_leader", "1 while this process holds the leader lease", self.leader.clone());
+        registry.register("finetune_crd_missing", "1 while the FineTuneJob resource is not served by the API server", self.crd_missing.clone());
+        registry.register("build", "Version of this binary", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
+    }
+
+    /// Adds a source of job counts; sources of all watched namespaces add up.
+    pub fn add_job_counts(&self, source: JobCounts) {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).0.push(source);
+    }
+
+    /// Everything as OpenMetrics text.
+    pub fn encode(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+
+    /// A job ended as `result` ("succeeded" or "failed") for `reason`, `duration` after its first pod ran.
+    pub fn job_ended(&self, result: &str, reason: &str, duration: Option<Duration>) {
+        self.terminal.get_or_create(&TerminalLabels { result: result.to_owned(), reason: reason.to_owned() }).inc();
+        if let Some(duration) = duration {
+            self.duration_seconds.observe(duration.as_secs_f64());
+        }
+    }
+
+    /// A job's quota was reserved.
+    pub fn job_admitted(&self, waited: Duration) {
+        self.queue_seconds.observe(waited.as_secs_f64());
+    }
+
+    /// A job's first pod runs.
+    pub fn job_started(&self, waited: Duration) {
+        self.start_latency_seconds.observe(waited.as_secs_f64());
+    }
+
+    /// An attempt was followed by another.
+    pub fn job_restarted(&self, cause: &str) {
+        self.restarts.get_or_create(&CauseLabels { cause: cause.to_owned() }).inc();
+    }
+
+    /// A reconciliation took `duration`; `class` names the error it ended with.
+    pub fn reconciled(&self, duration: Duration, class: Option<&str>) {
+        let result = if class.is_some() { "error" } else { "ok" };
+        self.reconcile_seconds.get_or_create(&ResultLabels { result: result.to_owned() }).observe(duration.as_secs_f64());
+        if let Some(class) = class {
+            self.reconcile_errors.get_or_create(&ClassLabels { class: class.to_owned() }).inc();
+        }
+    }
+
+    /// A status was written.
+    pub fn status_patched(&self) {
+        self.status_patches.inc();
+    }
+
+    /// A trainer was asked for its progress.
+    pub fn progress_fetched(&self, result: &str) {
+        self.progress_fetches.get_or_create(&ResultLabels { result: result.to_owned() }).inc();
+    }
+
+    /// The API server answered a request (`code` is "error" where no answer came).
+    pub fn api_request(&self, verb: &str, code: &str) {
+        self.requests.get_or_create(&RequestLabels { verb: verb.to_owned(), code: code.to_owned() }).inc();
+    }
+
+    /// Sets `finetune_leader`.
+    pub fn set_leader(&self, leader: bool) {
+        self.leader.set(i64::from(leader));
+    }
+
+    /// Sets `finetune_crd_missing`.
+    pub fn set_crd_missing(&self, missing: bool) {
+        self.crd_missing.set(i64::from(missing));
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Where job counts come from.
+#[derive(Default)]
+struct JobSources(Vec<JobCounts>);
+
+impl fmt::Debug for JobSources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "JobSources({})", self.0.len())
+    }
+}
+
+/// `finetune_jobs`, counted in the caches at each scrape.
+#[derive(Debug)]
+struct JobsCollector(Arc<Mutex<JobSources>>);
+
+impl Collector for JobsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let mut total = std::collections::BTreeMap::new();
+        for source in &self.0.lock().unwrap_or_else(PoisonError::into_inner).0 {
+            for (key, count) in source() {
+                *total.entry(key).or_insert(0) += count;
+            }
+        }
+        let family: Family<JobLabels, Gauge<i64>> = Family::default();
+        for ((namespace, phase), count) in total {
+            family.get_or_create(&JobLabels { namespace, phase }).set(count);
+        }
+        let metric = encoder.encode_descriptor("finetune_jobs", "FineTuneJobs by namespace and phase", None, prometheus_client::metrics::MetricType::Gauge)?;
+        family.encode(metric)
+    }
+}
+
+/// `process_resident_memory_bytes`, read from `/proc` at each scrape (absent where there is none).
+#[derive(Debug, Clone, Copy)]
+struct ResidentBytes;
+
+impl Collector for ResidentBytes {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).and_then(|rest| rest.trim().trim_end_matches(" kB").trim().parse::<i64>().ok());
+        if let Some(kib) = kib {
+            let gauge = ConstGauge::new(kib.saturating_mul(1024));
+            let metric = encoder.encode_descriptor("process_resident_memory_bytes", "Resident memory of this process", None, prometheus_client::metrics::MetricType::Gauge)?;
+            gauge.encode(metric)?;
+        }
+        Ok(())
+    }
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_of_the_reference_is_served_and_no_series_names_a_job() {
+        let metrics = Metrics::new();
+        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 2)]));
+        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 1)]));
+        metrics.job_ended("failed", "InvalidDataset", Some(Duration::from_secs(70)));
+        metrics.job_admitted(Duration::from_secs(3));
+        metrics.job_started(Duration::from_secs(9));
+        metrics.job_restarted("Disrupted");
+        metrics.reconciled(Duration::from_millis(3), None);
+        metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
+        metrics.status_patched();
+        metrics.progress_fetched("ok");
+        metrics.api_request("get", "200");
+        metrics.set_leader(true);
+        let text = metrics.encode().unwrap();
+        for line in [
+            "finetune_jobs{namespace=\"team-a\",phase=\"Running\"} 3",
+            "finetune_job_terminal_total{result=\"failed\",reason=\"InvalidDataset\"} 1",
+            "finetune_job_queue_seconds_count 1",
+            "finetune_job_start_latency_seconds_count 1",
+            "finetune_job_duration_seconds_count 1",
+            "finetune_job_restarts_total{cause=\"Disrupted\"} 1",
+            "finetune_reconcile_duration_seconds_count{result=\"ok\"} 1",
+            "finetune_reconcile_errors_total{class=\"apply_job\"} 1",
+            "finetune_status_patches_total 1",
+            "finetune_apiserver_requests_total{verb=\"get\",code=\"200\"} 1",
+            "finetune_leader 1",
+            "finetune_crd_missing 0",
+            "build_info{version=",
+            "process_resident_memory_bytes ",
+        ] {
+            assert!(text.contains(line), "{line} is missing in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}
