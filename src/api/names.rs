@@ -16,6 +16,10 @@ pub const CRD_NAME: &str = "finetunejobs.finetune.dev";
 pub const FIELD_MANAGER: &str = "finetune-operator";
 /// Label with the FineTuneJob's name on its Job, pods and ConfigMap.
 pub const JOB_LABEL: &str = "finetune.dev/job";
+/// Label with the FineTuneJob's UID on its Job and pods: a FineTuneJob that is deleted and created again is another one.
+pub const JOB_UID_LABEL: &str = "finetune.dev/job-uid";
+/// Annotation on the Job with the number of failures in earlier Jobs of the FineTuneJob: they count against `failurePolicy.maxRetries`.
+pub const FAILED_BEFORE_ANNOTATION: &str = "finetune.dev/failed-before";
 /// Label on the Job that hands it to a Kueue queue.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Label on the Job that sets its Kueue priority.
@@ -27,12 +31,16 @@ pub const PROGRESS_PORT: u16 = 9400;
 /// Longest name of a FineTuneJob: the suffixes of its children need room.
 pub const MAX_NAME_LENGTH: usize = 50;
 
+/// What follows the FineTuneJob's name in that of its batch Job.
+pub const JOB_SUFFIX: &str = "-train";
+
 /// Name of the batch Job of the FineTuneJob `name`.
 pub fn job_name(name: &str) -> String {
-    format!("{name}-train")
+    format!("{name}{JOB_SUFFIX}")
 }
 
-/// Name of the ConfigMap with the resolved configuration of the FineTuneJob `name`.
-pub fn config_map_name(name: &str) -> String {
-    format!("{name}-config")
+/// Name of the ConfigMap with the resolved configuration of the FineTuneJob `name`. `digest` is that of its content: while a job is suspended its
+/// scheduling may change, and a ConfigMap is never changed.
+pub fn config_map_name(name: &str, digest: &[u8; 32]) -> String {
+    format!("{name}-config-{}", &hex::encode(digest)[..8])
 }

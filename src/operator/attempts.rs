@@ -99,12 +99,6 @@ impl Attempts {
         Some((attempt, cut.saturating_add(u32::try_from(index).unwrap_or(u32::MAX)).saturating_add(1)))
     }
 
-    /// Failures in Jobs other than the one with `job_uid`, among those kept: a re-created Job may have so many fewer.
-    pub fn failed_elsewhere(&self, job_uid: Option<&str>) -> u32 {
-        let here = self.history.iter().filter(|attempt| attempt.cause == Some(AttemptCause::Failed) && Some(attempt.job_uid.as_str()) == job_uid).count();
-        self.counts.failed.saturating_sub(u32::try_from(here).unwrap_or(u32::MAX))
-    }
-
     /// Restarts within the hour before the newest start: the first attempt, and those after a suspension, are none. Above what the history holds,
     /// the rate of the kept ones is projected to an hour.
     pub fn restarts_per_hour(&self) -> u32 {

@@ -1,7 +1,39 @@
 //! The controller: reconciles FineTuneJobs into GPU pods.
+//!
+//! One reconciliation is a row of steps, one file each; only `dereference`, `apply` and the writing of the status know a client:
+//!
+//! | step | file | |
+//! |---|---|---|
+//! | dereference | [`dereference`] | what the cluster holds, mostly from caches ([`caches`]): [`world::World`] |
+//! | validate | [`validate`] | the spec becomes a [`validate::ValidatedJob`] with its resolved configuration |
+//! | decide | [`attempts`], [`decide`] | what to do: [`decide::Intent`] |
+//! | build | [`build`] | ConfigMap and Job |
+//! | apply | [`apply`] | carries out the intent |
+//! | status | [`status`], [`conditions`], [`transitions`] | the new status; events and metrics of its change |
+//!
+//! `docs/operator.md` tells what it guarantees.
 
+pub mod apply;
+pub mod attempts;
 pub mod backoff;
+pub mod build;
+pub mod caches;
 pub mod client;
+pub mod conditions;
+pub mod context;
+pub mod decide;
+pub mod dereference;
+pub mod error;
 pub mod http;
+pub mod kueue;
 pub mod lease;
 pub mod metrics;
+pub mod nodes;
+pub mod progress;
+pub mod reconcile;
+pub mod run;
+pub mod settings;
+pub mod status;
+pub mod transitions;
+pub mod validate;
+pub mod world;

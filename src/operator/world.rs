@@ -14,8 +14,8 @@ use crate::api::{Progress, TRAINER_CONTAINER};
 pub struct World {
     /// The batch Job, if it exists and is owned by this FineTuneJob.
     pub job: Option<Arc<Job>>,
-    /// A pod by which a Job of the same name, made for an earlier FineTuneJob, still runs.
-    pub stranger_pod: Option<String>,
+    /// A Job or a live pod of an earlier FineTuneJob of the same name, in words; it will be gone by itself.
+    pub stranger: Option<String>,
     /// Every pod of this FineTuneJob, also those of earlier Jobs.
     pub pods: Vec<Arc<Pod>>,
     /// Kueue's Workload of the Job.

@@ -15,7 +15,7 @@ const SHARED: [(&str, [&str; 2]); 2] =
     [("nvidia.com/gpu.sharing-strategy", ["time-slicing", "mps"]), ("cloud.google.com/gke-gpu-sharing-strategy", ["time-sharing", "mps"])];
 
 /// Nodes that GPU Feature Discovery has not labelled.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NodeClass {
     /// Label that holds the memory of the node's GPU in MiB; bounded by the job's `minMemoryMiB` and `maxMemoryMiB`.

@@ -1,0 +1,215 @@
+//! One reconciliation: dereference, validate, build and apply, status.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::controller::Action;
+use kube::{Resource as _, ResourceExt as _};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::apply::{self, Applied};
+use super::attempts::Attempts;
+use super::caches::{Caches, Guarded};
+use super::conditions;
+use super::context::{BELIEF_ENDS, Context};
+use super::decide::{self, Intent, Wait};
+use super::dereference::dereference;
+use super::error::{Error, Operation, Retry};
+use super::progress::Poller;
+use super::status::{self, Inputs, Outcome};
+use super::transitions::{self, Measure};
+use super::validate::validate;
+use super::world::{self, World};
+use crate::api::{API_VERSION, FIELD_MANAGER, FineTuneJob, FineTuneJobStatus, JobCreatedReason, KIND, TtlScope};
+
+/// Pause before another look at caches that were behind, and at a Job that is in the way.
+const SOON: Duration = Duration::from_secs(2);
+/// Pause before another look at something that a person has to change.
+const LATER: Duration = Duration::from_secs(60);
+/// How often a container that is being created is looked at.
+const CREATING: Duration = Duration::from_secs(10);
+
+/// What one controller (of one namespace, or of all) needs.
+#[derive(Debug)]
+pub struct Scope {
+    /// Shared by the process.
+    pub ctx: Arc<Context>,
+    /// What is watched.
+    pub caches: Caches,
+    /// What trainers say.
+    pub poller: Arc<Poller>,
+    /// Bounds the reconciliations of the process.
+    pub permits: Arc<tokio::sync::Semaphore>,
+}
+
+/// Reconciles one object. Never runs twice at once for the same one.
+pub async fn reconcile(object: Arc<Guarded>, scope: Arc<Scope>) -> Result<Action, Error> {
+    let _permit = scope.permits.acquire().await;
+    let started = Instant::now();
+    let result = match &object.0 {
+        Ok(job) => reconcile_job(job, &scope).await,
+        Err(invalid) => Err(Error::Unreadable { message: invalid.error.clone() }),
+    };
+    scope.ctx.metrics.reconciled(started.elapsed(), result.as_ref().err().map(Error::class));
+    if result.is_ok() {
+        scope.ctx.backoff.succeeded(&object.uid().unwrap_or_default());
+    }
+    result
+}
+
+/// What follows an error: growing pauses for each object on its own.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that kube calls")]
+pub fn error_policy(object: Arc<Guarded>, error: &Error, scope: Arc<Scope>) -> Action {
+    match error.retry() {
+        Retry::AwaitChange => Action::await_change(),
+        Retry::Backoff => Action::requeue(scope.ctx.backoff.failed(&object.uid().unwrap_or_default())),
+    }
+}
+
+#[tracing::instrument(skip_all, fields(namespace = job.namespace(), name = job.name_any(), generation = job.metadata.generation))]
+async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Action, Error> {
+    if job.metadata.deletion_timestamp.is_some() {
+        // Owner references do the rest.
+        return Ok(Action::await_change());
+    }
+    let ctx = &scope.ctx;
+    let before = ctx.newest_status(job);
+    let mut world = dereference(job, ctx, &scope.caches, &scope.poller).await?;
+    let validated = validate(job, &ctx.settings);
+    let now = now();
+    let attempts = Attempts::update(&before, &world, job.spec.suspend, now);
+    let intent = decide::decide(job, &before, validated.as_ref().ok(), &world, &attempts, now);
+    tracing::debug!(?intent, "decided");
+    let applied = apply::apply(job, validated.as_ref().ok(), &intent, &mut world, ctx).await;
+    let (outcome, failed) = match applied {
+        Ok(Applied::World(outcome)) => (outcome, None),
+        Ok(Applied::Stale) => return Ok(Action::requeue(SOON)),
+        // A first reconciliation that fails must leave a trace, too.
+        Err(error) if matches!(intent, Intent::Create { .. }) => {
+            let (reason, message) = error.not_created();
+            (Outcome::NotCreated { reason, message }, Some(error))
+        }
+        Err(error) if error.is_conflict() => return Ok(Action::requeue(SOON)),
+        Err(error) => return Err(error),
+    };
+    let inputs = Inputs { job, before: &before, validated: validated.as_ref(), world: &world, attempts: &attempts, intent: &intent, outcome: &outcome, now };
+    let after = status::status(&inputs);
+    let wait = write(job, &before, &after, &attempts, now, ctx).await?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    finish(job, &after, &world, ctx).await?;
+    Ok(next(job, &after, &world, &attempts, &intent, &outcome, wait, ctx))
+}
+
+/// To the second, as the API server keeps times: else every comparison with what was written would fail.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+/// Writes the status where it differs: at once if it tells a step of the job's life, else when the interval is over. Returns how long to wait for that.
+async fn write(job: &FineTuneJob, before: &FineTuneJobStatus, after: &FineTuneJobStatus, attempts: &Attempts, now: Timestamp, ctx: &Context) -> Result<Option<Duration>, Error> {
+    if before == after {
+        return Ok(None);
+    }
+    let uid = job.uid().unwrap_or_default();
+    let interval = ctx.settings.progress_interval;
+    if !status::lifecycle_differs(before, after)
+        && let Some(left) = ctx.since_write(&uid).and_then(|since| interval.checked_sub(since)).filter(|left| !left.is_zero())
+    {
+        return Ok(Some(left));
+    }
+    let jobs: Api<FineTuneJob> = Api::namespaced(ctx.client.clone(), job.metadata.namespace.as_deref().unwrap_or_default());
+    let name = job.name_any();
+    // The UID makes the API server refuse a successor of the same name. The whole of the status is sent each time: what is left out is removed.
+    let patch = json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": { "name": name, "uid": uid }, "status": after });
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    let written = match ctx.call(Operation::WriteStatus, jobs.patch_status(&name, &params, &Patch::Apply(&patch))).await {
+        Ok(written) => written,
+        // Deleted meanwhile, or another of that name.
+        Err(error) if error.is_not_found() || error.is_conflict() => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    ctx.metrics.status_patched();
+    ctx.remember_status(&written);
+    for measure in transitions::measures(before, after, &attempts.ended_now, job.creation_timestamp().map(|time| time.0), now) {
+        match measure {
+            Measure::Ended { result, reason, duration } => ctx.metrics.job_ended(result, &reason, duration),
+            Measure::Admitted(waited) => ctx.metrics.job_admitted(waited),
+            Measure::Started(waited) => ctx.metrics.job_started(waited),
+            Measure::Restarted(cause) => ctx.metrics.job_restarted(cause),
+        }
+    }
+    let reference = job.object_ref(&());
+    for event in transitions::events(before, after, &attempts.ended_now) {
+        tracing::info!(reason = %event.reason, note = event.note.as_deref().unwrap_or_default(), "job changed");
+        // An event that is lost is no reason to do anything again.
+        if let Err(error) = ctx.call(Operation::PublishEvent, ctx.recorder.publish(&event, &reference)).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to publish an event");
+        }
+    }
+    Ok(None)
+}
+
+/// What is to be done for a job that has ended, once that is saved.
+async fn finish(job: &FineTuneJob, after: &FineTuneJobStatus, world: &World, ctx: &Context) -> Result<(), Error> {
+    if !conditions::is_terminal(&after.conditions) {
+        return Ok(());
+    }
+    if let Some(child) = world.job.as_ref().filter(|child| world::job_end(child).is_some()) {
+        apply::set_ttl(job, child, ctx).await?;
+    }
+    if self_deletion(job, after, ctx).is_some_and(|left| left.is_zero()) {
+        apply::delete_self(job, ctx).await?;
+    }
+    Ok(())
+}
+
+/// In how long the FineTuneJob itself is to be deleted, if ever.
+fn self_deletion(job: &FineTuneJob, after: &FineTuneJobStatus, ctx: &Context) -> Option<Duration> {
+    if job.spec.ttl_scope != TtlScope::All || !ctx.settings.allow_ttl_scope_all {
+        return None;
+    }
+    let due = after.completion_time.as_ref()?.0.checked_add(jiff::SignedDuration::from_secs(job.spec.ttl_seconds_after_finished.into())).ok()?;
+    Some(Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO))
+}
+
+/// When to come back without being asked to by a watch: the earliest of what time alone changes.
+#[expect(clippy::too_many_arguments, reason = "every step has a say in when to come back")]
+fn next(job: &FineTuneJob, after: &FineTuneJobStatus, world: &World, attempts: &Attempts, intent: &Intent, outcome: &Outcome, wait: Option<Duration>, ctx: &Context) -> Action {
+    let until = |time: Timestamp| Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO).max(Duration::from_secs(1));
+    let mut pauses: Vec<Duration> = wait.into_iter().collect();
+    if conditions::is_terminal(&after.conditions) {
+        pauses.extend(self_deletion(job, after, ctx).map(|left| left.max(SOON)));
+        return pauses.into_iter().min().map_or_else(Action::await_change, Action::requeue);
+    }
+    match outcome {
+        Outcome::NotCreated { reason: JobCreatedReason::NameConflict, .. } => pauses.push(LATER),
+        Outcome::NotCreated { .. } => pauses.push(LATER / 2),
+        Outcome::Done => {}
+    }
+    match intent {
+        Intent::Create { .. } => pauses.push(BELIEF_ENDS),
+        Intent::Wait(Wait::Ending(_) | Wait::JobDeleting) => pauses.push(LATER),
+        Intent::Delete { .. } => pauses.push(BELIEF_ENDS),
+        _ => {}
+    }
+    pauses.extend(decide::start_deadline(job, after, attempts).map(until));
+    if let Some(pod) = world.live_pod() {
+        if let Some(lost) = status::lost_at(pod) {
+            // Once it is known to be lost there is nothing to look at again until something changes.
+            if lost > Timestamp::now() {
+                pauses.push(until(lost));
+            }
+        } else if status::is_creating(pod) {
+            pauses.push(CREATING);
+        } else if super::attempts::started_at(pod).is_some() {
+            pauses.push(ctx.settings.progress_interval);
+        }
+    }
+    pauses.into_iter().min().map_or_else(Action::await_change, |pause| Action::requeue(pause.mul_f64(1.0 + rand::random::<f64>() * 0.1)))
+}
