@@ -9,6 +9,8 @@ use crate::telemetry::{self, LogFormat};
 mod crd;
 #[cfg(feature = "train")]
 mod device;
+#[cfg(feature = "operator")]
+mod operator;
 #[cfg(feature = "train")]
 mod sample;
 #[cfg(feature = "train")]
@@ -31,6 +33,9 @@ struct Cli {
 enum Command {
     /// Print the CustomResourceDefinition.
     Crd(crd::Args),
+    /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
+    #[cfg(feature = "operator")]
+    Operator(operator::Args),
     /// Draw pictures with a model, with or without a LoRA.
     #[cfg(feature = "train")]
     Sample(sample::Args),
@@ -44,6 +49,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let default_filter = match cli.command {
         Command::Crd(_) => "warn",
+        #[cfg(feature = "operator")]
+        Command::Operator(_) => "info",
         #[cfg(feature = "train")]
         Command::Sample(_) | Command::Verify(_) => "warn",
     };
@@ -52,6 +59,8 @@ pub fn main() -> ExitCode {
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
         Command::Crd(args) => crd::run(&args),
+        #[cfg(feature = "operator")]
+        Command::Operator(args) => operator::run(args),
         #[cfg(feature = "train")]
         Command::Sample(args) => sample::run(&args),
         #[cfg(feature = "train")]

@@ -142,7 +142,8 @@ fn options(args: Args) -> anyhow::Result<Options> {
     settings.progress_interval = Duration::from_secs(progress_interval);
     let identity = identity.or_else(host_name);
     let election = if leader_elect {
-        let namespace = lease_namespace.context("no namespace for the Lease: set --lease-namespace or POD_NAMESPACE, or --leader-elect=false where this is the only replica")?;
+        let namespace = lease_namespace
+            .context("no namespace for the Lease: set --lease-namespace or POD_NAMESPACE, or --leader-elect=false where this is the only replica")?;
         let seconds = Duration::from_secs;
         let intervals = Intervals { duration: seconds(lease_duration), renew_deadline: seconds(renew_deadline), retry: seconds(retry_period) };
         // The process id tells a restarted container from the one before.

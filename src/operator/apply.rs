@@ -15,6 +15,7 @@ use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, P
 use serde_json::json;
 
 use super::build::{self, JobInputs};
+use super::conditions;
 use super::context::Context;
 use super::decide::{self, Intent, JobPatch};
 use super::dereference::{is_leftover, is_ours};
@@ -22,7 +23,6 @@ use super::error::{Error, Operation};
 use super::status::Outcome;
 use super::validate::ValidatedJob;
 use super::world::{self, World};
-use super::conditions;
 use crate::api::{FIELD_MANAGER, FineTuneJob, JOB_UID_LABEL, JobCreatedReason};
 
 /// What came of it.
@@ -63,7 +63,10 @@ async fn create(job: &FineTuneJob, validated: &ValidatedJob, failed_before: u32,
     if status.job_ref.is_some() && has_live_pod(validated, ctx).await? {
         return Ok(Applied::Stale);
     }
-    let image = [status.trainer_image.as_deref().unwrap_or_default(), &validated.spec.image].into_iter().find(|image| !image.is_empty()).unwrap_or(&ctx.settings.trainer_image);
+    let image = [status.trainer_image.as_deref().unwrap_or_default(), &validated.spec.image]
+        .into_iter()
+        .find(|image| !image.is_empty())
+        .unwrap_or(&ctx.settings.trainer_image);
     let inputs = JobInputs { image: image.to_owned(), failed_before, backoff_limit: decide::backoff_limit(job, failed_before) };
     if let Err(refused) = create_config_map(validated, ctx).await? {
         return Ok(Applied::World(refused));
@@ -84,7 +87,8 @@ async fn create_config_map(validated: &ValidatedJob, ctx: &Context) -> Result<Re
         Ok(_) => Ok(Ok(())),
         Err(error) if error.is_already_exists() => {
             let existing = ctx.call(Operation::GetConfigMap, config_maps.get_metadata(&validated.config_map_name)).await?;
-            let ours = existing.metadata.owner_references.iter().flatten().any(|owner: &OwnerReference| owner.controller == Some(true) && owner.uid == validated.uid);
+            let ours =
+                existing.metadata.owner_references.iter().flatten().any(|owner: &OwnerReference| owner.controller == Some(true) && owner.uid == validated.uid);
             if ours {
                 return Ok(Ok(()));
             }
@@ -127,7 +131,8 @@ fn conflict(kind: &str, name: &str) -> Outcome {
 /// What the API server refuses is told in the status and tried again later; that it cannot be reached is an error.
 fn refused(error: Error) -> Result<Outcome, Error> {
     match error {
-        Error::Api { ref source, .. } if matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 429 && status.code != 404) => {
+        Error::Api { ref source, .. } if matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 429 && status.code != 404) =>
+        {
             let (reason, message) = error.not_created();
             Ok(Outcome::NotCreated { reason, message })
         }

@@ -140,7 +140,9 @@ pub fn started_at(pod: &Pod) -> Option<Timestamp> {
     let terminated = state.terminated.as_ref()?;
     let started = terminated.started_at.as_ref().map(|time| time.0).filter(|time| time.as_second() > 0);
     // A container that the kubelet killed before it ran has no start, and no exit code of its own.
-    started.or_else(|| (terminated.exit_code != 0 && terminated.reason.as_deref() != Some("ContainerStatusUnknown")).then_some(pod.metadata.creation_timestamp.as_ref()?.0))
+    started.or_else(|| {
+        (terminated.exit_code != 0 && terminated.reason.as_deref() != Some("ContainerStatusUnknown")).then_some(pod.metadata.creation_timestamp.as_ref()?.0)
+    })
 }
 
 /// The trainer's termination.
@@ -207,7 +209,11 @@ pub fn failure_message(pod: &Pod) -> String {
         }
         Some(container) => match from_pod {
             Some(text) if !text.is_empty() => format!("the trainer ended with exit code {}: {text}", container.exit_code),
-            _ => format!("the trainer ended with exit code {} and no message; its log tells more: kubectl logs {}", container.exit_code, pod.metadata.name.as_deref().unwrap_or_default()),
+            _ => format!(
+                "the trainer ended with exit code {} and no message; its log tells more: kubectl logs {}",
+                container.exit_code,
+                pod.metadata.name.as_deref().unwrap_or_default()
+            ),
         },
         None => from_pod.filter(|text| !text.is_empty()).unwrap_or("the pod failed before its trainer ended").to_owned(),
     };

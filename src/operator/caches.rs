@@ -183,7 +183,9 @@ async fn drive<K>(
             Ok(event) => {
                 writer.apply_watcher_event(&event);
                 let asked = match &event {
-                    watcher::Event::Apply(object) | watcher::Event::Delete(object) | watcher::Event::InitApply(object) => concerned(object).into_iter().collect(),
+                    watcher::Event::Apply(object) | watcher::Event::Delete(object) | watcher::Event::InitApply(object) => {
+                        concerned(object).into_iter().collect()
+                    }
                     watcher::Event::InitDone => everyone(),
                     watcher::Event::Init => Vec::new(),
                 };
@@ -241,8 +243,8 @@ fn strip_pod(pod: &mut Pod) {
     }
     if let Some(status) = &mut pod.status {
         status.init_container_statuses = None;
-        status.host_i_ps = None;
-        status.pod_i_ps = None;
+        status.host_ips = None;
+        status.pod_ips = None;
     }
 }
 

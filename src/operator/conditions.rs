@@ -116,11 +116,16 @@ pub fn phase(list: &[Condition]) -> Phase {
         Phase::Failed
     } else if is_true(list, ConditionType::Suspended) {
         Phase::Suspended
-    } else if is_true(list, ConditionType::Running) || reason(ConditionType::Running) == RunningReason::ProgressUnknown.as_str() || reason(ConditionType::Running) == RunningReason::Publishing.as_str() {
+    } else if is_true(list, ConditionType::Running)
+        || reason(ConditionType::Running) == RunningReason::ProgressUnknown.as_str()
+        || reason(ConditionType::Running) == RunningReason::Publishing.as_str()
+    {
         Phase::Running
     } else if reason(ConditionType::JobCreated) == JobCreatedReason::NameConflict.as_str() {
         Phase::Pending
-    } else if is_false(list, ConditionType::Admitted) && (is_true(list, ConditionType::JobCreated) || reason(ConditionType::Admitted) == AdmittedReason::KueueNotInstalled.as_str()) {
+    } else if is_false(list, ConditionType::Admitted)
+        && (is_true(list, ConditionType::JobCreated) || reason(ConditionType::Admitted) == AdmittedReason::KueueNotInstalled.as_str())
+    {
         Phase::Queued
     } else if is_true(list, ConditionType::JobCreated) || find(list, ConditionType::PodsScheduled).is_some() {
         Phase::Starting

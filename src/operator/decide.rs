@@ -134,7 +134,13 @@ fn delete(existing: &Job, why: Stop) -> Intent {
 fn adjust(job: &FineTuneJob, existing: &Job) -> Intent {
     let uid = existing.metadata.uid.clone().unwrap_or_default();
     let spec = existing.spec.as_ref();
-    let failed_before = existing.metadata.annotations.as_ref().and_then(|annotations| annotations.get(FAILED_BEFORE_ANNOTATION)).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let failed_before = existing
+        .metadata
+        .annotations
+        .as_ref()
+        .and_then(|annotations| annotations.get(FAILED_BEFORE_ANNOTATION))
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
     let limit = backoff_limit(job, failed_before);
     let patch = JobPatch {
         active_deadline_seconds: job.spec.active_deadline_seconds.filter(|wanted| spec.and_then(|spec| spec.active_deadline_seconds) != Some(*wanted)),

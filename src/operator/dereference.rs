@@ -5,9 +5,9 @@ use std::sync::Arc;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::ResourceExt as _;
 use kube::api::Api;
 use kube::runtime::reflector::ObjectRef;
-use kube::ResourceExt as _;
 
 use super::caches::Caches;
 use super::context::Context;
@@ -26,7 +26,8 @@ pub async fn dereference(job: &FineTuneJob, ctx: &Context, caches: &Caches, poll
     let (mut pods, strangers): (Vec<_>, Vec<_>) = named.into_iter().partition(|pod| label(pod, JOB_UID_LABEL) == Some(&uid));
     pods.sort_by_key(|pod| (pod.metadata.creation_timestamp.as_ref().map(|time| time.0), pod.metadata.uid.clone()));
     let stranger_pod = strangers.iter().find(|pod| !world::has_ended(pod)).map(|pod| format!("pod {:?}", pod.name_any()));
-    let stranger_job = child.as_ref().filter(|child| is_leftover(child, &uid)).map(|child| format!("Job {:?} of an earlier FineTuneJob of this name", child.name_any()));
+    let stranger_job =
+        child.as_ref().filter(|child| is_leftover(child, &uid)).map(|child| format!("Job {:?} of an earlier FineTuneJob of this name", child.name_any()));
     let mut world = World {
         job: child.filter(|child| is_ours(child, &uid)),
         stranger: stranger_pod.or(stranger_job),

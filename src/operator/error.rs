@@ -204,7 +204,10 @@ mod tests {
     #[test]
     fn a_refused_creation_has_a_reason() {
         let cases = [
-            (refused(403, "Forbidden", "jobs.batch \"a-train\" is forbidden: exceeded quota: q, requested: count/jobs.batch=1"), JobCreatedReason::QuotaExceeded),
+            (
+                refused(403, "Forbidden", "jobs.batch \"a-train\" is forbidden: exceeded quota: q, requested: count/jobs.batch=1"),
+                JobCreatedReason::QuotaExceeded,
+            ),
             (refused(403, "Forbidden", "jobs.batch is forbidden: User \"x\" cannot create resource"), JobCreatedReason::Forbidden),
             (refused(403, "Forbidden", "pods \"a\" is forbidden: violates PodSecurity \"restricted:latest\""), JobCreatedReason::PodSecurityViolation),
             (refused(500, "InternalError", "etcdserver: request timed out"), JobCreatedReason::ApiError),

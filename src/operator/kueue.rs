@@ -85,15 +85,41 @@ mod tests {
         let pending = |message: &str| serde_json::json!([{"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": message}]);
         let cases = [
             (serde_json::json!([]), false, AdmittedReason::WaitingForQuota),
-            (pending("couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor t4, 1 more needed"), false, AdmittedReason::WaitingForQuota),
-            (pending("couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu in flavor t4, previously considered podsets requests (0) + current podset request (2) > maximum capacity (1)"), false, AdmittedReason::ExceedsMaxQuota),
+            (
+                pending("couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu in flavor t4, 1 more needed"),
+                false,
+                AdmittedReason::WaitingForQuota,
+            ),
+            (
+                pending(
+                    "couldn't assign flavors to pod set main: insufficient quota for nvidia.com/gpu in flavor t4, previously considered podsets requests (0) + current podset request (2) > maximum capacity (1)",
+                ),
+                false,
+                AdmittedReason::ExceedsMaxQuota,
+            ),
             (pending("couldn't assign flavors to pod set main: flavor a10g doesn't match node affinity"), false, AdmittedReason::NoMatchingFlavor),
             (pending("LocalQueue team-a doesn't exist"), false, AdmittedReason::LocalQueueNotFound),
-            (serde_json::json!([{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "True", "message": "The workload is admitted"}]), true, AdmittedReason::QuotaReserved),
+            (
+                serde_json::json!([{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "True", "message": "The workload is admitted"}]),
+                true,
+                AdmittedReason::QuotaReserved,
+            ),
             (serde_json::json!([{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "False"}]), false, AdmittedReason::WaitingForQuota),
-            (serde_json::json!([{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "True"}, {"type": "Evicted", "status": "True", "reason": "Preempted"}]), false, AdmittedReason::Preempted),
-            (serde_json::json!([{"type": "QuotaReserved", "status": "False"}, {"type": "Evicted", "status": "True", "reason": "InactiveWorkload"}]), false, AdmittedReason::Evicted),
-            (serde_json::json!([{"type": "Admitted", "status": "True"}, {"type": "QuotaReserved", "status": "True"}, {"type": "Evicted", "status": "False", "reason": "Preempted"}]), true, AdmittedReason::QuotaReserved),
+            (
+                serde_json::json!([{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "True"}, {"type": "Evicted", "status": "True", "reason": "Preempted"}]),
+                false,
+                AdmittedReason::Preempted,
+            ),
+            (
+                serde_json::json!([{"type": "QuotaReserved", "status": "False"}, {"type": "Evicted", "status": "True", "reason": "InactiveWorkload"}]),
+                false,
+                AdmittedReason::Evicted,
+            ),
+            (
+                serde_json::json!([{"type": "Admitted", "status": "True"}, {"type": "QuotaReserved", "status": "True"}, {"type": "Evicted", "status": "False", "reason": "Preempted"}]),
+                true,
+                AdmittedReason::QuotaReserved,
+            ),
         ];
         for (conditions, admitted, reason) in cases {
             let seen = workload(conditions.clone());

@@ -115,7 +115,11 @@ impl Metrics {
         registry.register_collector(Box::new(JobsCollector(Arc::clone(&self.counts))));
         registry.register_collector(Box::new(self.resident_bytes));
         registry.register("finetune_job_terminal", "Jobs that ended, by result and reason", self.terminal.clone());
-        registry.register("finetune_job_queue_seconds", "Seconds from a job's creation (or resumption) until its quota was reserved", self.queue_seconds.clone());
+        registry.register(
+            "finetune_job_queue_seconds",
+            "Seconds from a job's creation (or resumption) until its quota was reserved",
+            self.queue_seconds.clone(),
+        );
         registry.register("finetune_job_start_latency_seconds", "Seconds from a job's creation until its first pod ran", self.start_latency_seconds.clone());
         registry.register("finetune_job_duration_seconds", "Seconds from a job's first running pod to its end", self.duration_seconds.clone());
         registry.register("finetune_job_restarts", "Attempts after a job's first, by the cause that ended the one before", self.restarts.clone());
@@ -246,13 +250,17 @@ impl Collector for ResidentBytes {
         let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).and_then(|rest| rest.trim().trim_end_matches(" kB").trim().parse::<i64>().ok());
         if let Some(kib) = kib {
             let gauge = ConstGauge::new(kib.saturating_mul(1024));
-            let metric = encoder.encode_descriptor("process_resident_memory_bytes", "Resident memory of this process", None, prometheus_client::metrics::MetricType::Gauge)?;
+            let metric = encoder.encode_descriptor(
+                "process_resident_memory_bytes",
+                "Resident memory of this process",
+                None,
+                prometheus_client::metrics::MetricType::Gauge,
+            )?;
             gauge.encode(metric)?;
         }
         Ok(())
     }
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -67,7 +67,8 @@ mod tests {
             ("Nonsense", &["1"], Some("1"), false),
         ];
         for (operator, values, value, want) in cases {
-            let requirement = NodeSelectorRequirement { key: "k".into(), operator: operator.into(), values: Some(values.iter().map(ToString::to_string).collect()) };
+            let requirement =
+                NodeSelectorRequirement { key: "k".into(), operator: operator.into(), values: Some(values.iter().map(ToString::to_string).collect()) };
             assert_eq!(holds(&requirement, value), want, "{operator} {values:?} of {value:?}");
         }
         assert!(!term_matches(&NodeSelectorTerm::default(), "n", &Labels::new()), "an empty term matches nothing");

@@ -42,7 +42,13 @@ pub enum FetchError {
 
 /// A client that goes to the address it is given and nowhere else.
 pub fn http_client() -> reqwest::Result<reqwest::Client> {
-    reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).no_proxy().timeout(TIMEOUT).connect_timeout(TIMEOUT).pool_max_idle_per_host(1).build()
+    reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .timeout(TIMEOUT)
+        .connect_timeout(TIMEOUT)
+        .pool_max_idle_per_host(1)
+        .build()
 }
 
 /// Asks one trainer.

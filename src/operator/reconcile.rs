@@ -112,7 +112,14 @@ fn now() -> Timestamp {
 }
 
 /// Writes the status where it differs: at once if it tells a step of the job's life, else when the interval is over. Returns how long to wait for that.
-async fn write(job: &FineTuneJob, before: &FineTuneJobStatus, after: &FineTuneJobStatus, attempts: &Attempts, now: Timestamp, ctx: &Context) -> Result<Option<Duration>, Error> {
+async fn write(
+    job: &FineTuneJob,
+    before: &FineTuneJobStatus,
+    after: &FineTuneJobStatus,
+    attempts: &Attempts,
+    now: Timestamp,
+    ctx: &Context,
+) -> Result<Option<Duration>, Error> {
     if before == after {
         return Ok(None);
     }
@@ -180,7 +187,16 @@ fn self_deletion(job: &FineTuneJob, after: &FineTuneJobStatus, ctx: &Context) ->
 
 /// When to come back without being asked to by a watch: the earliest of what time alone changes.
 #[expect(clippy::too_many_arguments, reason = "every step has a say in when to come back")]
-fn next(job: &FineTuneJob, after: &FineTuneJobStatus, world: &World, attempts: &Attempts, intent: &Intent, outcome: &Outcome, wait: Option<Duration>, ctx: &Context) -> Action {
+fn next(
+    job: &FineTuneJob,
+    after: &FineTuneJobStatus,
+    world: &World,
+    attempts: &Attempts,
+    intent: &Intent,
+    outcome: &Outcome,
+    wait: Option<Duration>,
+    ctx: &Context,
+) -> Action {
     let until = |time: Timestamp| Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO).max(Duration::from_secs(1));
     let mut pauses: Vec<Duration> = wait.into_iter().collect();
     if conditions::is_terminal(&after.conditions) {

@@ -15,14 +15,14 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use super::caches::{self, Request};
+use super::client;
 use super::context::{Context, FaultHook};
 use super::http::{HttpError, Readiness, Server};
-use super::lease::{Elector, Intervals, LeaseError, Leadership};
+use super::lease::{Elector, Intervals, Leadership, LeaseError};
 use super::metrics::Metrics;
 use super::progress::{Changed, Poller, http_client};
 use super::reconcile::{Scope, error_policy, reconcile};
 use super::settings::Settings;
-use super::client;
 use crate::api::FineTuneJob;
 
 /// How often a resource that is not served is looked for.
@@ -167,7 +167,14 @@ async fn resource_served(client: &Client, options: &Options, metrics: &Metrics) 
 }
 
 /// Runs one controller for each watched namespace, or one for all.
-async fn control(client: &Client, options: &Options, metrics: &Arc<Metrics>, readiness: &Readiness, leadership: &Leadership, shutdown: Shutdown) -> Result<(), RunError> {
+async fn control(
+    client: &Client,
+    options: &Options,
+    metrics: &Arc<Metrics>,
+    readiness: &Readiness,
+    leadership: &Leadership,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
     metrics.set_leader(true);
     readiness.set_leading();
     let reporter = Reporter { controller: "finetune-operator".to_owned(), instance: options.instance.clone() };
@@ -181,7 +188,8 @@ async fn control(client: &Client, options: &Options, metrics: &Arc<Metrics>, rea
     ));
     let poller = http_client().map_err(RunError::Http)?;
     let permits = Arc::new(Semaphore::new(usize::from(options.concurrency.max(1))));
-    let namespaces: Vec<Option<&str>> = if options.namespaces.is_empty() { vec![None] } else { options.namespaces.iter().map(|name| Some(name.as_str())).collect() };
+    let namespaces: Vec<Option<&str>> =
+        if options.namespaces.is_empty() { vec![None] } else { options.namespaces.iter().map(|name| Some(name.as_str())).collect() };
     // Dropped with this future, and its tasks with it.
     let mut tasks = JoinSet::new();
     let mut scopes = Vec::new();
@@ -224,7 +232,13 @@ async fn control(client: &Client, options: &Options, metrics: &Arc<Metrics>, rea
 }
 
 /// Reconciles whatever is asked for, until `ending` resolves and the running ones are through.
-async fn drive(scope: Arc<Scope>, mut requests: mpsc::UnboundedReceiver<Request>, mut changes: mpsc::UnboundedReceiver<Changed>, concurrency: u16, ending: Shutdown) {
+async fn drive(
+    scope: Arc<Scope>,
+    mut requests: mpsc::UnboundedReceiver<Request>,
+    mut changes: mpsc::UnboundedReceiver<Changed>,
+    concurrency: u16,
+    ending: Shutdown,
+) {
     let requests = stream::poll_fn(move |cx| requests.poll_recv(cx));
     let changes = stream::poll_fn(move |cx| changes.poll_recv(cx)).map(|changed| caches::request_of(&changed));
     let queue = stream::select(requests, changes).map(Ok::<Request, Infallible>).take_until(ending);

@@ -92,7 +92,8 @@ impl Settings {
     pub fn storage(&self, job: Option<&StorageSpec>) -> StorageSpec {
         let job = job.cloned().unwrap_or_default();
         // A server of the job's own is not reached with the certificates, the region or the credentials of another.
-        let defaults = if job.endpoint.is_some() && job.endpoint != self.default_storage.endpoint { StorageSpec::default() } else { self.default_storage.clone() };
+        let defaults =
+            if job.endpoint.is_some() && job.endpoint != self.default_storage.endpoint { StorageSpec::default() } else { self.default_storage.clone() };
         StorageSpec {
             endpoint: job.endpoint.or(defaults.endpoint),
             region: job.region.or(defaults.region),

@@ -17,8 +17,8 @@ use super::decide::{Intent, Stop, Wait};
 use super::validate::{ValidateError, ValidatedJob};
 use super::world::{self, World};
 use crate::api::{
-    AdmittedReason, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason, SuspendedReason,
-    ValidatedReason,
+    AdmittedReason, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason,
+    SuspendedReason, ValidatedReason,
 };
 
 /// What `apply` came to.
@@ -203,7 +203,11 @@ fn admitted(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         match &world.workload {
             _ if !suspended_job => set(Truth::True, AdmittedReason::NoQueue, "no queue is asked for"),
             Some(workload) if !workload.admitted => set(Truth::False, workload.reason, &workload.message),
-            _ => set(Truth::False, AdmittedReason::NoQueueName, "the Job is held, though no queue is asked for: this cluster's Kueue manages Jobs without a queue; set spec.queueName"),
+            _ => set(
+                Truth::False,
+                AdmittedReason::NoQueueName,
+                "the Job is held, though no queue is asked for: this cluster's Kueue manages Jobs without a queue; set spec.queueName",
+            ),
         }
     } else if matches!(intent, Intent::Wait(Wait::Kueue)) {
         set(Truth::False, AdmittedReason::KueueNotInstalled, "spec.queueName is set, but the cluster has no Kueue; install it, or leave queueName out");

@@ -65,9 +65,10 @@ pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[At
             Some(AttemptCause::Disrupted) => ("Disrupted", "the pod was evicted, preempted or lost its node; the next one continues from the checkpoint"),
             Some(AttemptCause::Checkpointed) => ("Interrupted", "the trainer was asked to end and saved a checkpoint"),
             Some(AttemptCause::Lost) => ("PodLost", "the pod vanished before its end was seen"),
-            Some(AttemptCause::Failed) => {
-                (attempt.reason.map_or("TrainerCrashed", crate::api::Reason::as_str), after.failure.as_ref().map_or("the trainer failed", |failure| failure.message.as_str()))
-            }
+            Some(AttemptCause::Failed) => (
+                attempt.reason.map_or("TrainerCrashed", crate::api::Reason::as_str),
+                after.failure.as_ref().map_or("the trainer failed", |failure| failure.message.as_str()),
+            ),
             Some(AttemptCause::Succeeded | AttemptCause::Suspended) | None => continue,
         };
         tell(EventType::Warning, "Train", reason, note);

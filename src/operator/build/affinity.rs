@@ -107,7 +107,8 @@ fn gpu_terms(gpu: &GpuSpec, classes: &[NodeClass]) -> Vec<NodeSelectorTerm> {
     if gpu.products.is_empty() {
         for class in classes {
             let capable = capability(&class.compute_capability).is_some_and(|lowest| lowest >= wanted);
-            let fits = class.memory_label.is_some() || (class.memory_mib >= gpu.min_memory_mib && gpu.max_memory_mib.is_none_or(|most| class.memory_mib <= most));
+            let fits =
+                class.memory_label.is_some() || (class.memory_mib >= gpu.min_memory_mib && gpu.max_memory_mib.is_none_or(|most| class.memory_mib <= most));
             if capable && fits {
                 let mut expressions = class.memory_label.as_deref().map(|label| memory_bounds(label, gpu)).unwrap_or_default();
                 expressions.extend(class.match_expressions.iter().cloned());
@@ -146,11 +147,7 @@ fn capability(text: &str) -> Option<(u32, u32)> {
 }
 
 fn requirement<S: AsRef<str>>(key: &str, operator: &str, values: &[S]) -> NodeSelectorRequirement {
-    NodeSelectorRequirement {
-        key: key.to_owned(),
-        operator: operator.to_owned(),
-        values: Some(values.iter().map(|value| value.as_ref().to_owned()).collect()),
-    }
+    NodeSelectorRequirement { key: key.to_owned(), operator: operator.to_owned(), values: Some(values.iter().map(|value| value.as_ref().to_owned()).collect()) }
 }
 
 fn term(expressions: Vec<NodeSelectorRequirement>) -> NodeSelectorTerm {
@@ -213,7 +210,9 @@ mod tests {
             "L4, GFD" => gfd("23034", ("8", "9"), "NVIDIA-L4"),
             "A10G, GFD" => gfd("23028", ("8", "6"), "NVIDIA-A10G"),
             "RTX 3060, GFD" => gfd("12288", ("8", "6"), "NVIDIA-GeForce-RTX-3060"),
-            "T4, GFD, time-sliced" => with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "time-slicing"), ("nvidia.com/gpu.replicas", "4")]),
+            "T4, GFD, time-sliced" => {
+                with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "time-slicing"), ("nvidia.com/gpu.replicas", "4")])
+            }
             "T4, GFD, MPS" => with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "mps")]),
             "T4, Karpenter" => labels(&[
                 ("karpenter.k8s.aws/instance-gpu-memory", "16384"),
@@ -224,7 +223,9 @@ mod tests {
             "A10G, Karpenter" => labels(&[("karpenter.k8s.aws/instance-gpu-memory", "22888"), ("karpenter.k8s.aws/instance-gpu-name", "a10g")]),
             "T4, EKS Auto" => labels(&[("eks.amazonaws.com/instance-gpu-memory", "16384"), ("eks.amazonaws.com/instance-gpu-name", "t4")]),
             "T4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu", "true")]),
-            "T4, GKE, time-shared" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu-sharing-strategy", "time-sharing")]),
+            "T4, GKE, time-shared" => {
+                labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu-sharing-strategy", "time-sharing")])
+            }
             "L4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-l4")]),
             "CPU node" => labels(&[("kubernetes.io/arch", "amd64")]),
             other => panic!("{other}"),
@@ -274,7 +275,13 @@ mod tests {
         for name in ["T4, GFD", "L4, GFD", "A10G, GFD", "A10G, Karpenter", "T4, GKE"] {
             assert!(larger_too.contains(&name), "{name} in {larger_too:?}");
         }
-        assert_eq!(gpu(|gpu| { gpu.min_memory_mib = 20_000; gpu.max_memory_mib = Some(25_000); }), ["L4, GFD", "A10G, GFD", "A10G, Karpenter"]);
+        assert_eq!(
+            gpu(|gpu| {
+                gpu.min_memory_mib = 20_000;
+                gpu.max_memory_mib = Some(25_000);
+            }),
+            ["L4, GFD", "A10G, GFD", "A10G, Karpenter"]
+        );
         assert_eq!(gpu(|gpu| gpu.products = vec!["NVIDIA-RTX-A4000".into()]), ["A4000, GFD"]);
         assert_eq!(gpu(|gpu| gpu.min_compute_capability = "8.0".into()), ["A4000, GFD"]);
         assert!(gpu(|gpu| gpu.min_compute_capability = "7.0".into()).contains(&"V100 16 GB, GFD"));

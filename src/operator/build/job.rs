@@ -72,10 +72,7 @@ fn pod_failure_policy() -> PodFailurePolicy {
             PodFailurePolicyRule {
                 action: "Ignore".to_owned(),
                 on_exit_codes: None,
-                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
-                    type_: "DisruptionTarget".to_owned(),
-                    status: "True".to_owned(),
-                }]),
+                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".to_owned(), status: "True".to_owned() }]),
             },
             on_exit_codes("Ignore", &[Reason::INTERRUPTED_EXIT_CODE]),
             on_exit_codes("FailJob", &Reason::PERMANENT_EXIT_CODES),

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath,
-    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceFieldSelector, ResourceRequirements,
-    SeccompProfile, SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath, ObjectFieldSelector,
+    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceFieldSelector, ResourceRequirements, SeccompProfile,
+    SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::ObjectMeta;
@@ -76,7 +76,12 @@ fn container(job: &ValidatedJob, settings: &Settings, image: &str, mounts: Vec<V
         args: Some(vec!["train".to_owned(), format!("--config={}/{}", paths::CONFIG_DIR, paths::CONFIG_FILE)]),
         env: Some(environment(job, settings)),
         env_from: (!credentials(job).is_empty()).then(|| credentials(job)),
-        ports: Some(vec![ContainerPort { name: Some("progress".to_owned()), container_port: i32::from(PROGRESS_PORT), protocol: Some("TCP".to_owned()), ..ContainerPort::default() }]),
+        ports: Some(vec![ContainerPort {
+            name: Some("progress".to_owned()),
+            container_port: i32::from(PROGRESS_PORT),
+            protocol: Some("TCP".to_owned()),
+            ..ContainerPort::default()
+        }]),
         resources: Some(resources(job)),
         security_context: Some(SecurityContext {
             allow_privilege_escalation: Some(false),
@@ -98,7 +103,13 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
     let plain = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
     let from = |name: &str, value_from: EnvVarSource| EnvVar { name: name.to_owned(), value: None, value_from: Some(value_from) };
     let field = |name: &str, path: &str| {
-        from(name, EnvVarSource { field_ref: Some(ObjectFieldSelector { field_path: path.to_owned(), api_version: Some("v1".to_owned()) }), ..EnvVarSource::default() })
+        from(
+            name,
+            EnvVarSource {
+                field_ref: Some(ObjectFieldSelector { field_path: path.to_owned(), api_version: Some("v1".to_owned()) }),
+                ..EnvVarSource::default()
+            },
+        )
     };
     let mut variables = vec![
         field("POD_NAME", "metadata.name"),
@@ -113,7 +124,11 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
         from(
             "FINETUNE_MEMORY_LIMIT",
             EnvVarSource {
-                resource_field_ref: Some(ResourceFieldSelector { container_name: Some(TRAINER_CONTAINER.to_owned()), resource: "limits.memory".to_owned(), divisor: Some(Quantity("1".to_owned())) }),
+                resource_field_ref: Some(ResourceFieldSelector {
+                    container_name: Some(TRAINER_CONTAINER.to_owned()),
+                    resource: "limits.memory".to_owned(),
+                    divisor: Some(Quantity("1".to_owned())),
+                }),
                 ..EnvVarSource::default()
             },
         ),
@@ -121,7 +136,10 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
     if let Some(token) = job.spec.model.source.hugging_face.as_ref().and_then(|hub| hub.token_secret_ref.as_ref()) {
         variables.push(from(
             "HF_TOKEN",
-            EnvVarSource { secret_key_ref: Some(SecretKeySelector { name: token.name.clone(), key: token.key.clone(), optional: Some(false) }), ..EnvVarSource::default() },
+            EnvVarSource {
+                secret_key_ref: Some(SecretKeySelector { name: token.name.clone(), key: token.key.clone(), optional: Some(false) }),
+                ..EnvVarSource::default()
+            },
         ));
     }
     if settings.allow_cpu_fallback {
@@ -152,7 +170,12 @@ fn model_storage(job: &ValidatedJob) -> Option<&StorageSpec> {
 /// Volumes, each with its mount.
 fn mounts(job: &ValidatedJob) -> Vec<(Volume, VolumeMount)> {
     let volume = |name: &str| Volume { name: name.to_owned(), ..Volume::default() };
-    let mount = |name: &str, path: &str, read_only: bool| VolumeMount { name: name.to_owned(), mount_path: path.to_owned(), read_only: Some(read_only), ..VolumeMount::default() };
+    let mount = |name: &str, path: &str, read_only: bool| VolumeMount {
+        name: name.to_owned(),
+        mount_path: path.to_owned(),
+        read_only: Some(read_only),
+        ..VolumeMount::default()
+    };
     let empty_dir = |name: &str, path: &str, medium: Option<&str>, size: Option<Quantity>| {
         let source = EmptyDirVolumeSource { medium: medium.map(str::to_owned), size_limit: size };
         (Volume { empty_dir: Some(source), ..volume(name) }, mount(name, path, false))

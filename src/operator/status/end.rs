@@ -82,7 +82,9 @@ fn failed(job_reason: &str, job_message: &str, attempts: &Attempts, after: &mut 
         }
         "BackoffLimitExceeded" => {
             let message = match &cause {
-                Some(failure) => format!("{} failures, more than failurePolicy.maxRetries; the last: {}: {}", attempts.counts.failed, failure.reason, failure.message),
+                Some(failure) => {
+                    format!("{} failures, more than failurePolicy.maxRetries; the last: {}: {}", attempts.counts.failed, failure.reason, failure.message)
+                }
                 None => format!("more failures than failurePolicy.maxRetries: {job_message}"),
             };
             if cause.is_none() {
@@ -116,7 +118,13 @@ fn operator_failure(reason: Reason, message: &str, last: Option<FailureStatus>) 
         Some(last) if !last.message.is_empty() => format!("{message}; the last failure: {}: {}", last.reason, last.message),
         _ => message.to_owned(),
     };
-    FailureStatus { reason, exit_code: last.as_ref().and_then(|last| last.exit_code), node: last.as_ref().and_then(|last| last.node.clone()), message: clean(&text, 1024), attempt: last.and_then(|last| last.attempt) }
+    FailureStatus {
+        reason,
+        exit_code: last.as_ref().and_then(|last| last.exit_code),
+        node: last.as_ref().and_then(|last| last.node.clone()),
+        message: clean(&text, 1024),
+        attempt: last.and_then(|last| last.attempt),
+    }
 }
 
 /// Notes why the newest attempt failed, and, from the last words of the pods, what they had reached.

@@ -4,9 +4,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::end::last_words;
-use crate::api::{
-    ArtifactStatus, CheckpointStatus, CheckpointedReason, ConditionType, FineTuneJobStatus, Progress, ProgressStatus, RunningReason, Stage,
-};
+use crate::api::{ArtifactStatus, CheckpointStatus, CheckpointedReason, ConditionType, FineTuneJobStatus, Progress, ProgressStatus, RunningReason, Stage};
 use crate::operator::attempts::Attempts;
 use crate::operator::conditions::{self, Builder, Truth};
 use crate::operator::world::World;
@@ -69,7 +67,11 @@ fn progress(report: &Progress) -> ProgressStatus {
         epoch: report.epoch.map(|epoch| format!("{epoch:.1}")),
         percent,
         // To the minute: an estimate moves with each step.
-        estimated_completion_time: report.estimated_completion_time.filter(|_| report.result.is_none()).and_then(|time| Timestamp::from_second(time.as_second() / 60 * 60).ok()).map(Time),
+        estimated_completion_time: report
+            .estimated_completion_time
+            .filter(|_| report.result.is_none())
+            .and_then(|time| Timestamp::from_second(time.as_second() / 60 * 60).ok())
+            .map(Time),
         steps_per_second: report.steps_per_second.map(significant),
         loss: report.loss.map(significant),
         peak_memory_mib: report.memory.and_then(|memory| memory.device_peak_bytes.or(memory.host_peak_bytes)).map(|bytes| bytes / (1 << 20)),
@@ -96,7 +98,9 @@ pub(super) fn checkpointed(list: &mut Builder<'_>, after: &FineTuneJobStatus, wo
     let error = world.report.progress.as_ref().and_then(|progress| progress.checkpoint_error.as_deref());
     match (error, &after.last_checkpoint) {
         (Some(error), _) => list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::UploadFailed.as_str(), error),
-        (None, Some(checkpoint)) => list.set(ConditionType::Checkpointed, Truth::True, CheckpointedReason::Saved.as_str(), &format!("step {}", checkpoint.step)),
+        (None, Some(checkpoint)) => {
+            list.set(ConditionType::Checkpointed, Truth::True, CheckpointedReason::Saved.as_str(), &format!("step {}", checkpoint.step))
+        }
         (None, None) if world.job.is_some() => list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::NoneYet.as_str(), ""),
         (None, None) => list.keep(ConditionType::Checkpointed),
     }
@@ -126,7 +130,16 @@ mod tests {
 
     #[test]
     fn numbers_have_three_significant_digits() {
-        for (value, text) in [(0.083_123, "0.0831"), (0.84, "0.840"), (1.0 / 3.0, "0.333"), (12.345, "12.3"), (123_456.7, "123457"), (1.5e-7, "1.50e-7"), (0.0, "0"), (-2.5, "-2.50")] {
+        for (value, text) in [
+            (0.083_123, "0.0831"),
+            (0.84, "0.840"),
+            (1.0 / 3.0, "0.333"),
+            (12.345, "12.3"),
+            (123_456.7, "123457"),
+            (1.5e-7, "1.50e-7"),
+            (0.0, "0"),
+            (-2.5, "-2.50"),
+        ] {
             assert_eq!(significant(value), text);
         }
     }

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{ContainerStateWaiting, Pod};
 use super::Inputs;
 use super::progress::{running_reason, was_training};
 use crate::api::{ConditionType, PodsScheduledReason, RunningReason};
-use crate::operator::conditions::{self, Builder, Truth};
+use crate::operator::conditions::{Builder, Truth};
 use crate::operator::world::{self, World};
 
 /// How long a trainer may leave its progress unanswered before that is told.
@@ -96,7 +96,11 @@ pub(in crate::operator) fn lost_at(pod: &Pod) -> Option<Timestamp> {
 fn training(world: &World, was_training: bool, now: Timestamp) -> (Truth, RunningReason, String) {
     let silent = world.report.failing_since.is_some_and(|since| now.duration_since(since) > SILENCE);
     match &world.report.progress {
-        _ if silent => (Truth::Unknown, RunningReason::ProgressUnknown, "the trainer does not answer on port 9400; a NetworkPolicy or service mesh may keep the operator out".to_owned()),
+        _ if silent => (
+            Truth::Unknown,
+            RunningReason::ProgressUnknown,
+            "the trainer does not answer on port 9400; a NetworkPolicy or service mesh may keep the operator out".to_owned(),
+        ),
         Some(progress) => {
             let (truth, reason) = running_reason(progress.stage);
             (truth, reason, String::new())
@@ -115,7 +119,9 @@ fn waiting_for(waiting: &ContainerStateWaiting, missing_config_map: Option<&str>
         "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "ImageInspectError" | "RegistryUnavailable" => {
             (Truth::False, RunningReason::ImagePullBackOff, message)
         }
-        "CreateContainerConfigError" if message.contains("not found") || message.contains("couldn't find key") => (Truth::False, RunningReason::SecretNotFound, message),
+        "CreateContainerConfigError" if message.contains("not found") || message.contains("couldn't find key") => {
+            (Truth::False, RunningReason::SecretNotFound, message)
+        }
         "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => (Truth::False, RunningReason::CreateContainerError, message),
         _ => match missing_config_map {
             Some(name) => (Truth::False, RunningReason::SecretNotFound, format!("ConfigMap {name:?} does not exist in this namespace")),
@@ -126,16 +132,13 @@ fn waiting_for(waiting: &ContainerStateWaiting, missing_config_map: Option<&str>
 
 /// Whether the conditions say that the container is being created, which is when a missing ConfigMap shows.
 pub(in crate::operator) fn is_creating(pod: &Pod) -> bool {
-    world::trainer(pod).and_then(|container| container.state.as_ref()).and_then(|state| state.waiting.as_ref()).is_some_and(|waiting| waiting.reason.as_deref() == Some("ContainerCreating"))
+    world::trainer(pod)
+        .and_then(|container| container.state.as_ref())
+        .and_then(|state| state.waiting.as_ref())
+        .is_some_and(|waiting| waiting.reason.as_deref() == Some("ContainerCreating"))
 }
 
 /// Whether the job waits for a node.
 pub(in crate::operator) fn is_unschedulable(pod: &Pod) -> bool {
     matches!(world::pod_condition(pod, "PodScheduled"), Some(("False", "Unschedulable", _)))
-}
-
-/// Whether `Running` is True in the list.
-#[cfg(test)]
-pub(super) fn is_running(list: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition]) -> bool {
-    conditions::is_true(list, ConditionType::Running)
 }
