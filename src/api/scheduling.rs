@@ -75,10 +75,9 @@ pub struct SchedulingSpec {
     pub runtime_class_name: Option<String>,
 }
 
+// That minMemoryMiB does not exceed maxMemoryMiB is checked by plan::resolve: no rule over a field that may be null passes both the API server's
+// type checker (`int == null` has no overload) and the offline evaluator (which has no `dyn`).
 /// The GPU that the job asks for. The defaults describe the 16 GB class.
-///
-/// That `minMemoryMiB` does not exceed `maxMemoryMiB` is checked by `plan::resolve`: no rule over a field that may be null passes both the API
-/// server's type checker (`int == null` has no overload) and the offline evaluator (which has no `dyn`).
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct GpuSpec {

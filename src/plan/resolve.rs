@@ -7,7 +7,7 @@ use super::config::{
     PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
 use super::identity::Identity;
-use super::{OptimizerKind, ScheduleKind, StepPlan};
+use super::{BUDGET_BYTES, GpuTooSmall, MemoryBudget, MemoryPlan, ModelShape, OptimizerKind, ScheduleKind, StepPlan, memory_plan};
 use crate::api::{self, Decimal, FineTuneJobSpec, Reason};
 
 /// Updates of a run whose spec names neither `maxSteps` nor `epochs`.
@@ -32,6 +32,8 @@ pub struct Facts {
     pub model_ca_bundle: Option<PathBuf>,
     /// The operator's defaults for what `spec.storage` leaves out.
     pub storage: Option<StorageConfig>,
+    /// The model's shape; Stable Diffusion 3 Medium where unknown.
+    pub model: Option<ModelShape>,
 }
 
 /// A device.
@@ -55,6 +57,8 @@ pub struct Plan {
     pub config: TrainConfig,
     /// Length of the run.
     pub steps: StepPlan,
+    /// Division of the work and memory of each stage.
+    pub memory: MemoryPlan,
 }
 
 /// One thing in a spec that cannot be done.
@@ -78,6 +82,9 @@ pub enum PlanError {
     /// Every problem of the spec at once.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Invalid(Vec<Problem>),
+    /// Nothing fits the GPU.
+    #[error("spec.training: {0}")]
+    TooSmall(#[source] GpuTooSmall),
     /// The identity could not be written as JSON.
     #[error("failed to write the spec's identity as JSON")]
     Identity(#[source] serde_json::Error),
@@ -86,7 +93,10 @@ pub enum PlanError {
 impl PlanError {
     /// The reason for conditions and exit codes.
     pub fn reason(&self) -> Reason {
-        Reason::InvalidConfig
+        match self {
+            Self::TooSmall(_) => Reason::GPUTooSmall,
+            Self::Invalid(_) | Self::Identity(_) => Reason::InvalidConfig,
+        }
     }
 }
 
@@ -162,7 +172,22 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         storage,
         device: if spec.scheduling.gpu.per_replica == 0 { DeviceRequest::Cpu } else { DeviceRequest::Gpu },
     };
-    Ok(Plan { config, steps })
+    let shape = facts.model.unwrap_or(ModelShape::SD3_MEDIUM);
+    let budget = memory_budget(gpu, facts);
+    let memory = memory_plan(&config.training, config.validation.as_ref(), &shape, budget).map_err(PlanError::TooSmall)?;
+    Ok(Plan { config, steps, memory })
+}
+
+/// The 16 GB class is the most that is used on any GPU; a smaller one, asked for or found, is the limit.
+fn memory_budget(gpu: &api::GpuSpec, facts: &Facts) -> MemoryBudget {
+    if gpu.per_replica == 0 {
+        return MemoryBudget::Cpu;
+    }
+    let available = match facts.device {
+        Some(DeviceFacts::Gpu { memory_bytes, .. }) => memory_bytes,
+        _ => u64::from(gpu.min_memory_mib) << 20,
+    };
+    MemoryBudget::Gpu(BUDGET_BYTES.min(available))
 }
 
 /// Collects problems while numbers are read.
@@ -321,5 +346,170 @@ fn model_source(spec: &FineTuneJobSpec, facts: &Facts, reader: &mut Reader) -> O
             reader.problem("spec.model.source", "set exactly one of huggingFace, objectStore and persistentVolumeClaim");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(change: Value) -> FineTuneJobSpec {
+        let mut spec = json!({
+            "model": {"source": {"objectStore": {"uri": "s3://models/sd3/"}}},
+            "dataset": {"uri": "s3://data/corgi/"},
+            "output": {"uri": "s3://loras/corgi/"},
+        });
+        merge(&mut spec, change);
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn merge(into: &mut Value, from: Value) {
+        match (into, from) {
+            (Value::Object(into), Value::Object(from)) => {
+                for (key, value) in from {
+                    if value.is_null() {
+                        into.remove(&key);
+                    } else {
+                        merge(into.entry(key).or_insert(Value::Null), value);
+                    }
+                }
+            }
+            (into, from) => *into = from,
+        }
+    }
+
+    fn plan(change: Value) -> Plan {
+        resolve(&spec(change), "team-a", "corgi", &Facts::default()).unwrap()
+    }
+
+    #[test]
+    fn the_defaults_are_the_articles_command() {
+        let plan = plan(json!({}));
+        let training = &plan.config.training;
+        assert_eq!((training.max_steps, training.epochs, training.resolution, training.batch_size), (Some(2000), None, 512, 4));
+        assert_eq!((training.gradient_accumulation_steps, training.seed, training.max_sequence_length), (3, 42, 77));
+        assert_eq!((training.optimizer.kind, training.optimizer.learning_rate, training.optimizer.weight_decay), (OptimizerKind::AdamW8bit, 1e-4, 1e-4));
+        assert_eq!((training.lora.rank, training.lora.alpha, training.max_grad_norm), (4, 4.0, 1.0));
+        assert_eq!(training.learning_rate_schedule.kind, ScheduleKind::Constant);
+        assert_eq!(plan.config.device, DeviceRequest::Gpu);
+        assert_eq!(plan.config.job, "team-a/corgi");
+        let hash = plan.config.spec_hash.strip_prefix("sha256:").unwrap();
+        assert_eq!(plan.config.checkpoint.uri, format!("s3://loras/corgi/.checkpoints/{}/", &hash[..16]));
+    }
+
+    #[test]
+    fn the_configuration_survives_the_config_map() {
+        let config =
+            plan(json!({"training": {"optimizer": {"type": "Prodigy"}, "epochs": 3}, "validation": {"prompts": ["x"]}, "storage": {"region": "r"}})).config;
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<TrainConfig>(&text).unwrap(), config);
+        assert!(serde_json::from_str::<TrainConfig>(&text.replacen('{', "{\"surprise\":1,", 1)).is_err());
+    }
+
+    #[test]
+    fn the_hash_is_of_what_determines_the_weights_and_of_nothing_else() {
+        let base = plan(json!({})).config.spec_hash;
+        for same in [
+            json!({"training": {"maxSteps": 2000, "lora": {"alpha": 4}, "optimizer": {"learningRate": "0.0001", "type": "AdamW8bit"}}}),
+            json!({"training": {"learningRateSchedule": {"power": "1"}, "gradientCheckpointing": "Always"}}),
+            json!({"suspend": true, "queueName": "q", "image": "x", "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 5}),
+            json!({"scheduling": {"gpu": {"perReplica": 0}}, "resources": {"limits": {"memory": "30Gi"}}, "storage": {"endpoint": "http://x"}}),
+            json!({"checkpoint": {"everySteps": 7, "uri": "s3://elsewhere/"}, "resume": {"policy": "Never"}}),
+            json!({"output": {"existing": "Overwrite", "uri": "s3://other/", "formats": ["Kohya", "Diffusers"]}}),
+            json!({"model": {"cache": {"persistentVolumeClaim": {"claimName": "c"}}, "source": {"objectStore": {"storage": {"region": "r"}}}}}),
+        ] {
+            assert_eq!(plan(same.clone()).config.spec_hash, base, "{same}");
+        }
+        for other in [
+            json!({"training": {"maxSteps": 2001}}),
+            json!({"training": {"epochs": 2}}),
+            json!({"training": {"seed": 43}}),
+            json!({"training": {"lora": {"alpha": 8}}}),
+            json!({"training": {"precision": "FP32"}}),
+            json!({"training": {"optimizer": {"type": "Prodigy"}}}),
+            json!({"dataset": {"repeats": 2}}),
+            json!({"dataset": {"uri": "s3://data/cats/"}}),
+            json!({"validation": {"prompts": ["x"]}}),
+            json!({"resume": {"fromCheckpoint": "s3://x/"}}),
+            json!({"output": {"formats": ["Kohya"]}}),
+            json!({"model": {"source": {"objectStore": {"uri": "s3://models/other/"}}}}),
+        ] {
+            assert_ne!(plan(other.clone()).config.spec_hash, base, "{other}");
+        }
+        assert_eq!(resolve(&spec(json!({})), "other", "name", &Facts { dataset_size: Some(7), ..Facts::default() }).unwrap().config.spec_hash, base);
+    }
+
+    /// A hash that changes makes every finished job train again: on purpose only, and with a new IDENTITY_VERSION.
+    #[test]
+    fn the_hash_of_the_defaults_stays() {
+        assert_eq!(plan(json!({})).config.spec_hash, "sha256:89aef78765c76871114fce39913d7a96af9c2e1868aeab43d0242e9046994b40");
+    }
+
+    #[test]
+    fn steps_follow_from_the_dataset() {
+        let facts = Facts { dataset_size: Some(25), ..Facts::default() };
+        let steps = |change| resolve(&spec(change), "n", "j", &facts).unwrap().steps;
+        assert_eq!(steps(json!({})), StepPlan { total_steps: Some(2000), updates_per_epoch: Some(3), epochs: Some(667) });
+        assert_eq!(steps(json!({"training": {"epochs": 10}})), StepPlan { total_steps: Some(30), updates_per_epoch: Some(3), epochs: Some(10) });
+        let prior = json!({"training": {"epochs": 1, "priorPreservation": {"classPrompt": "a dog", "images": 100}}});
+        assert_eq!(steps(prior).updates_per_epoch, Some(9));
+        assert_eq!(plan(json!({"training": {"epochs": 10}})).steps, StepPlan { total_steps: None, updates_per_epoch: None, epochs: None });
+    }
+
+    #[test]
+    fn schedules_get_the_cycles_of_diffusers() {
+        let cycles = |schedule| plan(json!({"training": {"learningRateSchedule": schedule}})).config.training.learning_rate_schedule.cycles;
+        assert_eq!(cycles(json!({"type": "Cosine"})), 0.5);
+        assert_eq!(cycles(json!({"type": "CosineWithRestarts"})), 1.0);
+        assert_eq!(cycles(json!({"type": "CosineWithRestarts", "cycles": "3"})), 3.0);
+    }
+
+    #[test]
+    fn storage_comes_from_the_spec_then_from_the_operator() {
+        let defaults =
+            StorageConfig { endpoint: Some("http://default".into()), region: Some("here".into()), ca_bundle: Some("/ca".into()), credentials_prefix: None };
+        let facts = Facts { storage: Some(defaults.clone()), ca_bundle: Some("/own".into()), ..Facts::default() };
+        let storage = |change| resolve(&spec(change), "n", "j", &facts).unwrap().config.storage.unwrap();
+        assert_eq!(storage(json!({})), defaults);
+        assert_eq!(storage(json!({"storage": {"region": "there"}})), StorageConfig { region: Some("there".into()), ..defaults });
+        let own = storage(json!({"storage": {"endpoint": "http://own", "caBundleConfigMapRef": {"name": "c"}}}));
+        assert_eq!(own, StorageConfig { endpoint: Some("http://own".into()), ca_bundle: Some("/own".into()), ..StorageConfig::default() });
+    }
+
+    #[test]
+    fn each_kind_of_source_is_resolved() {
+        let source = |source: Value, facts: &Facts| resolve(&spec(json!({"model": {"source": source}})), "n", "j", facts).map(|plan| plan.config.model.source);
+        let hub = json!({"objectStore": null, "huggingFace": {"repo": "a/b", "revision": "0".repeat(40)}});
+        assert_eq!(source(hub, &Facts::default()).unwrap(), ModelSource::HuggingFace { repo: "a/b".into(), revision: "0".repeat(40) });
+        let store = source(json!({"objectStore": {"storage": {"credentials": {"secretRef": {"name": "s"}}}}}), &Facts::default()).unwrap();
+        let ModelSource::ObjectStore { storage: Some(storage), .. } = store else { panic!("{store:?}") };
+        assert_eq!(storage.credentials_prefix.as_deref(), Some("MODEL_"));
+        let claim = json!({"objectStore": null, "persistentVolumeClaim": {"claimName": "w"}});
+        let mounted = Facts { model_directory: Some("/model".into()), ..Facts::default() };
+        assert_eq!(source(claim.clone(), &mounted).unwrap(), ModelSource::Directory { path: "/model".into() });
+        assert!(source(claim, &Facts::default()).unwrap_err().to_string().contains("can only be mounted in a cluster"));
+        assert!(source(json!({"objectStore": null}), &Facts::default()).is_err());
+    }
+
+    #[test]
+    fn every_problem_is_named_at_once() {
+        let bad = json!({"training": {"optimizer": {"learningRate": "fast", "beta1": "2"}}, "scheduling": {"gpu": {"minMemoryMiB": 20000}}});
+        let error = resolve(&spec(bad), "n", "j", &Facts::default()).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidConfig);
+        let PlanError::Invalid(problems) = error else { panic!("{error}") };
+        let mut paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+        paths.sort_unstable();
+        assert_eq!(paths, ["spec.scheduling.gpu", "spec.training.optimizer.beta1", "spec.training.optimizer.learningRate"]);
+    }
+
+    #[test]
+    fn a_gpu_that_is_too_small_is_refused_before_it_is_asked_for() {
+        let small = json!({"scheduling": {"gpu": {"minMemoryMiB": 4000}}});
+        assert_eq!(resolve(&spec(small), "n", "j", &Facts::default()).unwrap_err().reason(), Reason::GPUTooSmall);
+        let large = Facts { device: Some(DeviceFacts::Gpu { memory_bytes: 80 << 30, compute_capability: (9, 0) }), ..Facts::default() };
+        assert_eq!(resolve(&spec(json!({})), "n", "j", &large).unwrap().memory.budget_bytes, Some(BUDGET_BYTES));
+        assert_eq!(plan(json!({"scheduling": {"gpu": {"perReplica": 0}}})).memory.budget_bytes, None);
     }
 }

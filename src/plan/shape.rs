@@ -1,0 +1,197 @@
+//! Sizes of the models, as far as memory and work depend on them.
+
+/// Shape of a Stable Diffusion 3 transformer (MMDiT).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct ModelShape {
+    /// Name for people.
+    pub name: &'static str,
+    /// Blocks.
+    pub layers: u64,
+    /// Width `D`: heads times head size.
+    pub hidden: u64,
+    /// Size of an attention head.
+    pub head: u64,
+    /// Blocks, from the first, with a second attention over the picture alone.
+    pub dual_layers: u64,
+    /// Queries and keys are normalised.
+    pub qk_norm: bool,
+    /// Width of the prompt embeddings.
+    pub joint: u64,
+    /// Width of the pooled prompt embedding.
+    pub pooled: u64,
+    /// Channels of a latent.
+    pub channels: u64,
+    /// Side of a patch.
+    pub patch: u64,
+    /// Pixels per latent pixel along one side.
+    pub vae_factor: u64,
+    /// Text encoders and autoencoder.
+    pub encoders: EncoderShape,
+}
+
+/// Shape of the models that prepare the data.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct EncoderShape {
+    /// Parameters of one T5 layer.
+    pub t5_layer: u64,
+    /// T5's width.
+    pub t5_width: u64,
+    /// T5's inner width.
+    pub t5_feed_forward: u64,
+    /// Parameters of the larger of the two CLIP text encoders.
+    pub clip: u64,
+    /// Parameters of the autoencoder's encoder.
+    pub vae_encoder: u64,
+    /// Parameters of the autoencoder's decoder.
+    pub vae_decoder: u64,
+    /// Channels of the autoencoder at full resolution.
+    pub vae_channels: u64,
+}
+
+/// T5-XXL, CLIP-G and the 16-channel autoencoder.
+const SD3_ENCODERS: EncoderShape = EncoderShape {
+    // Four 4096 x 4096 projections, three 4096 x 10240 matrices, two norms.
+    t5_layer: 4 * 4096 * 4096 + 3 * 4096 * 10_240 + 2 * 4096,
+    t5_width: 4096,
+    t5_feed_forward: 10_240,
+    clip: 694_659_840,
+    vae_encoder: 34_273_952,
+    vae_decoder: 49_545_731,
+    vae_channels: 128,
+};
+
+impl ModelShape {
+    /// Stable Diffusion 3 Medium.
+    pub const SD3_MEDIUM: Self = Self {
+        name: "Stable Diffusion 3 Medium",
+        layers: 24,
+        hidden: 1536,
+        head: 64,
+        dual_layers: 0,
+        qk_norm: false,
+        joint: 4096,
+        pooled: 2048,
+        channels: 16,
+        patch: 2,
+        vae_factor: 8,
+        encoders: SD3_ENCODERS,
+    };
+
+    /// Stable Diffusion 3.5 Medium.
+    pub const SD35_MEDIUM: Self = Self { name: "Stable Diffusion 3.5 Medium", dual_layers: 13, qk_norm: true, ..Self::SD3_MEDIUM };
+
+    /// Parameters of the transformer, without the table of positions.
+    pub fn parameters(&self) -> u64 {
+        let d = self.hidden;
+        let linear = |inputs: u64, outputs: u64| inputs * outputs + outputs;
+        let patch_size = self.patch * self.patch * self.channels;
+        let embeddings = linear(patch_size, d) + linear(256, d) + linear(self.pooled, d) + 2 * linear(d, d) + linear(self.joint, d);
+        let feed_forward = linear(d, 4 * d) + linear(4 * d, d);
+        let norms = if self.qk_norm { 4 * self.head } else { 0 };
+        let full = 2 * linear(d, 6 * d) + 8 * linear(d, d) + norms + 2 * feed_forward;
+        // The last block gives nothing back to the text.
+        let last = linear(d, 6 * d) + linear(d, 2 * d) + 7 * linear(d, d) + norms + feed_forward;
+        let dual = linear(d, 3 * d) + 4 * linear(d, d) + if self.qk_norm { 2 * self.head } else { 0 };
+        embeddings + (self.layers - 1) * full + last + self.dual_layers * dual + linear(d, 2 * d) + linear(d, patch_size)
+    }
+
+    /// Tokens of one picture at `resolution`.
+    pub fn picture_tokens(&self, resolution: u32) -> u64 {
+        (u64::from(resolution) / (self.vae_factor * self.patch)).pow(2)
+    }
+
+    /// Tokens of a picture and its caption: 77 of CLIP and `max_sequence_length` of T5.
+    pub fn tokens(&self, resolution: u32, max_sequence_length: u32) -> u64 {
+        self.picture_tokens(resolution) + 77 + u64::from(max_sequence_length)
+    }
+
+    /// Parameters of a LoRA of `rank` on the modules whose names end in one of `targets`.
+    pub fn lora_parameters(&self, rank: u64, targets: &[String]) -> u64 {
+        let d = self.hidden;
+        let matches = |name: &str| targets.iter().any(|target| name == target || name.ends_with(&format!(".{target}")));
+        let mut parameters = 0;
+        for block in 0..self.layers {
+            let last = block + 1 == self.layers;
+            let mut module = |name: &str, inputs: u64, outputs: u64| {
+                if matches(&format!("transformer_blocks.{block}.{name}")) {
+                    parameters += rank * (inputs + outputs);
+                }
+            };
+            let dual = block < self.dual_layers;
+            module("norm1.linear", d, if dual { 9 * d } else { 6 * d });
+            module("norm1_context.linear", d, if last { 2 * d } else { 6 * d });
+            for name in ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"] {
+                module(&format!("attn.{name}"), d, d);
+            }
+            if !last {
+                module("attn.to_add_out", d, d);
+                module("ff_context.net.0.proj", d, 4 * d);
+                module("ff_context.net.2", 4 * d, d);
+            }
+            if dual {
+                for name in ["to_q", "to_k", "to_v", "to_out.0"] {
+                    module(&format!("attn2.{name}"), d, d);
+                }
+            }
+            module("ff.net.0.proj", d, 4 * d);
+            module("ff.net.2", 4 * d, d);
+        }
+        parameters
+    }
+
+    /// Floating-point operations of one forward pass over one picture: (matrix products with weights, attention).
+    pub fn forward_flops(&self, resolution: u32, max_sequence_length: u32) -> (f64, f64) {
+        let d = self.hidden as f64;
+        let picture = self.picture_tokens(resolution) as f64;
+        let all = self.tokens(resolution, max_sequence_length) as f64;
+        let text = all - picture;
+        let layers = self.layers as f64;
+        let dual = self.dual_layers as f64;
+        let weights = 2.0 * 12.0 * d * d * (layers * picture + (layers - 1.0) * text) + 2.0 * 2.0 * d * d * text + 2.0 * 4.0 * d * d * dual * picture;
+        let attention = 4.0 * d * (layers * all * all + dual * picture * picture);
+        (weights, attention)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ModelShape;
+
+    #[test]
+    fn parameters_are_those_of_the_published_models() {
+        assert_eq!(ModelShape::SD3_MEDIUM.parameters(), 2_028_328_000);
+        assert_eq!(ModelShape::SD35_MEDIUM.parameters(), 2_243_171_520);
+    }
+
+    #[test]
+    fn lora_parameters_are_those_of_peft() {
+        let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let article = names(&["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]);
+        let all = names(&["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]);
+        let short = names(&["to_q", "to_k", "to_v", "to_out.0"]);
+        assert_eq!(ModelShape::SD3_MEDIUM.lora_parameters(4, &article), 1_179_648);
+        assert_eq!(ModelShape::SD3_MEDIUM.lora_parameters(4, &all), 2_347_008);
+        assert_eq!(ModelShape::SD35_MEDIUM.lora_parameters(4, &article), 1_179_648);
+        assert_eq!(ModelShape::SD35_MEDIUM.lora_parameters(4, &short), (96 + 52) * 4 * 2 * 1536);
+        assert_eq!(ModelShape::SD3_MEDIUM.lora_parameters(4, &names(&["o_q"])), 0);
+    }
+
+    #[test]
+    fn work_is_that_of_the_reference() {
+        let tera = |shape: ModelShape, resolution, length| {
+            let (weights, attention) = shape.forward_flops(resolution, length);
+            (weights + attention) / 1e12
+        };
+        for (shape, resolution, length, expected) in [
+            (ModelShape::SD3_MEDIUM, 512, 77, 1.80),
+            (ModelShape::SD3_MEDIUM, 512, 256, 2.11),
+            (ModelShape::SD3_MEDIUM, 768, 77, 4.23),
+            (ModelShape::SD3_MEDIUM, 1024, 77, 8.44),
+            (ModelShape::SD35_MEDIUM, 512, 77, 2.14),
+            (ModelShape::SD35_MEDIUM, 1024, 77, 10.78),
+        ] {
+            let found: f64 = tera(shape, resolution, length);
+            assert!((found / expected - 1.0).abs() < 0.02, "{} at {resolution}: {found} instead of {expected}", shape.name);
+        }
+    }
+}
