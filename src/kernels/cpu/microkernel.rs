@@ -58,56 +58,80 @@ pub(crate) fn max_columns(level: Level) -> usize {
     }
 }
 
+/// Repeats a block for the rows of a tile, with the row as a constant: sums then stay in registers at any optimisation level.
+#[cfg(target_arch = "x86_64")]
+macro_rules! each_row {
+    ($rows:ident, $row:ident, $body:block) => {
+        each_row!(@ $rows, $row, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $rows:ident, $row:ident, $body:block, $($n:literal)*) => {
+        {$(
+            if $n < $rows {
+                const $row: usize = $n;
+                $body
+            }
+        )*}
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_kernel {
     ($name:ident, $features:literal, $vector:ty, $width:literal, $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
-        /// `ROWS` x (`VECTORS` · width) tile.
+        /// `ROWS` rows of `VECTORS` (1 or 2) vectors.
         ///
         /// # Safety
         /// The processor must have the instructions; A, B and C must hold the tile (C and an `Init::Row` all of its columns).
         #[target_feature(enable = $features)]
         unsafe fn $name<const ROWS: usize, const VECTORS: usize>(t: &Tile) {
             use std::arch::x86_64::{$fma, $load, $splat, $store, $zero};
+            let two = VECTORS == 2;
             // SAFETY: the caller vouches for A, B and C; indices stay within `k`, ROWS and VECTORS.
             unsafe {
-                let mut sums: [[$vector; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
+                let mut left: [$vector; 12] = [$zero(); 12];
+                let mut right: [$vector; 12] = [$zero(); 12];
                 match t.init {
                     Init::Zero => {}
-                    Init::Accumulate => {
-                        for (i, row) in sums.iter_mut().enumerate() {
-                            for (v, sum) in row.iter_mut().enumerate() {
-                                *sum = $load(t.c.add(i * t.c_stride + v * $width));
-                            }
+                    Init::Accumulate => each_row!(ROWS, I, {
+                        let c = t.c.wrapping_add(I * t.c_stride);
+                        left[I] = $load(c);
+                        if two {
+                            right[I] = $load(c.wrapping_add($width));
                         }
-                    }
-                    Init::Row(init) => {
-                        for row in &mut sums {
-                            for (v, sum) in row.iter_mut().enumerate() {
-                                *sum = $load(init.add(v * $width));
-                            }
+                    }),
+                    Init::Row(init) => each_row!(ROWS, I, {
+                        left[I] = $load(init);
+                        if two {
+                            right[I] = $load(init.wrapping_add($width));
                         }
-                    }
+                    }),
                 }
-                let (mut a, mut b) = (t.a, t.b);
+                // Rows by threes from four pointers: each address is a pointer plus 0, 1 or 2 strides.
+                let stride = t.row_stride;
+                let mut a = [t.a, t.a.wrapping_offset(3 * stride), t.a.wrapping_offset(6 * stride), t.a.wrapping_offset(9 * stride)];
+                let mut b = t.b;
                 for _ in 0..t.k {
-                    let mut columns = [$zero(); VECTORS];
-                    for (v, column) in columns.iter_mut().enumerate() {
-                        *column = $load(b.add(v * $width));
-                    }
-                    for (i, row) in sums.iter_mut().enumerate() {
-                        let value = $splat(*a.offset(i as isize * t.row_stride));
-                        for (sum, column) in row.iter_mut().zip(columns) {
-                            *sum = $fma(value, column, *sum);
+                    let first = $load(b);
+                    let second = if two { $load(b.wrapping_add($width)) } else { $zero() };
+                    each_row!(ROWS, I, {
+                        let value = $splat(*a[I / 3].wrapping_offset((I % 3) as isize * stride));
+                        left[I] = $fma(value, first, left[I]);
+                        if two {
+                            right[I] = $fma(value, second, right[I]);
                         }
-                    }
-                    a = a.wrapping_offset(t.column_stride);
+                    });
+                    a[0] = a[0].wrapping_offset(t.column_stride);
+                    a[1] = a[1].wrapping_offset(t.column_stride);
+                    a[2] = a[2].wrapping_offset(t.column_stride);
+                    a[3] = a[3].wrapping_offset(t.column_stride);
                     b = b.wrapping_add(PANEL);
                 }
-                for (i, row) in sums.iter().enumerate() {
-                    for (v, sum) in row.iter().enumerate() {
-                        $store(t.c.add(i * t.c_stride + v * $width), *sum);
+                each_row!(ROWS, I, {
+                    let c = t.c.wrapping_add(I * t.c_stride);
+                    $store(c, left[I]);
+                    if two {
+                        $store(c.wrapping_add($width), right[I]);
                     }
-                }
+                });
             }
         }
     };

@@ -49,15 +49,19 @@ impl Embedder {
     }
 }
 
-/// Sinusoidal features [batch, 256] of timesteps: `[cos(t f), sin(t f)]`, `f_k = exp(-ln(10000) k / 128)`, in f32 as the
-/// reference.
+/// Sinusoidal features [batch, 256] of timesteps: `[cos(t f), sin(t f)]`, `f_k = exp(-ln(10000) k / 128)`.
+///
+/// Exponent, frequency and angle are rounded to f32 as in the reference, each operation exactly: an angle of 1000 with one
+/// wrong last place of its frequency would be off by 6e-5.
 pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
     let half = TIMESTEP_FEATURES / 2;
-    let frequency = |k: usize| (-(10_000.0_f32.ln()) * k as f32 / half as f32).exp();
+    let exponent = -(4.0 * std::f64::consts::LN_10) as f32;
+    let frequency = |k: usize| f64::from(exponent * k as f32 / half as f32).exp() as f32;
+    let angles = |t: f32| (0..half).map(move |k| f64::from(t * frequency(k)));
     let mut features = Vec::with_capacity(timesteps.len() * TIMESTEP_FEATURES);
     for &t in timesteps {
-        features.extend((0..half).map(|k| (t * frequency(k)).cos()));
-        features.extend((0..half).map(|k| (t * frequency(k)).sin()));
+        features.extend(angles(t).map(|angle| angle.cos() as f32));
+        features.extend(angles(t).map(|angle| angle.sin() as f32));
     }
     features
 }

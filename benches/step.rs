@@ -1,0 +1,115 @@
+//! Time of one training step (forward, loss, backward, clipping, AdamW), to compare with `benches/step_pytorch.py`.
+//!
+//! `cargo bench --bench step -- --model DIR [--steps N] [--batch N] [--size LATENT] [--recompute]`; prints one JSON line.
+#![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use candle_core::{Device, Tensor};
+use finetune::model::Weights;
+use finetune::model::lora::LoraSpec;
+use finetune::model::mmdit::{Mmdit, MmditConfig};
+use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
+use finetune::optim::{AdamW, AdamWSettings, Optimizer as _, clip_global_norm};
+use finetune::rng::{Purpose, Stream};
+
+/// What to measure.
+struct Options {
+    /// A model folder in diffusers layout.
+    model: PathBuf,
+    steps: usize,
+    batch: usize,
+    /// Side of the latents.
+    size: usize,
+    tokens: usize,
+    rank: usize,
+    targets: Vec<String>,
+    recompute: bool,
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let all = "to_q,to_k,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj";
+        let split = |s: &str| s.split(',').map(str::to_owned).collect();
+        let mut options =
+            Self { model: PathBuf::new(), steps: 20, batch: 8, size: 8, tokens: 93, rank: 16, targets: split(all), recompute: false };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
+            match arg.as_str() {
+                "--model" => options.model = value()?.into(),
+                "--steps" => options.steps = value()?.parse()?,
+                "--batch" => options.batch = value()?.parse()?,
+                "--size" => options.size = value()?.parse()?,
+                "--tokens" => options.tokens = value()?.parse()?,
+                "--rank" => options.rank = value()?.parse()?,
+                "--targets" => options.targets = split(&value()?),
+                "--recompute" => options.recompute = true,
+                "--bench" => {}
+                other => bail!("unknown argument {other}"),
+            }
+        }
+        if options.model.as_os_str().is_empty() {
+            bail!("usage: cargo bench --bench step -- --model DIR");
+        }
+        Ok(options)
+    }
+}
+
+fn random(stream: &mut Stream, shape: &[usize]) -> Result<Tensor> {
+    let mut values = vec![0.0; shape.iter().product()];
+    stream.fill_normal(&mut values);
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse()?;
+    let folder = options.model.join("transformer");
+    let config = MmditConfig::open(&folder)?;
+    let started = Instant::now();
+    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &Device::Cpu)?;
+    let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: options.targets.clone() };
+    let layout = model.attach_lora(&spec)?.clone();
+    model.set_recompute(&vec![options.recompute; config.num_layers]);
+    let load_seconds = started.elapsed().as_secs_f64();
+    let mut params = layout.init(1);
+    let mut optimizer = AdamW::new(AdamWSettings::default(), &params);
+
+    let table = SigmaTable::default();
+    let kind = LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true };
+    let mut stream = Stream::new(1, Purpose::Noise, 0, 0);
+    let batch = options.batch;
+    let latents = [batch, config.in_channels, options.size, options.size];
+    let prompt = random(&mut stream, &[batch, options.tokens, config.joint_attention_dim])?;
+    let pooled = random(&mut stream, &[batch, config.pooled_projection_dim])?;
+    let (mut times, mut last_loss) = (Vec::new(), 0.0);
+    for step in 0..options.steps {
+        let x0: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+        let noise: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+        let started = Instant::now();
+        model.set_lora(&params)?;
+        let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
+        let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
+        let timesteps = Tensor::from_vec(indices.iter().map(|&i| table.timestep(i)).collect::<Vec<_>>(), batch, &Device::Cpu)?;
+        let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu)?;
+        let (velocity, saved) = model.forward(&x_t, &timesteps, &prompt, &pooled, None)?;
+        let velocity: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
+        let loss = loss(kind, &velocity, &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
+        last_loss = loss.mean();
+        let mut gradients = model.backward(saved, &Tensor::from_vec(loss.d_velocity, &latents, &Device::Cpu)?)?;
+        clip_global_norm(&mut gradients, 1.0);
+        optimizer.step(&mut params, &gradients, 1e-4);
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    let first = times.first().copied().unwrap_or_default();
+    times.sort_by(f64::total_cmp);
+    let report = serde_json::json!({
+        "engine": "finetune", "median_ms": times[times.len() / 2], "best_ms": times[0], "first_ms": first, "steps": times.len(),
+        "load_s": load_seconds, "loss": last_loss, "threads": rayon::current_num_threads(),
+    });
+    println!("{report}");
+    Ok(())
+}
