@@ -34,8 +34,7 @@ impl Options {
     fn parse() -> Result<Self> {
         let all = "to_q,to_k,to_v,to_out.0,add_k_proj,add_q_proj,add_v_proj";
         let split = |s: &str| s.split(',').map(str::to_owned).collect();
-        let mut options =
-            Self { model: PathBuf::new(), steps: 20, batch: 8, size: 8, tokens: 93, rank: 16, targets: split(all), recompute: false };
+        let mut options = Self { model: PathBuf::new(), steps: 20, batch: 8, size: 8, tokens: 93, rank: 16, targets: split(all), recompute: false };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
