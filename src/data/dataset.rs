@@ -9,7 +9,7 @@
 //! - Samples are sorted by file name, whatever the order of lines or listing.
 //! - Pictures in memory are bounded: by bytes while they are fetched, by pixels while they are decoded.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -185,9 +185,9 @@ impl Dataset {
     /// With `onBadSample: Fail` [`DatasetError::Problems`] lists everything that is wrong; with `Skip` it is left out,
     /// and [`DatasetError::NoSamples`] tells that nothing remains.
     pub async fn scan_with(store: &Store, config: &DatasetConfig, options: ScanOptions, visitor: Arc<dyn Visitor>) -> Result<Self, DatasetError> {
-        let Metadata { rows, mut problems, digest: metadata_digest } = read_metadata(store, config).await?;
+        let Metadata { rows, mut problems, names, digest: metadata_digest } = read_metadata(store, config).await?;
         let sizes: BTreeMap<String, u64> = store.list("").await?.into_iter().map(|object| (object.key, object.size)).collect();
-        problems.append(without_row(&sizes, &rows, &problems, config));
+        problems.append(without_row(&sizes, &names, config));
 
         let scan = Arc::new(Scan {
             store: store.clone(),
@@ -346,15 +346,13 @@ async fn read_metadata(store: &Store, config: &DatasetConfig) -> Result<Metadata
 }
 
 /// Pictures that no line names, not even an unusable one.
-fn without_row(sizes: &BTreeMap<String, u64>, rows: &[Row], problems: &Problems, config: &DatasetConfig) -> Problems {
-    let mut named: BTreeSet<&str> = rows.iter().map(|row| row.file_name.as_str()).collect();
-    named.extend(problems.listed().iter().filter_map(|problem| problem.file_name.as_deref()));
+fn without_row(sizes: &BTreeMap<String, u64>, names: &HashMap<String, u64>, config: &DatasetConfig) -> Problems {
     let is_picture = |key: &str| {
         let ending = key.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase());
         ending.is_some_and(|ending| PICTURE_ENDINGS.contains(&ending.as_str())) && !key.split('/').any(|segment| segment.starts_with('.'))
     };
     let mut found = Problems::default();
-    for key in sizes.keys().filter(|key| **key != config.metadata_file && is_picture(key) && !named.contains(key.as_str())) {
+    for key in sizes.keys().filter(|key| **key != config.metadata_file && is_picture(key) && !names.contains_key(key.as_str())) {
         found.push(Problem { line: None, file_name: Some(key.clone()), kind: ProblemKind::NoRow });
     }
     found

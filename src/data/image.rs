@@ -162,6 +162,9 @@ fn xmp_orientation(xmp: &[u8]) -> Option<Orientation> {
 }
 
 /// Drops alpha, repeats grey and keeps the high byte of 16-bit samples.
+///
+/// Pillow treats 16-bit grey without alpha on its own: it clips samples at 255 (`I;16` to `RGB`). That holds here for
+/// pictures that only use the low byte; all others would come out white, so they keep the high byte as well.
 fn to_rgb8(raw: Vec<u8>, color: ColorType) -> Vec<u8> {
     let high = usize::from(cfg!(target_endian = "little"));
     let pick = |stride: usize, at: [usize; 3]| raw.chunks_exact(stride).flat_map(|p| at.map(|i| p[i])).collect();
@@ -169,11 +172,12 @@ fn to_rgb8(raw: Vec<u8>, color: ColorType) -> Vec<u8> {
         ColorType::L8 => pick(1, [0, 0, 0]),
         ColorType::La8 => pick(2, [0, 0, 0]),
         ColorType::Rgba8 => pick(4, [0, 1, 2]),
+        ColorType::L16 if raw.iter().skip(high).step_by(2).all(|b| *b == 0) => pick(2, [1 - high; 3]),
         ColorType::L16 => pick(2, [high; 3]),
         ColorType::La16 => pick(4, [high; 3]),
         ColorType::Rgb16 => pick(6, [high, 2 + high, 4 + high]),
         ColorType::Rgba16 => pick(8, [high, 2 + high, 4 + high]),
-        // Rgb8; the three decoders give no float pictures.
+        // Rgb8; the decoders give no float pictures.
         _ => raw,
     }
 }
@@ -189,3 +193,7 @@ fn upright(picture: RgbImage, orientation: Orientation) -> RgbImage {
     turned.apply_orientation(orientation);
     RgbImage { width: turned.width(), height: turned.height(), data: turned.into_rgb8().into_raw() }
 }
+
+#[cfg(test)]
+#[path = "image_tests.rs"]
+mod tests;

@@ -35,6 +35,8 @@ pub struct Metadata {
     pub rows: Vec<Row>,
     /// All other lines but blank ones.
     pub problems: Problems,
+    /// Every clean name of the file, also of rows that are unusable for another reason, with its first line.
+    pub names: HashMap<String, u64>,
     /// Digest of the file's bytes.
     pub digest: Sha256Digest,
 }
@@ -85,7 +87,7 @@ impl MetadataParser {
         if !self.partial.is_empty() || self.too_long {
             self.end_line();
         }
-        Metadata { rows: self.rows, problems: self.problems, digest: self.hasher.finalize().into() }
+        Metadata { rows: self.rows, problems: self.problems, names: self.first_lines, digest: self.hasher.finalize().into() }
     }
 
     fn extend(&mut self, part: &[u8]) {

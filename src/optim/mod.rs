@@ -63,3 +63,6 @@ impl Layout {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

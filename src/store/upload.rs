@@ -98,7 +98,9 @@ async fn send_parts(store: &Store, key: &str, source: &Source, upload: &mut dyn 
     while start < size || !in_flight.is_empty() {
         if start < size && in_flight.len() < PARALLEL_PARTS {
             let length = part.min(size - start);
-            in_flight.push(upload.put_part(PutPayload::from(source.read(start, length).await?)));
+            // Read first: a borrow of the set across an await would make this future unusable in a spawned task.
+            let payload = PutPayload::from(source.read(start, length).await?);
+            in_flight.push(upload.put_part(payload));
             start += length;
         } else if let Some(done) = in_flight.next().await {
             done.map_err(|error| store.failed(&error, "write a part of", key))?;
