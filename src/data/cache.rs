@@ -29,7 +29,7 @@ use crate::store::{NoProgress, Store, StoreError, StoreErrorKind};
 /// Bytes after which a pack is closed.
 pub const PACK_BYTES: usize = 64 << 20;
 
-/// Packs that are fetched at the same time.
+/// Packs that are fetched or uploaded at the same time.
 const PARALLEL: usize = 8;
 
 /// Why the cache cannot be used.
@@ -285,7 +285,11 @@ impl TensorCache {
         self.pending.clear();
         self.pending_bytes = 0;
         self.packs().wanted.insert(digest);
-        if tokio::runtime::Handle::try_current().is_ok() {
+        while let Some(done) = self.uploads.try_join_next() {
+            done??;
+        }
+        // Where preparing outruns the uploads, `flush` does the rest.
+        if self.uploads.len() < PARALLEL && tokio::runtime::Handle::try_current().is_ok() {
             self.upload(digest);
         }
         Ok(())

@@ -162,7 +162,7 @@ impl Visitor for NoVisitor {
 
 /// Bytes of files that are held while they wait or are decoded.
 const BYTES_IN_FLIGHT: u64 = 512 << 20;
-/// Pixels that are decoded at the same time (about 11 bytes each at worst).
+/// Pixels that are decoded at the same time (about 16 bytes each at worst).
 const PIXELS_IN_FLIGHT: u64 = 100_000_000;
 /// Bytes of the metadata file read by one request.
 const METADATA_PIECE: u64 = 8 << 20;

@@ -43,6 +43,9 @@ pub enum ImageError {
         /// The limit.
         max_side: u32,
     },
+    /// The file is shorter than it says.
+    #[error("the file is truncated")]
+    Truncated,
     /// No pixels.
     #[error("the picture has no pixels")]
     Empty,
@@ -82,7 +85,10 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
             read(PngDecoder::with_limits(Cursor::new(bytes), bounds), "PNG", limits)
         }
         Ok(ImageFormat::Jpeg) => read_jpeg(bytes, limits),
-        Ok(ImageFormat::WebP) => read(WebPDecoder::new(Cursor::new(bytes)), "WebP", limits),
+        Ok(ImageFormat::WebP) => {
+            check_riff_size(bytes)?;
+            read(WebPDecoder::new(Cursor::new(bytes)), "WebP", limits)
+        }
         _ => Err(ImageError::UnknownFormat),
     }
 }
@@ -107,6 +113,12 @@ fn image_limits(limits: &ImageLimits) -> image::Limits {
     let mut bounds = image::Limits::no_limits();
     bounds.max_alloc = Some(limits.max_pixels * 8 + (64 << 20));
     bounds
+}
+
+/// A file that lost its end may still decode, without the orientation that stands there.
+fn check_riff_size(bytes: &[u8]) -> Result<(), ImageError> {
+    let declared = bytes.get(4..8).and_then(|size| size.try_into().ok()).map_or(u64::MAX, |size| u64::from(u32::from_le_bytes(size)));
+    if declared.saturating_add(8) > bytes.len() as u64 { Err(ImageError::Truncated) } else { Ok(()) }
 }
 
 fn check_size((width, height): (u32, u32), limits: &ImageLimits) -> Result<(), ImageError> {
@@ -146,6 +158,8 @@ fn read<D: ImageDecoder>(decoder: image::ImageResult<D>, format: &'static str, l
 
 /// The EXIF orientation, or else XMP's.
 fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Orientation {
+    // Some WebP files keep JPEG's prefix.
+    let exif = exif.map(|chunk| chunk.strip_prefix(b"Exif\0\0").unwrap_or(chunk));
     exif.and_then(Orientation::from_exif_chunk).or_else(|| xmp.and_then(xmp_orientation)).unwrap_or(Orientation::NoTransforms)
 }
 

@@ -114,6 +114,17 @@ fn every_size_can_be_cropped() {
     }
 }
 
+/// 1 x 30,000 pixels at 512 would be 512 x 15 million pixels: only the crop is made.
+#[test]
+fn a_very_long_picture_costs_no_more_than_its_crop() {
+    for (width, height) in [(1, 30_000), (30_000, 1)] {
+        let data: Vec<u8> = (0..30_000_u32).flat_map(|i| [(i >> 8) as u8; 3]).collect();
+        let picture = RgbImage { width, height, data };
+        let pixels = Transform::center((width, height), 512).apply(&picture);
+        assert!(pixels.data.iter().all(|v| (v - (58.0 / 127.5 - 1.0)).abs() < 0.01), "{:?}", &pixels.data[..4]);
+    }
+}
+
 #[test]
 fn cut_files_are_errors_wherever_they_are_cut() {
     for name in ["progressive-420.jpg", "restart-420.jpg", "lossy.webp", "lossless.webp", "palette.png"] {

@@ -89,16 +89,18 @@ impl Transform {
     pub fn apply(&self, picture: &RgbImage) -> Pixels {
         let side = self.resolution as usize;
         let (width, height) = resized((picture.width, picture.height), self.resolution);
-        let small = resample::bilinear_rgb(&picture.data, (picture.width as usize, picture.height as usize), (width as usize, height as usize));
         let top = self.top.min(height - self.resolution) as usize;
         let left = self.left.min(width - self.resolution) as usize;
+        // The crop's place in the picture before it is mirrored.
+        let first_column = if self.flip { width as usize - left - side } else { left };
+        let from = (picture.width as usize, picture.height as usize);
+        let crop = resample::bilinear_rgb(&picture.data, from, (width as usize, height as usize), first_column..first_column + side, top..top + side);
         let mut data = vec![0.0; 3 * side * side];
         for y in 0..side {
             for x in 0..side {
-                let column = if self.flip { width as usize - 1 - (left + x) } else { left + x };
-                let at = ((top + y) * width as usize + column) * 3;
+                let at = (y * side + if self.flip { side - 1 - x } else { x }) * 3;
                 for c in 0..3 {
-                    data[(c * side + y) * side + x] = (f32::from(small[at + c]) / 255.0 - 0.5) / 0.5;
+                    data[(c * side + y) * side + x] = (f32::from(crop[at + c]) / 255.0 - 0.5) / 0.5;
                 }
             }
         }

@@ -118,7 +118,7 @@ impl Planes {
     ) -> Result<(), JpegError> {
         let (dc, ac) = (table(&tables.dc, scan.dc)?, table(&tables.ac, scan.ac)?);
         let mut block = [0_i16; 64];
-        *prediction += dc_difference(bits, dc)?;
+        *prediction = prediction.wrapping_add(dc_difference(bits, dc)?);
         block[0] = *prediction as i16;
         let mut k = 1;
         while k < 64 {
@@ -154,7 +154,7 @@ impl Planes {
         let block = &mut plane.coefficients[at.1 * plane.blocks.0 + at.0];
         match (header.start, header.high) {
             (0, 0) => {
-                *prediction += dc_difference(bits, table(&tables.dc, scan.dc)?)?;
+                *prediction = prediction.wrapping_add(dc_difference(bits, table(&tables.dc, scan.dc)?)?);
                 block[0] = (*prediction << header.low) as i16;
                 Ok(())
             }
@@ -244,7 +244,7 @@ fn ac_refine(block: &mut [i16; 64], header: &ScanHeader, table: &HuffmanTable, b
     let bit = 1_i16 << header.low;
     let refine = |value: &mut i16, bits: &mut Bits<'_>| -> Result<(), JpegError> {
         if bits.bits(1)? == 1 && *value & bit == 0 {
-            *value += if *value > 0 { bit } else { -bit };
+            *value = value.wrapping_add(if *value > 0 { bit } else { -bit });
         }
         Ok(())
     };
