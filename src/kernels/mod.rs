@@ -11,6 +11,8 @@
 mod cpu;
 mod engine;
 mod pool;
+#[cfg(test)]
+mod tests;
 
 pub use cpu::conv::{ConvShape, conv2d};
 pub use cpu::group_norm::group_norm_silu;

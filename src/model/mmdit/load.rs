@@ -137,12 +137,16 @@ impl Loader<'_> {
     }
 }
 
-/// Loads the transformer: see [`Mmdit::load`].
-pub(super) fn load(weights: Arc<Weights>, config: MmditConfig, engine: Engine) -> Result<Mmdit, MmditError> {
+/// Whether a model of this size is converted to f32 once.
+pub(super) fn converts_once(config: &MmditConfig) -> bool {
+    config.linear_sites().iter().map(|s| s.in_features * s.out_features).sum::<usize>() <= CONVERT_ONCE
+}
+
+/// Loads the transformer: see [`Mmdit::load`]. `convert`: weights become f32 at once, else whenever they are used.
+pub(super) fn load(weights: Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
     config.check()?;
     let d = config.width();
-    let total: usize = config.linear_sites().iter().map(|s| s.in_features * s.out_features).sum();
-    let mut loader = Loader { weights: &weights, config: &config, engine: &engine, convert: total <= CONVERT_ONCE, ordinal: 0 };
+    let mut loader = Loader { weights: &weights, config: &config, engine: &engine, convert, ordinal: 0 };
 
     let p = config.patch_size;
     let inputs = config.in_channels * p * p;

@@ -115,7 +115,8 @@ impl Mmdit {
     /// # Errors
     /// If a weight is missing or does not fit the configuration, or the device has no kernels.
     pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &Device) -> Result<Self, MmditError> {
-        load::load(weights, config, Engine::new(device)?)
+        let convert = load::converts_once(&config);
+        load::load(weights, config, Engine::new(device)?, convert)
     }
 
     /// The configuration.
