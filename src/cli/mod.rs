@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand. The only place for stdout, `anyhow` and the process's exit code.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -9,10 +10,16 @@ use crate::telemetry::{self, LogFormat};
 mod crd;
 #[cfg(feature = "train")]
 mod device;
+#[cfg(feature = "train")]
+mod job;
 #[cfg(feature = "operator")]
 mod operator;
 #[cfg(feature = "train")]
+mod run;
+#[cfg(feature = "train")]
 mod sample;
+#[cfg(feature = "train")]
+mod train;
 #[cfg(feature = "train")]
 mod verify;
 
@@ -36,23 +43,44 @@ enum Command {
     /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
     #[cfg(feature = "operator")]
     Operator(operator::Args),
+    /// Train a FineTuneJob manifest on this machine, without a cluster.
+    #[cfg(feature = "train")]
+    Run(run::Args),
     /// Draw pictures with a model, with or without a LoRA.
     #[cfg(feature = "train")]
     Sample(sample::Args),
+    /// Train from a resolved configuration: what runs in the pod.
+    #[cfg(feature = "train")]
+    Train(train::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]
     Verify(verify::Args),
 }
 
+/// Exit code for a command line or manifest that cannot be used (`EX_USAGE`).
+const USAGE: u8 = 64;
+
 /// Runs the command line and returns the process's exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are errors to clap, but not to the caller.
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
+        }
+    };
     let default_filter = match cli.command {
         Command::Crd(_) => "warn",
         #[cfg(feature = "operator")]
         Command::Operator(_) => "info",
         #[cfg(feature = "train")]
-        Command::Sample(_) | Command::Verify(_) => "warn",
+        Command::Train(_) => "info",
+        // On a terminal the progress bar tells; elsewhere log lines do.
+        #[cfg(feature = "train")]
+        Command::Run(_) if !std::io::stderr().is_terminal() => "info",
+        #[cfg(feature = "train")]
+        Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
     };
     telemetry::init(cli.log_format, default_filter);
     // A second installation is refused; the first one is the same.
@@ -62,7 +90,11 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "operator")]
         Command::Operator(args) => operator::run(args),
         #[cfg(feature = "train")]
+        Command::Run(args) => run::run(args),
+        #[cfg(feature = "train")]
         Command::Sample(args) => sample::run(&args),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),
     };

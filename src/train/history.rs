@@ -74,6 +74,12 @@ impl Picture {
     pub fn file_name(&self) -> String {
         format!("validation/step-{:06}/{}.png", self.step, self.prompt)
     }
+
+    /// Step and prompt of such a name.
+    pub fn parse(file_name: &str) -> Option<(u64, usize)> {
+        let (step, prompt) = file_name.strip_prefix("validation/step-")?.strip_suffix(".png")?.split_once('/')?;
+        Some((step.parse().ok()?, prompt.parse().ok()?))
+    }
 }
 
 /// Everything measured so far; part of a checkpoint, so that a resumed run's files have no holes.

@@ -1,13 +1,22 @@
 //! The training job: prepare, step, checkpoint, publish.
 
 pub mod checkpoint;
+pub mod device;
+pub mod environment;
+pub mod error;
 pub mod evaluate;
 pub mod events;
 pub mod history;
 pub mod interrupt;
+pub mod job;
+pub mod output;
+pub mod prepare;
 pub mod publish;
 pub mod report;
 pub mod result;
 pub mod server;
+pub mod setup;
 pub mod step;
 pub mod tensor_file;
+pub mod trainer;
+pub mod validation;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::OutputFormat;
 use crate::digest;
 
 /// The name below the output prefix.
@@ -109,8 +110,8 @@ pub struct LoraSummary {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Artifact {
-    /// `Diffusers` or `Kohya`.
-    pub format: String,
+    /// Which one.
+    pub format: OutputFormat,
     /// Name below the output prefix.
     pub file: String,
     /// `sha256:<hex>`.

@@ -127,13 +127,14 @@ impl Inputs {
 /// The outcome of a micro-batch.
 #[derive(Debug)]
 pub struct MicroBatch {
-    /// Mean loss over the samples, before division by the accumulation count.
+    /// Sum of the samples' losses.
     pub loss: f64,
-    /// Gradients of loss / accumulation, aligned with the parameters.
+    /// Gradients of the weighted loss, aligned with the parameters.
     pub grads: Vec<Vec<f32>>,
 }
 
-/// Forward, loss and backward of one micro-batch. `ordinals` are the items' places within `epoch`.
+/// Forward, loss and backward of one micro-batch. `ordinals` are the items' places within `epoch`; each sample's loss counts
+/// `weight` (1 / samples of the batch / batches per update) in the gradients.
 ///
 /// # Errors
 /// If the model refuses the inputs.
@@ -144,18 +145,18 @@ pub fn micro_batch(
     examples: &[&Example],
     epoch: u64,
     ordinals: &[u64],
-    accumulation: u32,
+    weight: f64,
 ) -> Result<MicroBatch, MmditError> {
     let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
     let inputs = Inputs::new(&objective.table, examples, &draws, device)?;
     let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
     let (velocity, saved) = model.forward(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref())?;
     let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-    let coefficients = vec![1.0 / examples.len() as f64 / f64::from(accumulation); examples.len()];
+    let coefficients = vec![weight; examples.len()];
     let loss = flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &coefficients);
-    let mean = loss.mean();
+    let sum = loss.per_sample.iter().sum();
     let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), device)?;
-    Ok(MicroBatch { loss: mean, grads: model.backward(saved, &d_velocity)? })
+    Ok(MicroBatch { loss: sum, grads: model.backward(saved, &d_velocity)? })
 }
 
 /// The losses of a batch without gradients, one per sample.

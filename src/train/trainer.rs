@@ -133,8 +133,12 @@ impl Trainer {
         let mut params: Vec<Param> = self.params.iter().filter_map(|p| by_name.remove(&p.name)).collect();
         params.extend(by_name.into_values());
         self.layout.check(&params)?;
-        if state.plan != self.settings.plan {
-            tracing::warn!(checkpoint = ?state.plan, now = ?self.settings.plan, "the run goes on in another way than it began; it is exact, but not bit for bit the same");
+        let (began, now) = (&state.plan, &self.settings.plan);
+        if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
+            self.model.set_recompute(&vec![began.recompute; self.model.config().num_layers]);
+            self.settings.plan = state.plan.clone();
+        } else {
+            tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");
         }
         self.optimizer.load_state(optimizer)?;
         self.sampler.seek(state.position)?;
@@ -181,15 +185,20 @@ impl Trainer {
                 return Ok(Update::Interrupted);
             }
             let batch = self.sampler.next_batch();
-            let examples: Vec<Example> = batch.items.iter().map(|item| self.prepared.example(item.sample, item.copy)).collect::<Result<_, _>>()?;
-            let ordinals: Vec<u64> = batch.items.iter().map(|item| item.ordinal).collect();
-            let Settings { objective, device, accumulation, .. } = &self.settings;
-            let micro = step::micro_batch(&self.model, objective, device, &examples.iter().collect::<Vec<_>>(), batch.epoch, &ordinals, *accumulation)?;
-            finite(step, "loss", micro.loss)?;
-            for (sum, grad) in grads.iter_mut().zip(&micro.grads) {
-                sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
+            let Settings { objective, device, accumulation, plan, .. } = &self.settings;
+            let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
+            let mut batch_loss = 0.0;
+            for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
+                let examples: Vec<Example> = items.iter().map(|item| self.prepared.example(item.sample, item.copy)).collect::<Result<_, _>>()?;
+                let ordinals: Vec<u64> = items.iter().map(|item| item.ordinal).collect();
+                let micro = step::micro_batch(&self.model, objective, device, &examples.iter().collect::<Vec<_>>(), batch.epoch, &ordinals, weight)?;
+                finite(step, "loss", micro.loss)?;
+                for (sum, grad) in grads.iter_mut().zip(&micro.grads) {
+                    sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
+                }
+                batch_loss += micro.loss;
             }
-            loss += micro.loss;
+            loss += batch_loss / batch.items.len() as f64;
             batches += 1;
             if batch.sync {
                 break;
@@ -267,6 +276,11 @@ impl Trainer {
     /// The modules with LoRA.
     pub fn layout(&self) -> &LoraLayout {
         &self.layout
+    }
+
+    /// Prepared data.
+    pub fn prepared(&self) -> &Prepared {
+        &self.prepared
     }
 
     /// The model with the present parameters.

@@ -1,0 +1,167 @@
+//! Prompt embeddings and latents: from the cache where they are known, else made, one model in memory at a time.
+//!
+//! Everything is keyed by what it is: a caption with the encoders and the sequence length; a picture's bytes with its
+//! transform and the VAE. A sample finds its data by those keys, never by position, so that caption i is trained with
+//! picture i whatever the order. Where everything is known, neither text encoders nor VAE are fetched.
+
+mod error;
+mod keys;
+mod prepared;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor};
+use tokio::task::block_in_place;
+
+pub use error::{PrepareError, PreparedError};
+pub use keys::Keys;
+pub use prepared::Prepared;
+
+use super::environment::JobEnvironment;
+use super::step::LatentScaling;
+use crate::api::Stage;
+use crate::data::cache::TensorCache;
+use crate::data::dataset::Dataset;
+use crate::model::ModelDir;
+use crate::model::layout::Part;
+use crate::model::text::{PromptEmbedding, PromptEncoder};
+use crate::model::vae::VaeEncoder;
+use crate::plan::TrainConfig;
+use crate::store::Store;
+use crate::store::model_source::{ModelFolder, Parts};
+
+/// Prepared latents are written at least this often: what a kill may cost.
+const WRITE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Prepares all that `dataset` needs; what the cache or its mirror beside the checkpoints has is not made again.
+///
+/// # Errors
+/// If the model cannot be fetched or used, a picture has changed since the scan, or the run is asked to stop.
+pub async fn prepare(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    pictures: &Store,
+    folder: &ModelFolder,
+    mirror: &Store,
+    device: &Device,
+    environment: &JobEnvironment,
+) -> Result<Prepared, PrepareError> {
+    let encoders = folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?;
+    let vae = folder.fingerprint(Parts::VAE).await?;
+    let preparation = Preparation { config, dataset, pictures, folder, device, environment, keys: Keys::new(config, encoders, vae) };
+    let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
+    let prepared = preparation.all(&mut cache).await;
+    // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
+    if prepared.is_ok() || matches!(prepared, Err(PrepareError::Stopped)) {
+        cache.flush().await?;
+    }
+    let scaling = prepared?;
+    Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, scaling))
+}
+
+struct Preparation<'a> {
+    config: &'a TrainConfig,
+    dataset: &'a Dataset,
+    pictures: &'a Store,
+    folder: &'a ModelFolder,
+    device: &'a Device,
+    environment: &'a JobEnvironment,
+    keys: Keys,
+}
+
+impl Preparation<'_> {
+    async fn all(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
+        self.prompts(cache).await?;
+        self.latents(cache).await
+    }
+
+    /// Fetches parts of the model, unless asked to stop meanwhile.
+    async fn fetch(&self, parts: Parts, what: &'static str) -> Result<(), PrepareError> {
+        let reporter = &self.environment.reporter;
+        reporter.stage(Stage::DownloadingModel, what, 0);
+        tokio::select! {
+            fetched = self.folder.fetch(parts, reporter) => fetched.map(|_| ()).map_err(PrepareError::from),
+            () = self.environment.interrupt.wait() => Err(PrepareError::Stopped),
+        }
+    }
+
+    fn stop_if_asked(&self) -> Result<(), PrepareError> {
+        if self.environment.interrupt.requested() { Err(PrepareError::Stopped) } else { Ok(()) }
+    }
+
+    /// Every caption that the run needs, each once: those of the dataset and of validation, with its empty negative prompt.
+    fn captions(&self) -> BTreeSet<String> {
+        let validation = self.config.validation.iter().flat_map(|v| v.prompts.iter().cloned().chain([String::new()]));
+        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(validation).collect()
+    }
+
+    async fn prompts(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {
+        let reporter = &self.environment.reporter;
+        let missing: Vec<String> = self.captions().into_iter().filter(|c| !cache.contains(&self.keys.prompt(c))).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.fetch(Parts::TOKENIZERS | Parts::TEXT_ENCODERS, "fetching the text encoders").await?;
+        let model = ModelDir::open(self.folder.folder())?;
+        if !model.has(Part::TextEncoder3) {
+            // The width of T5's place is the transformer's.
+            self.fetch(Parts::TRANSFORMER, "fetching the transformer").await?;
+        }
+        block_in_place(|| {
+            let encoder = PromptEncoder::open(&model, self.config.training.max_sequence_length as usize, self.device)?;
+            reporter.stage(Stage::PreparingData, "encoding captions", 0);
+            let mut progress = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            encoder.encode_each::<PrepareError>(&missing, &mut progress, &mut |caption, PromptEmbedding { embeds, pooled }| {
+                Ok(cache.put(self.keys.prompt(caption), &[("embeds", &embeds), ("pooled", &pooled)])?)
+            })
+        })
+    }
+
+    async fn latents(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
+        let reporter = &self.environment.reporter;
+        let mut missing: BTreeMap<_, (usize, u32)> = BTreeMap::new();
+        for sample in 0..self.dataset.samples.len() {
+            for copy in 0..self.config.dataset.repeats {
+                let key = self.keys.latents(self.dataset, sample, copy);
+                if !cache.contains(&key) {
+                    missing.entry(key).or_insert((sample, copy));
+                }
+            }
+        }
+        if missing.is_empty()
+            && let Some(scaling) = prepared::read_scaling(cache, &self.keys)?
+        {
+            return Ok(scaling);
+        }
+        self.fetch(Parts::VAE, "fetching the VAE").await?;
+        let model = ModelDir::open(self.folder.folder())?;
+        let encoder = block_in_place(|| VaeEncoder::load(&model, self.device))?;
+        reporter.stage(Stage::PreparingData, "encoding pictures", missing.len() as u64);
+        // In the dataset's order, so that what is written does not depend on digests.
+        let mut missing: Vec<_> = missing.into_iter().collect();
+        missing.sort_by_key(|(_, place)| *place);
+        let mut written = Instant::now();
+        for (key, (sample, copy)) in missing {
+            self.stop_if_asked()?;
+            if written.elapsed() >= WRITE_INTERVAL {
+                cache.flush().await?;
+                written = Instant::now();
+            }
+            let picture = Dataset::load(self.pictures, &self.dataset.samples[sample]).await?;
+            block_in_place(|| {
+                let pixels = self.keys.transform(self.dataset, sample, copy).apply(&picture);
+                let side = pixels.resolution as usize;
+                let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), self.device)?)?;
+                let host = |t: &Tensor| t.squeeze(0)?.to_device(&Device::Cpu);
+                Ok::<_, PrepareError>(cache.put(key, &[("mean", &host(&posterior.mean)?), ("logvar", &host(&posterior.logvar)?)])?)
+            })?;
+            reporter.advance(1);
+        }
+        let config = encoder.config();
+        let scaling = LatentScaling { scale: config.scaling_factor as f32, shift: config.shift_factor.unwrap_or(0.0) as f32 };
+        cache.put(self.keys.scaling(), &[("scaling", &Tensor::new(&[scaling.scale, scaling.shift], &Device::Cpu)?)])?;
+        Ok(scaling)
+    }
+}

@@ -1,0 +1,133 @@
+//! Pictures of the validation prompts, drawn while training: below `pictures/` of the checkpoint prefix as they come, and in
+//! the output in the end. The same step draws the same pictures, so a resumed run may draw them again.
+
+use std::io::Cursor;
+use std::ops::ControlFlow;
+
+use bytes::Bytes;
+use candle_core::Device;
+use image::ImageFormat;
+
+use super::checkpoint::Checkpoints;
+use super::history::{self, Picture};
+use super::interrupt::Interrupt;
+use super::prepare::PreparedError;
+use super::trainer::Trainer;
+use crate::model::ModelDir;
+use crate::model::layout::LayoutError;
+use crate::model::text::PromptEmbedding;
+use crate::model::vae::{VaeDecoder, VaeError};
+use crate::plan::ValidationConfig;
+use crate::sample::{Denoise, PromptBatch, SampleError, denoise, initial_latents, to_pictures};
+use crate::store::{Store, StoreError};
+
+/// Where pictures lie below the checkpoint prefix while the run lasts.
+const FOLDER: &str = "pictures";
+
+/// Why pictures could not be drawn.
+#[derive(Debug, thiserror::Error)]
+pub enum ValidationError {
+    /// The sampler failed.
+    #[error("failed to sample")]
+    Sample(#[from] SampleError),
+    /// The VAE's decoder failed.
+    #[error("failed to decode")]
+    Vae(#[from] VaeError),
+    /// The model's folder is not as it should be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A prompt's embedding is gone.
+    #[error(transparent)]
+    Prepared(#[from] PreparedError),
+    /// A tensor operation failed.
+    #[error("failed to make a tensor")]
+    Tensor(#[from] candle_core::Error),
+    /// The PNG could not be made.
+    #[error("failed to encode a picture")]
+    Png(#[from] image::ImageError),
+}
+
+/// Draws every prompt with the present weights; none if the run is asked to stop meanwhile.
+///
+/// # Errors
+/// If a part of the model is missing or fails.
+pub fn draw(
+    config: &ValidationConfig,
+    resolution: u32,
+    model: &ModelDir,
+    trainer: &Trainer,
+    device: &Device,
+    interrupt: &Interrupt,
+) -> Result<Option<Vec<Picture>>, ValidationError> {
+    let decoder = VaeDecoder::load(model, device)?;
+    let scheduler = model.scheduler()?;
+    let prompt = |text: &str| {
+        let (embeds, pooled) = trainer.prepared().prompt(text)?;
+        Ok::<_, ValidationError>(PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], device)?)
+    };
+    let negative = prompt("")?;
+    let settings = Denoise { steps: config.steps as usize, guidance_scale: config.guidance_scale, lora_scale: 1.0, skip_layers: None };
+    let side = resolution as usize / decoder.config().downscale();
+    let mut pictures = Vec::new();
+    for (index, text) in config.prompts.iter().enumerate() {
+        let noise = initial_latents(config.seed, index as u64, trainer.model().config().in_channels, side, side, device)?;
+        let mut on_step = |_| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        let latents = match denoise(trainer.model(), &scheduler, &noise, &prompt(text)?, &negative, &settings, &mut on_step) {
+            Err(SampleError::Stopped) => return Ok(None),
+            latents => latents?,
+        };
+        for drawn in to_pictures(&decoder.decode(&decoder.config().unscale(&latents)?)?)? {
+            let mut png = Cursor::new(Vec::new());
+            drawn.write_to(&mut png, ImageFormat::Png)?;
+            pictures.push(Picture {
+                step: trainer.step(),
+                time: history::now(),
+                prompt: index,
+                png: png.into_inner(),
+                width: drawn.width(),
+                height: drawn.height(),
+            });
+        }
+    }
+    Ok(Some(pictures))
+}
+
+/// Keeps pictures for the end of the run, and for people to see before.
+///
+/// # Errors
+/// If the store fails.
+pub async fn keep(checkpoints: &Checkpoints, pictures: &[Picture]) -> Result<(), StoreError> {
+    let folder = checkpoints.store().child(FOLDER)?;
+    for picture in pictures {
+        folder.put(&picture.file_name(), Bytes::from(picture.png.clone())).await?;
+    }
+    Ok(())
+}
+
+/// Whether all pictures of `step` have been drawn.
+///
+/// # Errors
+/// If the store fails.
+pub async fn is_kept(checkpoints: &Checkpoints, step: u64, prompts: usize) -> Result<bool, StoreError> {
+    let found = checkpoints.store().child(FOLDER)?.list("").await?;
+    Ok(found.iter().filter_map(|o| Picture::parse(&o.key)).filter(|(drawn, _)| *drawn == step).count() >= prompts)
+}
+
+/// All pictures of the run so far, whichever attempt has drawn them, up to `step`.
+///
+/// # Errors
+/// If the store fails.
+pub async fn kept(checkpoints: &Checkpoints, trainer: &Trainer) -> Result<Vec<Picture>, StoreError> {
+    let folder: Store = checkpoints.store().child(FOLDER)?;
+    let mut pictures = Vec::new();
+    for object in folder.list("").await? {
+        let Some((step, prompt)) = Picture::parse(&object.key).filter(|(step, _)| *step <= trainer.step()) else { continue };
+        let png = folder.get(&object.key).await?.to_vec();
+        let time = trainer.history().records().iter().find(|r| r.step == step).map_or_else(history::now, |r| r.time);
+        if let Ok(image) = image::load_from_memory_with_format(&png, ImageFormat::Png) {
+            pictures.push(Picture { step, time, prompt, width: image.width(), height: image.height(), png });
+        }
+    }
+    pictures.sort_by_key(|p| (p.step, p.prompt));
+    Ok(pictures)
+}
