@@ -50,6 +50,15 @@ def png16(path, array):
     open(path, "wb").write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b""))
 
 
+def resampled(source, name, sampling, size):
+    """Reads the same coded blocks as another layout: a valid file with sampling factors that Pillow cannot write."""
+    data = bytearray(open(os.path.join(HERE, source), "rb").read())
+    at = data.index(b"\xff\xc0")
+    data[at + 5:at + 9] = struct.pack(">HH", size[1], size[0])
+    data[at + 11] = sampling
+    open(os.path.join(HERE, name), "wb").write(data)
+
+
 def pictures():
     save = lambda im, name, **kw: im.save(os.path.join(HERE, name), **kw)
     cat, cup, woman, rocket = photo("chelsea.png", (150, 99)), photo("coffee.png", (121, 81)), photo("astronaut.png", (101, 103)), photo("rocket.jpg", (160, 107))
@@ -61,6 +70,13 @@ def pictures():
     save(rocket, "restart-420.jpg", quality=75, restart_marker_blocks=5, optimize=True)
     save(rocket, "low-quality.jpg", quality=4)
     save(woman, "xmp.jpg", quality=80, xmp=xmp(8))
+    save(woman.resize((96, 64)), "baseline-422.blocks.jpg", quality=90, subsampling=1)
+    save(woman.resize((96, 64)), "baseline-420.blocks.jpg", quality=90, subsampling=2)
+    resampled("baseline-422.blocks.jpg", "baseline-440.jpg", 0x12, (45, 123))
+    resampled("baseline-420.blocks.jpg", "baseline-411.jpg", 0x41, (187, 29))
+    resampled("baseline-420.blocks.jpg", "baseline-1x4.jpg", 0x14, (44, 127))
+    for blocks in ("baseline-422.blocks.jpg", "baseline-420.blocks.jpg"):
+        os.remove(os.path.join(HERE, blocks))
     save(woman.convert("L"), "grey.jpg", quality=88)
     save(woman.convert("L"), "grey-progressive.jpg", quality=88, progressive=True)
     save(cup.convert("CMYK"), "cmyk.jpg", quality=90)
