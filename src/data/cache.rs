@@ -220,7 +220,6 @@ impl TensorCache {
     ///
     /// # Errors
     /// None at present; absent and damaged entries are `None`.
-    #[expect(clippy::unnecessary_wraps, reason = "reading may fail one day; callers already handle it")]
     pub fn get(&self, key: &Sha256Digest, name: &str) -> Result<Option<CachedTensor>, CacheError> {
         if let Some(raw) = self.pending.get(key).and_then(|entry| entry.get(name)) {
             return Ok(Some(CachedTensor { dtype: raw.dtype, shape: raw.shape.clone(), source: Source::Memory(Arc::clone(&raw.bytes)) }));
@@ -242,7 +241,7 @@ impl TensorCache {
         for (name, tensor) in tensors {
             let failed = |source| CacheError::Tensor { name: (*name).to_owned(), source };
             let tensor = tensor.to_device(&Device::Cpu).and_then(|t| t.contiguous()).map_err(failed)?;
-            let bytes: Arc<[u8]> = (&tensor).data().into();
+            let bytes: Arc<[u8]> = tensor.data().into();
             self.pending_bytes += bytes.len();
             entry.insert((*name).to_owned(), Raw { dtype: tensor.dtype().into(), shape: tensor.dims().to_vec(), bytes });
         }

@@ -90,7 +90,9 @@ fn random_crops_and_flips_are_drawn_once_per_copy_and_cover_all_places() {
     let drawn: Vec<Transform> = digests.iter().map(|d| augmentation.transform(d, size, 0)).collect();
     assert!(drawn.iter().all(|t| t.top == 0 && t.left <= width - resolution));
     let mut columns = [0_u32; 41];
-    drawn.iter().for_each(|t| columns[t.left as usize] += 1);
+    for t in &drawn {
+        columns[t.left as usize] += 1;
+    }
     assert!(columns.iter().all(|n| (50..160).contains(n)), "{columns:?}");
     let flips = drawn.iter().filter(|t| t.flip).count();
     assert!((1850..2150).contains(&flips), "{flips}");

@@ -139,21 +139,20 @@ impl MetadataParser {
             Ok(name) => {
                 let name = name.strip_prefix("./").unwrap_or(name);
                 *named = Some(name.to_owned());
-                match unsafe_path(name) {
-                    Some(why) => {
+                let first = self.first_lines.get(name).copied();
+                match (unsafe_path(name), first) {
+                    (Some(why), _) => {
                         problems.push(ProblemKind::UnsafePath(why));
                         None
                     }
-                    None => match self.first_lines.get(name) {
-                        Some(first) => {
-                            problems.push(ProblemKind::Duplicate { first: *first });
-                            None
-                        }
-                        None => {
-                            self.first_lines.insert(name.to_owned(), self.line);
-                            Some(name.to_owned())
-                        }
-                    },
+                    (None, Some(first)) => {
+                        problems.push(ProblemKind::Duplicate { first });
+                        None
+                    }
+                    (None, None) => {
+                        self.first_lines.insert(name.to_owned(), self.line);
+                        Some(name.to_owned())
+                    }
                 }
             }
             Err(kind) => {

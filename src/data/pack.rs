@@ -20,7 +20,7 @@ pub(super) const ENDING: &str = ".safetensors";
 const PARTIAL: &str = ".partial-";
 
 /// Abandoned files are removed after this time.
-const PARTIAL_LIFETIME: std::time::Duration = std::time::Duration::from_secs(3600);
+const PARTIAL_LIFETIME: std::time::Duration = std::time::Duration::from_hours(1);
 
 /// A tensor's values as raw little-endian bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]

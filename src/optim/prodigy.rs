@@ -136,7 +136,8 @@ impl Optimizer for Prodigy {
         let global_numerator = self.d_numerator * beta3 + numerator;
         let d_hat = set.d_coef * global_numerator / denominator;
         let mut grown = d;
-        if d == set.d0 {
+        // The estimate is still the initial one, to the bit.
+        if d.to_bits() == set.d0.to_bits() {
             grown = d.max(d_hat);
         }
         self.d_max = self.d_max.max(d_hat);
