@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
+use object_store::client::HttpError;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
-use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
+use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
 
 use super::StoreOptions;
 use super::env::Secrets;
@@ -61,7 +62,7 @@ impl Setup<'_> {
             .with_bucket_name(bucket)
             // Many servers of the S3 protocol lack the bulk call; single deletes work everywhere.
             .with_disable_bulk_delete(true)
-            .with_retry(self.body_retries())
+            .with_retry(Self::no_retries())
             .with_client_options(self.client_options(endpoint.as_deref(), "AWS_CA_BUNDLE")?)
             .with_http_connector(self.connector())
             .build()
@@ -82,7 +83,7 @@ impl Setup<'_> {
         }
         builder
             .with_bucket_name(bucket)
-            .with_retry(self.body_retries())
+            .with_retry(Self::no_retries())
             .with_client_options(self.client_options(endpoint.as_deref(), "GOOGLE_CA_BUNDLE")?)
             .with_http_connector(self.connector())
             .build()
@@ -103,7 +104,7 @@ impl Setup<'_> {
         }
         builder
             .with_container_name(container)
-            .with_retry(self.body_retries())
+            .with_retry(Self::no_retries())
             .with_client_options(self.client_options(endpoint.as_deref(), "AZURE_CA_BUNDLE")?)
             .with_http_connector(self.connector())
             .build()
@@ -151,14 +152,9 @@ impl Setup<'_> {
         Ok(options)
     }
 
-    /// What `object_store` retries itself: a body that breaks off is continued from where it stopped.
-    fn body_retries(&self) -> RetryConfig {
-        let policy = &self.options.retry;
-        RetryConfig {
-            backoff: BackoffConfig { init_backoff: policy.first_delay, max_backoff: policy.max_delay, base: 2.0 },
-            max_retries: policy.max_retries as usize,
-            retry_timeout: policy.total,
-        }
+    /// `object_store` itself retries nothing: its loops around ours would multiply attempts and time.
+    fn no_retries() -> RetryConfig {
+        RetryConfig { max_retries: 0, ..RetryConfig::default() }
     }
 
     fn connector(&self) -> RetryingConnector {
@@ -197,6 +193,11 @@ pub(super) fn is_changed(error: &object_store::Error) -> bool {
 /// True when the request may have been carried out, or may be when it is sent again.
 pub(super) fn is_doubtful(error: &object_store::Error) -> bool {
     cause::<HttpFailure>(error).is_some_and(HttpFailure::is_doubtful)
+}
+
+/// True when the answer's head had arrived and its body broke off.
+pub(super) fn is_cut_body(error: &object_store::Error) -> bool {
+    cause::<HttpError>(error).is_some() && cause::<HttpFailure>(error).is_none()
 }
 
 /// Our error for one of `object_store`, cleaned of secrets.

@@ -144,8 +144,8 @@ pub(super) async fn fetch(remote: &dyn Remote, dest: &Path, sha256: Option<[u8; 
     Ok(())
 }
 
-/// Appends the rest of the object to the part file, which holds `have` bytes, and returns the digest of the whole. Every byte
-/// that arrives renews the budget of attempts.
+/// Appends the rest of the object to the part file, which holds `have` bytes, and returns the digest of the whole. Broken answers
+/// are continued; every byte that arrives renews the budget for that. Requests without an answer have been retried below.
 async fn transfer(
     remote: &dyn Remote,
     identity: &Identity,
@@ -161,9 +161,10 @@ async fn transfer(
         let before = have;
         let result = append(remote, identity, lock, path, &mut have, &mut hasher, progress).await;
         let Err(error) = result else { continue };
-        if error.kind() != StoreErrorKind::Unavailable {
-            return Err(error);
-        }
+        let error = match error {
+            Stop::Broken(error) => error,
+            Stop::Final(error) => return Err(error),
+        };
         if have > before {
             attempts = Attempts::new(policy);
         }
@@ -172,6 +173,20 @@ async fn transfer(
         tokio::time::sleep(delay).await;
     }
     Ok(hasher.finalize().into())
+}
+
+/// Why [`append`] ended early.
+enum Stop {
+    /// The answer broke off: another request may bring the rest.
+    Broken(StoreError),
+    /// Another request would end in the same way, or has been tried.
+    Final(StoreError),
+}
+
+impl From<StoreError> for Stop {
+    fn from(error: StoreError) -> Self {
+        Self::Final(error)
+    }
 }
 
 /// One request's worth of [`transfer`]. `Ok` when the object is complete.
@@ -183,7 +198,7 @@ async fn append(
     have: &mut u64,
     hasher: &mut Sha256,
     progress: &dyn Progress,
-) -> Result<()> {
+) -> Result<(), Stop> {
     let mut opened = remote.open(identity, *have).await?;
     if opened.start != *have {
         // The server starts at the beginning.
@@ -200,12 +215,13 @@ async fn append(
         let piece = match piece {
             Ok(piece) => piece,
             Err(error) => {
-                failure = Some(error);
+                failure = Some(Stop::Broken(error));
                 break;
             }
         };
         if piece.len() as u64 > identity.size - *have {
-            failure = Some(StoreError::corrupt(&identity.location, format!("more than the {} bytes announced", identity.size)));
+            let problem = format!("more than the {} bytes announced", identity.size);
+            failure = Some(Stop::Final(StoreError::corrupt(&identity.location, problem)));
             break;
         }
         file.write_all(&piece).await.map_err(StoreError::local("write", path))?;
@@ -216,11 +232,11 @@ async fn append(
     // What has arrived counts, also when the rest does not.
     file.flush().await.map_err(StoreError::local("write", path))?;
     match failure {
-        Some(error) => Err(error),
+        Some(stop) => Err(stop),
         None if *have == identity.size => Ok(()),
         None => {
             let source = super::Cause(format!("the answer ended after {} of {} bytes", *have, identity.size));
-            Err(StoreError::Unavailable { operation: "download", location: identity.location.clone(), source })
+            Err(Stop::Broken(StoreError::Unavailable { operation: "download", location: identity.location.clone(), source }))
         }
     }
 }

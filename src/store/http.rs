@@ -1,6 +1,6 @@
 //! The HTTP client under every bucket: retries, a total time limit, and errors that can be classified and shown.
 //!
-//! `object_store` retries too, but keeps the status of most failures to itself, ignores `Retry-After`, and cannot tell a request
+//! `object_store` can retry too, but keeps the status of most failures to itself, ignores `Retry-After`, and cannot tell a request
 //! that was certainly refused from one that may have been carried out. So its requests go through [`RetryingService`], which
 //! answers with success or with a [`HttpFailure`] that `object_store` hands up unchanged.
 
@@ -113,7 +113,10 @@ impl RetryingService {
         loop {
             let answer = tokio::time::timeout(attempts.remaining(), self.inner.execute(request.clone())).await;
             let (failure, asked) = match answer {
-                Ok(Ok(response)) if response.status().is_success() => return Ok(response),
+                Ok(Ok(response)) if response.status().is_success() => match self.hidden_failure(&request, response, &attempts).await {
+                    Ok(response) => return Ok(response),
+                    Err(failure) => (failure, None),
+                },
                 Ok(Ok(response)) => self.status_failure(response, &attempts).await,
                 Ok(Err(error)) => (self.transport_failure(&error, &attempts), None),
                 Err(_elapsed) => {
@@ -129,6 +132,29 @@ impl RetryingService {
             tracing::warn!(%method, attempt = attempts.made(), delay_ms = delay.as_millis() as u64, error = %failure, "retrying a storage request");
             tokio::time::sleep(delay).await;
         }
+    }
+
+    /// S3 completes an upload with status 200 before it knows the outcome, which may be an error in the body.
+    async fn hidden_failure(&self, request: &HttpRequest, response: HttpResponse, attempts: &Attempts) -> Result<HttpResponse, HttpFailure> {
+        let completion = request.method().as_str() == "POST" && request.uri().query().is_some_and(|query| query.contains("uploadId="));
+        if !completion {
+            return Ok(response);
+        }
+        let (parts, body) = response.into_parts();
+        let body = body.bytes().await.map_err(|error| self.transport_failure(&error, attempts))?;
+        let text = String::from_utf8_lossy(&body);
+        if !text.contains("<Error>") {
+            return Ok(HttpResponse::from_parts(parts, body.into()));
+        }
+        let (code, message) = explain(&text);
+        let status = if matches!(code.as_str(), "InternalError" | "SlowDown" | "ServiceUnavailable") { 503 } else { 400 };
+        Err(HttpFailure::Status {
+            status,
+            code: self.secrets.redact(&code),
+            message: self.secrets.redact(&message),
+            attempts: attempts.made(),
+            elapsed: attempts.elapsed(),
+        })
     }
 
     async fn status_failure(&self, response: HttpResponse, attempts: &Attempts) -> (HttpFailure, Option<Duration>) {

@@ -26,7 +26,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use futures::TryStreamExt as _;
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, TryStreamExt as _};
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 
@@ -171,11 +172,19 @@ impl Store {
     /// # Errors
     /// As [`Store::get`]; [`StoreError::Corrupt`] when it is larger.
     pub async fn get_limited(&self, key: &str, limit: u64) -> Result<Bytes> {
-        let result = self.backend()?.get_opts(&self.path(key)?, GetOptions::default()).await.map_err(|error| self.failed(&error, "read", key))?;
-        if result.meta.size > limit {
-            return Err(StoreError::corrupt(self.uri_of(key), format!("{} bytes; at most {limit} are accepted", result.meta.size)));
+        let (backend, path) = (self.backend()?, self.path(key)?);
+        let read = || {
+            let read = async {
+                let result = backend.get_opts(&path, GetOptions::default()).await?;
+                let size = result.meta.size;
+                Ok(if size > limit { Err(size) } else { Ok(result.bytes().await?) })
+            };
+            read.boxed()
+        };
+        match self.with_whole_bodies(read).await.map_err(|error| self.failed(&error, "read", key))? {
+            Ok(data) => Ok(data),
+            Err(size) => Err(StoreError::corrupt(self.uri_of(key), format!("{size} bytes; at most {limit} are accepted"))),
         }
-        result.bytes().await.map_err(|error| self.failed(&error, "read", key))
     }
 
     /// Reads `range` of an object; a range that reaches beyond the end is cut there.
@@ -186,9 +195,10 @@ impl Store {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
+        let (backend, path) = (self.backend()?, self.path(key)?);
         let options = GetOptions { range: Some(range.into()), ..GetOptions::default() };
-        let result = self.backend()?.get_opts(&self.path(key)?, options).await.map_err(|error| self.failed(&error, "read", key))?;
-        result.bytes().await.map_err(|error| self.failed(&error, "read", key))
+        let read = || async { backend.get_opts(&path, options.clone()).await?.bytes().await }.boxed();
+        self.with_whole_bodies(read).await.map_err(|error| self.failed(&error, "read", key))
     }
 
     /// Size and etag of an object, or `None` when there is none.
@@ -226,11 +236,15 @@ impl Store {
             Err(error) if error.is_not_found() => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
-        let stream = match after {
-            Some(after) => backend.list_with_offset(Some(&path), &self.path(after)?),
-            None => backend.list(Some(&path)),
+        let after = after.map(|after| self.path(after)).transpose()?;
+        let read = || {
+            let stream = match &after {
+                Some(after) => backend.list_with_offset(Some(&path), after),
+                None => backend.list(Some(&path)),
+            };
+            stream.try_collect::<Vec<ObjectMeta>>().boxed()
         };
-        let found: Vec<ObjectMeta> = stream.try_collect().await.map_err(|error| self.failed(&error, "list", prefix))?;
+        let found = self.with_whole_bodies(read).await.map_err(|error| self.failed(&error, "list", prefix))?;
         let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
         let mut objects: Vec<ObjectInfo> = found
             .into_iter()
@@ -374,6 +388,21 @@ impl Store {
             std::fs::create_dir_all(root).map_err(StoreError::local("create the directory", root))?;
         }
         self.backend()
+    }
+
+    /// Repeats `read` while the body of its answer breaks off; other failures have been retried below.
+    async fn with_whole_bodies<'a, T>(&self, read: impl Fn() -> BoxFuture<'a, object_store::Result<T>>) -> object_store::Result<T> {
+        let mut attempts = retry::Attempts::new(&self.connection.retry);
+        loop {
+            match read().await {
+                Err(error) if backend::is_cut_body(&error) => {
+                    let Some(delay) = attempts.next_delay(None) else { return Err(error) };
+                    tracing::warn!(prefix = self.uri, attempt = attempts.made(), "an answer broke off; reading again");
+                    tokio::time::sleep(delay).await;
+                }
+                result => return result,
+            }
+        }
     }
 
     fn failed(&self, error: &object_store::Error, operation: &'static str, key: &str) -> StoreError {
