@@ -275,6 +275,11 @@ async fn lock_part(part: &Path, dest: &Path) -> Result<Option<File>> {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
+            // Some network file systems know no locks. Two processes at once would then spoil each other's file, which its digest
+            // shows; to refuse such volumes altogether would be worse.
+            Err(std::fs::TryLockError::Error(error)) if is_without_locks(&error) => {
+                tracing::debug!(path = %part.display(), %error, "downloading without a lock");
+            }
             Err(std::fs::TryLockError::Error(error)) => return Err(StoreError::local("lock", part)(error)),
         }
         // The holder before may have renamed this very file to `dest`, or removed it.
@@ -290,6 +295,11 @@ async fn lock_part(part: &Path, dest: &Path) -> Result<Option<File>> {
             return Ok(Some(file));
         }
     }
+}
+
+/// `ENOLCK`, `ENOSYS` and `EOPNOTSUPP`: this file system has no locks.
+fn is_without_locks(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::Unsupported || error.raw_os_error() == Some(37)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -111,7 +111,7 @@ impl Manifest {
 /// # Errors
 /// Those of writing; [`StoreError::Superseded`] when a newer attempt has taken over, and then there is no manifest.
 pub async fn publish(folder: &Store, files: Vec<(String, Content)>, metadata: Value, claim: Option<&Claim>) -> Result<Manifest> {
-    let uploads = files.into_iter().map(|(key, content)| upload(folder, key, content));
+    let uploads: Vec<_> = files.into_iter().map(|(key, content)| upload(folder, key, content)).collect();
     let mut entries: Vec<Entry> = futures::stream::iter(uploads).buffer_unordered(PARALLEL).try_collect().await?;
     entries.sort_by(|a, b| a.key.cmp(&b.key));
     let manifest = Manifest { version: 1, files: entries, metadata };
@@ -173,7 +173,8 @@ pub async fn read_file(folder: &Store, entry: &Entry) -> Result<Bytes> {
 /// # Errors
 /// The first failure; a missing file is [`StoreErrorKind::NotFound`].
 pub async fn read_files(folder: &Store, manifest: &Manifest) -> Result<Vec<(String, Bytes)>> {
-    let reads = manifest.files.iter().map(|entry| async move { Ok((entry.key.clone(), read_file(folder, entry).await?)) });
+    // Collected, for a stream with a closure in it could not be spawned.
+    let reads: Vec<_> = manifest.files.iter().map(|entry| async move { Ok((entry.key.clone(), read_file(folder, entry).await?)) }).collect();
     futures::stream::iter(reads).buffered(PARALLEL).try_collect().await
 }
 

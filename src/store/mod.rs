@@ -357,7 +357,8 @@ impl Store {
         for key in keys {
             check_key(key)?;
         }
-        let downloads = keys.iter().map(|key| async move { self.download(key, &directory.join(key), progress).await });
+        // Collected, for a stream with a closure in it could not be spawned.
+        let downloads: Vec<_> = keys.iter().map(|key| async move { self.download(key, &directory.join(key), progress).await }).collect();
         futures::stream::iter(downloads).buffer_unordered(parallel.max(1)).try_collect().await
     }
 

@@ -26,11 +26,11 @@ impl Default for RetryPolicy {
     fn default() -> Self {
         Self {
             max_retries: 10,
-            total: Duration::from_secs(180),
+            total: Duration::from_mins(3),
             first_delay: Duration::from_millis(200),
             max_delay: Duration::from_secs(20),
             connect_timeout: Duration::from_secs(10),
-            read_timeout: Duration::from_secs(60),
+            read_timeout: Duration::from_mins(1),
         }
     }
 }

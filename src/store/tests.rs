@@ -86,3 +86,30 @@ fn a_broken_service_account_key_is_not_quoted() {
     assert!(!http::chain(&error).contains("very-secret"), "{error:?}");
     assert!(!format!("{error:?}").contains("very-secret"));
 }
+
+/// Everything asynchronous can be spawned on a runtime of several threads. It is enough that this compiles.
+#[test]
+fn futures_can_be_spawned() {
+    fn spawnable<T: Send>(_: T) {}
+
+    let store = open(Path::new("/nowhere"));
+    let source = model_source::ModelSource::Directory("/nowhere".into());
+    let options = StoreOptions::default();
+    spawnable(store.get("x"));
+    spawnable(store.get_range("x", 0..1));
+    spawnable(store.head("x"));
+    spawnable(store.list(""));
+    spawnable(store.put("x", "y"));
+    spawnable(store.put_file("x", Path::new("y")));
+    spawnable(store.create("x", "y"));
+    spawnable(store.delete("x"));
+    spawnable(store.download_all(&[], Path::new("/nowhere"), 1, &NoProgress));
+    spawnable(claims::Claim::acquire(&store, "me"));
+    spawnable(manifest::publish(&store, Vec::new(), serde_json::Value::Null, None));
+    spawnable(manifest::first_that_verifies(&store, &["x"]));
+    spawnable(async {
+        let model = model_source::ModelFolder::open(&source, &options, Path::new("/nowhere")).await?;
+        model.fingerprint(model_source::Parts::ALL).await?;
+        model.fetch(model_source::Parts::ALL, &NoProgress).await
+    });
+}

@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 pub(crate) const BUCKET: &str = "bucket";
 
 /// How long a server may take until it answers. Generous: slow machines run tests too.
-const START_LIMIT: Duration = Duration::from_secs(120);
+const START_LIMIT: Duration = Duration::from_mins(2);
 /// Versions pinned in `tests/tools/install-servers`.
 const WEED: &str = "weed-4.48";
 const AZURITE: &str = "azurite-3.37.0";
@@ -28,6 +28,8 @@ pub(crate) struct Server {
     pub(crate) scheme: &'static str,
     /// Its endpoint.
     pub(crate) endpoint: String,
+    /// Its encrypted endpoint, if it has one: the certificate is signed by `tests/fixtures/tls/ca.pem`.
+    pub(crate) encrypted_endpoint: Option<String>,
     /// Variables with credentials that may do everything.
     pub(crate) environment: Vec<(String, String)>,
     /// Ends the server when it is closed.
@@ -41,7 +43,7 @@ pub(crate) const S3_READER: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "readerac
 pub(crate) fn seaweedfs() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
     SERVER.get_or_init(|| {
-        let (keeper, ports) = start("weed", WEED, 8, |folder, ports| {
+        let (keeper, ports) = start("weed", WEED, 9, |folder, ports| {
             let identity = |name: &str, key: &str, secret: &str, actions: &[&str]| {
                 serde_json::json!({"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions})
             };
@@ -52,9 +54,21 @@ pub(crate) fn seaweedfs() -> &'static Server {
             let config = folder.join("s3.json");
             std::fs::write(&config, identities.to_string()).expect("the configuration can be written");
             let mut arguments = vec!["server".to_owned(), format!("-dir={}", folder.display()), "-ip=127.0.0.1".into(), "-ip.bind=127.0.0.1".into()];
-            for (name, port) in ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"].iter().zip(ports) {
-                arguments.push(format!("-{name}={port}"));
-            }
+            let names = [
+                "master.port",
+                "master.port.grpc",
+                "volume.port",
+                "volume.port.grpc",
+                "filer.port",
+                "filer.port.grpc",
+                "s3.port",
+                "s3.port.grpc",
+                "s3.port.https",
+            ];
+            arguments.extend(names.iter().zip(ports).map(|(name, port)| format!("-{name}={port}")));
+            let tls = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls");
+            arguments.push(format!("-s3.cert.file={}", tls.join("server.pem").display()));
+            arguments.push(format!("-s3.key.file={}", tls.join("server.key").display()));
             for option in ["-s3", "-filer", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.telemetry=false", "-volume.max=16"] {
                 arguments.push(option.into());
             }
@@ -70,6 +84,7 @@ pub(crate) fn seaweedfs() -> &'static Server {
         Server {
             scheme: "s3",
             endpoint: format!("http://127.0.0.1:{}", ports[6]),
+            encrypted_endpoint: Some(format!("https://127.0.0.1:{}", ports[8])),
             environment: pairs(&[("AWS_ACCESS_KEY_ID", "adminaccess"), ("AWS_SECRET_ACCESS_KEY", "adminsecret-0123456789"), ("AWS_REGION", "us-east-1")]),
             _keeper: Mutex::new(keeper),
         }
@@ -103,6 +118,7 @@ pub(crate) fn azurite() -> &'static Server {
         Server {
             scheme: "az",
             endpoint: format!("http://127.0.0.1:{}/{ACCOUNT}", ports[0]),
+            encrypted_endpoint: None,
             environment: pairs(&[("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT), ("AZURE_STORAGE_ACCOUNT_KEY", KEY)]),
             _keeper: Mutex::new(keeper),
         }
@@ -124,6 +140,7 @@ pub(crate) fn fake_gcs_server() -> &'static Server {
         Server {
             scheme: "gs",
             endpoint: format!("http://127.0.0.1:{}", ports[0]),
+            encrypted_endpoint: None,
             environment: pairs(&[("GOOGLE_SERVICE_ACCOUNT_KEY", account)]),
             _keeper: Mutex::new(keeper),
         }
@@ -134,13 +151,16 @@ fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
+/// Where `tests/tools/install-servers` installs.
+fn tools_folder() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"))).expect("HOME is set");
+    cache.join("finetune-operator").join("tools")
+}
+
 /// The installed program `name`.
 fn program(server: &str, name: &str) -> PathBuf {
-    let tools = std::env::var_os("FINETUNE_TEST_TOOLS").map(PathBuf::from).unwrap_or_else(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()).map(PathBuf::from);
-        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"))).expect("HOME is set");
-        cache.join("finetune-operator").join("tools")
-    });
+    let tools = std::env::var_os("FINETUNE_TEST_TOOLS").map_or_else(tools_folder, PathBuf::from);
     let program = tools.join("bin").join(name);
     assert!(program.exists(), "{} is not installed: run tests/tools/install-servers {server}", program.display());
     program
@@ -200,11 +220,11 @@ fn until(what: &str, attempt: impl Fn() -> bool) {
 fn http(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<u16> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
-    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len());
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len()).ok()?;
     for (name, value) in headers {
-        request.push_str(&format!("{name}: {value}\r\n"));
+        write!(stream, "{name}: {value}\r\n").ok()?;
     }
-    stream.write_all(format!("{request}\r\n").as_bytes()).ok()?;
+    stream.write_all(b"\r\n").ok()?;
     stream.write_all(body).ok()?;
     let mut answer = [0; 12];
     stream.read_exact(&mut answer).ok()?;
@@ -234,9 +254,9 @@ fn from_base64(text: &str) -> Vec<u8> {
 fn hmac_sha256(key: &[u8], message: &[u8]) -> Vec<u8> {
     let mut block = [0_u8; 64];
     if key.len() > 64 {
-        block[..32].copy_from_slice(&Sha256::digest(key))
+        block[..32].copy_from_slice(&Sha256::digest(key));
     } else {
-        block[..key.len()].copy_from_slice(key)
+        block[..key.len()].copy_from_slice(key);
     }
     let inner = Sha256::digest([&block.map(|byte| byte ^ 0x36), message].concat());
     Sha256::digest([&block.map(|byte| byte ^ 0x5c)[..], &inner].concat()).to_vec()

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use finetune::store::claims::Claim;
-use finetune::store::{Created, NoProgress, RetryPolicy, Store, StoreErrorKind, StoreOptions};
+use finetune::store::{Created, Environment, NoProgress, RetryPolicy, Store, StoreErrorKind, StoreOptions};
 
 use super::objects::shown;
 use super::proxy::{Fault, Proxy};
@@ -207,17 +207,34 @@ async fn final_answers_are_not_retried() {
 }
 
 #[tokio::test]
-async fn an_encrypted_endpoint_is_never_downgraded() {
-    // The variables that other tools know for this have no say.
-    let mut environment = servers::seaweedfs().environment.clone();
-    environment.extend([("AWS_ALLOW_HTTP".to_owned(), "true".to_owned()), ("AWS_ALLOW_INVALID_CERTIFICATES".to_owned(), "true".to_owned())]);
-    let endpoint = servers::seaweedfs().endpoint.replace("http://", "https://");
-    let options = StoreOptions {
-        endpoint: Some(endpoint),
-        environment: finetune::store::Environment::from_pairs(environment),
-        retry: RetryPolicy { max_retries: 1, ..patient() },
-        ..StoreOptions::default()
-    };
-    let error = Store::open("s3://bucket/x/", &options).unwrap().get("x").await.unwrap_err();
+async fn an_encrypted_endpoint_needs_its_authority_and_is_never_downgraded() {
+    let server = servers::seaweedfs();
+    let mut place = Place::server_at(server, server.encrypted_endpoint.clone().unwrap());
+    place.options.retry = RetryPolicy { max_retries: 1, ..patient() };
+    // Variables of other tools that switch checks off have no say.
+    let mut environment = server.environment.clone();
+    environment.extend(["AWS_ALLOW_HTTP", "AWS_ALLOW_INVALID_CERTIFICATES"].map(|name| (name.to_owned(), "true".to_owned())));
+    place.options.environment = Environment::from_pairs(environment);
+    let error = place.store("encrypted").get("x").await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+    assert!(shown(&error).contains("certificate"), "{}", shown(&error));
+
+    let authority = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls/ca.pem");
+    place.options.ca_bundle = Some(authority.clone());
+    let store = place.store("encrypted");
+    store.put("x", "content").await.unwrap();
+    assert_eq!(store.get("x").await.unwrap(), "content");
+
+    // The same by the variable that AWS's own tools know.
+    place.options.ca_bundle = None;
+    let variables = server.environment.iter().cloned().chain([("AWS_CA_BUNDLE".to_owned(), authority.display().to_string())]);
+    place.options.environment = Environment::from_pairs(variables);
+    assert_eq!(place.store("encrypted").list("").await.unwrap(), []);
+
+    place.options.ca_bundle = Some("/no/such/bundle.pem".into());
+    assert_eq!(Store::open("s3://bucket/", &place.options).unwrap_err().kind(), StoreErrorKind::LocalDisk);
+    // An encrypted endpoint where nobody speaks TLS is not spoken to without it.
+    let plain = Place::server_at(server, server.endpoint.replace("http://", "https://"));
+    let options = StoreOptions { retry: RetryPolicy { max_retries: 1, ..patient() }, ..plain.options };
+    assert_eq!(Store::open("s3://bucket/x/", &options).unwrap().get("x").await.unwrap_err().kind(), StoreErrorKind::Unavailable);
 }

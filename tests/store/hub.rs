@@ -57,8 +57,8 @@ struct Hub {
     files: BTreeMap<String, Vec<u8>>,
     behaviour: Mutex<Behaviour>,
     /// Requests to the hub, and to the host where large files lie.
-    hub_requests: Mutex<Vec<Seen>>,
-    storage_requests: Mutex<Vec<Seen>>,
+    requests: Mutex<Vec<Seen>>,
+    stored_requests: Mutex<Vec<Seen>>,
     storage_address: String,
     served: AtomicUsize,
 }
@@ -77,8 +77,8 @@ impl Running {
         let hub = Arc::new(Hub {
             files: files(),
             behaviour: Mutex::new(behaviour),
-            hub_requests: Mutex::default(),
-            storage_requests: Mutex::default(),
+            requests: Mutex::default(),
+            stored_requests: Mutex::default(),
             storage_address: storage_listener.local_addr().unwrap().to_string(),
             served: AtomicUsize::new(0),
         });
@@ -99,8 +99,8 @@ impl Running {
         ModelFolder::open(&source, &self.options(token), cache).await
     }
 
-    fn requests(&self) -> usize {
-        self.hub.hub_requests.lock().unwrap().len() + self.hub.storage_requests.lock().unwrap().len()
+    fn request_count(&self) -> usize {
+        self.hub.requests.lock().unwrap().len() + self.hub.stored_requests.lock().unwrap().len()
     }
 
     fn change(&self, change: impl FnOnce(&mut Behaviour)) {
@@ -137,7 +137,7 @@ fn is_large(name: &str) -> bool {
 
 async fn answer_hub(State(hub): State<Arc<Hub>>, request: Request) -> Response {
     let seen = seen(&request);
-    hub.hub_requests.lock().unwrap().push(seen.clone());
+    hub.requests.lock().unwrap().push(seen.clone());
     let mut behaviour = hub.behaviour.lock().unwrap();
     if !behaviour.statuses.is_empty() {
         let status = StatusCode::from_u16(behaviour.statuses.remove(0)).unwrap();
@@ -182,7 +182,7 @@ fn listing(hub: &Hub, behaviour: &Behaviour) -> String {
 
 async fn answer_storage(State(hub): State<Arc<Hub>>, request: Request) -> Response {
     let seen = seen(&request);
-    hub.storage_requests.lock().unwrap().push(seen.clone());
+    hub.stored_requests.lock().unwrap().push(seen.clone());
     let content = &hub.files[seen.path.strip_prefix("/blobs/").unwrap()];
     let mut behaviour = hub.behaviour.lock().unwrap();
     let start = seen
@@ -227,21 +227,21 @@ async fn only_the_needed_files_are_fetched_and_only_once() {
     assert!(!folder.join("sd3.safetensors").exists() && !folder.join("README.md").exists());
 
     // A later run, even without the hub, finds everything.
-    let before = hub.requests();
+    let before = hub.request_count();
     let again = hub.open(None, cache.path()).await.unwrap();
     assert_eq!(again.fetch(Parts::VAE | Parts::TRANSFORMER, &NoProgress).await.unwrap(), folder);
     assert_eq!(again.fingerprint(Parts::VAE).await.unwrap(), model.fingerprint(Parts::VAE).await.unwrap());
-    assert_eq!(hub.requests(), before);
+    assert_eq!(hub.request_count(), before);
 }
 
 #[tokio::test]
 async fn the_token_reaches_the_hub_and_no_other_host() {
     let (hub, cache) = (Running::start(Behaviour { gated: true, ..Behaviour::default() }).await, tempfile::tempdir().unwrap());
     hub.open(Some(TOKEN), cache.path()).await.unwrap().fetch(Parts::VAE, &NoProgress).await.unwrap();
-    let hub_requests = hub.hub.hub_requests.lock().unwrap();
-    assert!(hub_requests.iter().all(|seen| seen.authorization.as_deref() == Some(&format!("Bearer {TOKEN}"))), "{hub_requests:?}");
-    let storage_requests = hub.hub.storage_requests.lock().unwrap();
-    assert!(!storage_requests.is_empty() && storage_requests.iter().all(|seen| seen.authorization.is_none()), "{storage_requests:?}");
+    let requests = hub.hub.requests.lock().unwrap();
+    assert!(requests.iter().all(|seen| seen.authorization.as_deref() == Some(&format!("Bearer {TOKEN}"))), "{requests:?}");
+    let stored_requests = hub.hub.stored_requests.lock().unwrap();
+    assert!(!stored_requests.is_empty() && stored_requests.iter().all(|seen| seen.authorization.is_none()), "{stored_requests:?}");
 }
 
 #[tokio::test]
@@ -264,7 +264,7 @@ async fn a_transfer_that_breaks_off_goes_on_where_it_stopped() {
     let folder = hub.open(None, cache.path()).await.unwrap().fetch(Parts::VAE, &NoProgress).await.unwrap();
     let name = "vae/diffusion_pytorch_model.safetensors";
     assert!(std::fs::read(folder.join(name)).unwrap() == hub.hub.files[name]);
-    let ranges: Vec<_> = hub.hub.storage_requests.lock().unwrap().iter().map(|seen| seen.range.clone()).collect();
+    let ranges: Vec<_> = hub.hub.stored_requests.lock().unwrap().iter().map(|seen| seen.range.clone()).collect();
     assert_eq!(ranges.len(), 4);
     assert_eq!(ranges[0], None);
     assert!(ranges[1..].iter().any(Option::is_some), "{ranges:?}");
@@ -295,7 +295,7 @@ async fn a_run_that_was_killed_leaves_what_it_had() {
     assert!(!model.folder().join(name).exists());
     let folder = hub.open(None, cache.path()).await.unwrap().fetch(Parts::VAE, &NoProgress).await.unwrap();
     assert!(std::fs::read(folder.join(name)).unwrap() == hub.hub.files[name]);
-    assert!(hub.hub.storage_requests.lock().unwrap().last().unwrap().range.is_some());
+    assert!(hub.hub.stored_requests.lock().unwrap().last().unwrap().range.is_some());
     assert!(std::fs::read_dir(folder.join("vae")).unwrap().all(|entry| !entry.unwrap().file_name().to_str().unwrap().contains(".part")));
 }
 
@@ -355,6 +355,6 @@ async fn repositories_and_revisions_are_checked_before_any_request() {
     {
         assert_eq!(open(repo, revision).await.store_kind(), Some(StoreErrorKind::InvalidLocation), "{repo} {revision}");
     }
-    assert_eq!(hub.requests(), 0);
+    assert_eq!(hub.request_count(), 0);
     assert_eq!(open("maker/other", REVISION).await.store_kind(), Some(StoreErrorKind::NotFound));
 }

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -86,10 +85,7 @@ async fn serve(mut client: TcpStream, upstream: &str, fault: Option<Fault>) -> s
             client.shutdown().await
         }
         Some(Fault::Reset) => client.set_zero_linger(),
-        Some(Fault::Silence) => {
-            tokio::time::sleep(Duration::from_secs(3600)).await;
-            Ok(())
-        }
+        Some(Fault::Silence) => std::future::pending().await,
         Some(Fault::LoseAnswer) => {
             forward(&request, upstream).await?;
             client.set_zero_linger()

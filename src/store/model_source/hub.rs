@@ -231,7 +231,7 @@ impl Hub {
                 return Ok(response);
             }
             if !status.is_redirection() {
-                return Err(self.explain(response).await);
+                return Err(self.explain(&response));
             }
             let next = response.headers().get(LOCATION).and_then(|location| location.to_str().ok()).and_then(|location| url.join(location).ok());
             let Some(next) = next.filter(|next| matches!(next.scheme(), "http" | "https")) else {
@@ -246,7 +246,7 @@ impl Hub {
     }
 
     /// The failure that an error answer means.
-    async fn explain(&self, response: reqwest::Response) -> Failure {
+    fn explain(&self, response: &reqwest::Response) -> Failure {
         let status = response.status().as_u16();
         let header =
             |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(|text| self.shared.secrets.redact(text)).unwrap_or_default();

@@ -185,7 +185,8 @@ impl ModelFolder {
     async fn bring(&self, files: &[RemoteFile], progress: &dyn Progress) -> Result<()> {
         use futures::StreamExt as _;
 
-        let transfers = files.iter().map(|file| self.bring_one(file, progress));
+        // Collected, for a stream with a closure in it could not be spawned.
+        let transfers: Vec<_> = files.iter().map(|file| self.bring_one(file, progress)).collect();
         futures::stream::iter(transfers).buffer_unordered(PARALLEL).try_collect().await
     }
 
@@ -392,7 +393,7 @@ mod tests {
         let sums = parse_sums(text.as_bytes()).unwrap();
         assert_eq!(sums.keys().collect::<Vec<_>>(), ["vae/a b.json", "x"]);
         assert_eq!(sums["x"], "ab".repeat(32));
-        for bad in ["abc  x", &format!("{sum}"), &format!("{}  x", "zz".repeat(32))] {
+        for bad in ["abc  x", sum.as_str(), &format!("{}  x", "zz".repeat(32))] {
             assert!(parse_sums(bad.as_bytes()).is_err(), "{bad}");
         }
     }

@@ -107,8 +107,10 @@ pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Re
             }
             return Err(unusable(format!("it has no folder {}/", component.folder)));
         }
-        let config =
-            |name: &&str| name.ends_with(".json") && !name.contains(".safetensors.index.") && !name.contains(".bin.index.") && !name.starts_with("flax_");
+        let config = |name: &&str| {
+            let index = name.contains(".safetensors.index.") || name.contains(".bin.index.");
+            ending(name) == "json" && !index && !name.starts_with("flax_")
+        };
         let texts = files.keys().filter(|name| config(name) || **name == "merges.txt");
         selection.files.extend(texts.filter_map(|name| files.get(name)).map(|file| (*file).clone()));
         if component.weights {
@@ -118,6 +120,11 @@ pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Re
     selection.files.sort_by(|a, b| a.path.cmp(&b.path));
     selection.weights.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(selection)
+}
+
+/// What follows the last dot of a file's name.
+fn ending(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(_, ending)| ending)
 }
 
 /// The files directly in `folder`, by name.
@@ -148,7 +155,10 @@ fn weight_name(name: &str) -> Option<WeightName<'_>> {
 /// One variant of a component's weights: the one without a name, else `fp16`, else the first by name; one file rather than shards.
 fn take_weights(files: &BTreeMap<&str, &RemoteFile>, folder: &str, selection: &mut Selection) -> Result<(), String> {
     let mut named: Vec<(WeightName<'_>, &RemoteFile)> = files.iter().filter_map(|(name, file)| Some((weight_name(name)?, *file))).collect();
-    named.sort_by(|(a, _), (b, _)| (a.variant != "", a.variant != "fp16", a).cmp(&(b.variant != "", b.variant != "fp16", b)));
+    named.sort_by(|(a, _), (b, _)| {
+        let rank = |name: &WeightName<'_>| (!name.variant.is_empty(), name.variant != "fp16");
+        (rank(a), a).cmp(&(rank(b), b))
+    });
     let Some((first, first_file)) = named.first() else {
         let other = files.keys().any(|name| [".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".h5"].iter().any(|ending| name.ends_with(ending)));
         let hint = if other { "; other formats (.bin, .ckpt) can run code when they are loaded and are not read" } else { "" };
@@ -280,7 +290,7 @@ mod tests {
         assert!(
             !paths(&take(Parts::ALL).files)
                 .iter()
-                .any(|path| path.contains("fp16") || path.ends_with(".bin") || path.contains("sd3_medium") || path.contains("spiece"))
+                .any(|path| path.contains("fp16") || ending(path) == "bin" || path.contains("sd3_medium") || path.contains("spiece"))
         );
     }
 
