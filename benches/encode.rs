@@ -45,7 +45,11 @@ fn main() {
                 let mean = encoder.encode(&pixels).unwrap().mean;
                 let encoded = start.elapsed().as_secs_f64();
                 decoder.decode(&mean).unwrap();
-                println!("round {round}: {size} px encoded in {encoded:.3} s, decoded in {:.3} s, peak {:.2} GiB", start.elapsed().as_secs_f64() - encoded, memory("VmHWM:"));
+                println!(
+                    "round {round}: {size} px encoded in {encoded:.3} s, decoded in {:.3} s, peak {:.2} GiB",
+                    start.elapsed().as_secs_f64() - encoded,
+                    memory("VmHWM:")
+                );
             }
         }
         _ => println!("usage: prompts MODEL LENGTH COUNT | vae MODEL SIZE"),

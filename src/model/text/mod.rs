@@ -345,3 +345,114 @@ fn batches(ids: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
     let captions = if tokens < 16 { 1 } else { (BATCH_TOKENS / tokens).max(1) };
     ids.chunks(captions).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden(case: &str) -> ModelDir {
+        ModelDir::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases").join(case).join("model")).unwrap()
+    }
+
+    fn values(e: &PromptEmbedding) -> (Vec<f32>, Vec<f32>) {
+        (e.embeds.flatten_all().unwrap().to_vec1().unwrap(), e.pooled.to_vec1().unwrap())
+    }
+
+    fn go(_: EncodeProgress) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    /// The cache is filled by whichever run comes first: a caption's numbers must be the same, bit for bit, alone and in any
+    /// company.
+    #[test]
+    fn captions_do_not_depend_on_their_company() {
+        for (case, length) in [("encode-prompt-old-eos", 77), ("encode-prompt-old-eos", 5), ("encode-prompt-old-eos", 1), ("encode-prompt-without-t5", 7)] {
+            let encoder = PromptEncoder::open(&golden(case), length, &Device::Cpu).unwrap();
+            let captions: Vec<String> = (0..37).map(|i| format!("picture {i} of a cat, {}", "word ".repeat(i % 5))).collect();
+            let together = encoder.encode(&captions, &mut go).unwrap();
+            let shape = encoder.shape();
+            for i in [0, 1, 15, 16, 36] {
+                let alone = encoder.encode(&captions[i..=i], &mut go).unwrap();
+                assert_eq!(values(&alone[0]), values(&together[i]), "{case} {length} {i}");
+                assert_eq!((alone[0].embeds.dims(), alone[0].pooled.dims()), (&[shape.tokens, shape.width][..], &[shape.pooled][..]));
+            }
+            assert_ne!(values(&together[0]), values(&together[1]));
+        }
+    }
+
+    #[test]
+    fn equal_captions_are_encoded_once_and_the_order_is_kept() {
+        let encoder = PromptEncoder::open(&golden("encode-prompt-without-t5"), 3, &Device::Cpu).unwrap();
+        let captions = ["b", "a", "b", ""].map(str::to_owned);
+        let mut seen = Vec::new();
+        encoder
+            .encode_each::<TextError>(&captions, &mut go, &mut |caption, _| {
+                seen.push(caption.to_owned());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(seen, ["b", "a", ""]);
+        let all = encoder.encode(&captions, &mut go).unwrap();
+        assert_eq!(values(&all[0]), values(&all[2]));
+        // Without T5 its tokens are zeros.
+        let t5 = all[0].embeds.narrow(0, 77, 3).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(t5.abs() < f32::MIN_POSITIVE);
+        assert!(encoder.encode(&[], &mut go).unwrap().is_empty());
+    }
+
+    #[test]
+    fn progress_reaches_the_end_and_stopping_stops() {
+        let encoder = PromptEncoder::open(&golden("encode-prompt-old-eos"), 9, &Device::Cpu).unwrap();
+        let mut seen = Vec::new();
+        encoder
+            .encode(&["x".into()], &mut |p| {
+                seen.push((p.encoder, p.layers_done, p.layers));
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        assert_eq!(seen.last(), Some(&(Encoder::T5, 2, 2)));
+        assert!(seen.contains(&(Encoder::ClipG, 3, 3)));
+        let stopped = encoder.encode(&["x".into()], &mut |p| if p.encoder == Encoder::T5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
+        assert!(matches!(stopped, Err(TextError::Stopped)));
+    }
+
+    #[test]
+    fn identity_follows_length_and_files() {
+        let model = golden("encode-prompt-old-eos");
+        let digest = |model: &ModelDir, length| PromptEncoder::open(model, length, &Device::Cpu).unwrap().digest(None).unwrap();
+        assert_eq!(digest(&model, 9), digest(&model, 9));
+        assert_ne!(digest(&model, 9), digest(&model, 10));
+        assert_ne!(digest(&model, 9), digest(&golden("encode-prompt-without-t5"), 9));
+    }
+
+    #[test]
+    fn bad_models_get_one_clear_error() {
+        let model = golden("encode-prompt-old-eos");
+        let copy = tempfile::tempdir().unwrap();
+        for part in [Part::Tokenizer, Part::Tokenizer2, Part::Tokenizer3, Part::TextEncoder, Part::TextEncoder2, Part::TextEncoder3] {
+            let to = copy.path().join(part.folder());
+            std::fs::create_dir(&to).unwrap();
+            for file in std::fs::read_dir(model.path(part)).unwrap() {
+                let file = file.unwrap();
+                std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+            }
+        }
+        let open = || PromptEncoder::open(&ModelDir::open(copy.path()).unwrap(), 9, &Device::Cpu);
+        let text = |error: &dyn std::error::Error| std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        open().unwrap();
+        assert!(matches!(PromptEncoder::open(&model, 0, &Device::Cpu), Err(TextError::SequenceLength(0))));
+
+        let config = copy.path().join("text_encoder_3/config.json");
+        let good = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, good.replace("gated-gelu", "relu")).unwrap();
+        assert!(text(&open().unwrap_err()).contains("gated-gelu"));
+        std::fs::write(&config, good.replace("\"d_model\": 24", "\"d_model\": 16")).unwrap();
+        assert!(text(&open().unwrap_err()).contains("do not belong to one model"));
+        std::fs::write(&config, good.replace("\"d_ff\": 40", "\"d_ff\": 41")).unwrap();
+        assert!(text(&open().unwrap().encode(&["x".into()], &mut go).unwrap_err()).contains("do not belong to this config.json"));
+        std::fs::write(&config, good).unwrap();
+
+        std::fs::remove_file(copy.path().join("tokenizer_2/merges.txt")).unwrap();
+        assert!(text(&open().unwrap_err()).contains("tokenizer_2/merges.txt"));
+    }
+}
