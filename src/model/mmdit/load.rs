@@ -177,5 +177,6 @@ pub(super) fn load(weights: Arc<Weights>, config: MmditConfig, engine: Engine, c
         norm_out,
         proj_out,
         recompute,
+        in_file: !convert,
     })
 }

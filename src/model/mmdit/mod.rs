@@ -106,6 +106,8 @@ pub struct Mmdit {
     norm_out: Linear,
     proj_out: Linear,
     recompute: Vec<bool>,
+    /// Weights stay in their file.
+    in_file: bool,
 }
 
 impl Mmdit {

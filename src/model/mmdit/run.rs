@@ -129,6 +129,13 @@ impl Mmdit {
         Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) }
     }
 
+    /// Asks for weights of block `i` that stay in their file to be read before they are used.
+    fn read_ahead(&self, i: usize, part: &str) {
+        if self.in_file && i < self.blocks.len() {
+            self.positions.weights.will_need(&format!("transformer_blocks.{i}.{part}"));
+        }
+    }
+
     /// Whether a backward passes through block `i`.
     fn is_trained(&self, i: usize) -> bool {
         let needs = self.blocks[i].needs;
@@ -177,6 +184,8 @@ impl Mmdit {
 
         // All modulations of the step at once, outside what is recomputed.
         let (mut modulations, mut modulation_layers) = (Vec::new(), Vec::new());
+        (0..self.blocks.len()).for_each(|i| self.read_ahead(i, "norm1"));
+        self.read_ahead(0, "");
         for block in &self.blocks {
             let (image, saved) = block.norm1.forward(pass, batch, &activated);
             let (context, context_saved) = block.norm1_context.forward(pass, batch, &activated);
@@ -189,6 +198,7 @@ impl Mmdit {
         let mut kept = Vec::with_capacity(self.blocks.len());
         for (i, block) in self.blocks.iter().enumerate() {
             let Some(context) = c.take() else { break };
+            self.read_ahead(i + 1, "");
             let (keep, recompute) = match mode {
                 Mode::Only { skip_blocks } if skip_blocks.contains(&i) => {
                     c = Some(context);
@@ -271,6 +281,9 @@ impl Mmdit {
         let mut d_activated = conditioning_trained.then(|| engine.zeros(batch * d));
         let activated = &saved.conditioning.1;
         for (i, block) in self.blocks.iter().enumerate().rev() {
+            if i > 0 && self.is_trained(i - 1) {
+                self.read_ahead(i - 1, "");
+            }
             let modulation = &saved.modulations[i];
             let mut d_modulation = BlockModulation {
                 image: engine.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
