@@ -224,6 +224,7 @@ impl Engine {
     }
 
     /// Adds LoRA's gradients: `dA += dtᵀ x_lora` [r, in], `dB += scale · dyᵀ t` [out, r].
+    #[expect(clippy::too_many_arguments, reason = "four operands, two results and their sizes")]
     pub fn lora_gradient(&self, rows: usize, x_lora: &Buffer, dy: &Buffer, t: &Buffer, dt: &Buffer, scale: f32, da: &mut Buffer, db: &mut Buffer) {
         let (inputs, outputs, rank) = (x_lora.len() / rows, dy.len() / rows, t.len() / rows);
         linear::outer_products(rows, x_lora.host(), inputs, dt.host(), rank, 1.0, true, da.host_mut());
@@ -237,7 +238,9 @@ impl Engine {
         let (kept, p) = ((1.0 / (1.0 - p)) as f32, p as f32);
         mask.host_mut().par_chunks_mut(tokens * width).zip(samples).for_each(|(mask, &(a, b))| {
             let mut stream = Stream::new(seed, Purpose::LoraDropout, a, b & 0xffff_ffff | (module as u64) << 32);
-            mask.iter_mut().for_each(|m| *m = if stream.uniform_f32() < p { 0.0 } else { kept });
+            for value in mask {
+                *value = if stream.uniform_f32() < p { 0.0 } else { kept };
+            }
         });
         mask
     }
@@ -261,6 +264,7 @@ impl Engine {
     }
 
     /// The backward of [`Engine::modulate`]: adds to `dx`, and to shift and scale in `d_modulation` where given.
+    #[expect(clippy::too_many_arguments, reason = "the forward's operands, their gradients and where they lie")]
     pub fn modulate_backward(
         &self,
         x: &Buffer,

@@ -264,9 +264,8 @@ mod tests {
         let kind = |precondition_outputs| LossKind { weighting: Weighting::None, precondition_outputs };
         let with = loss(kind(true), &v, &x0, &noise, &sigmas, &[0.5, 0.5]);
         let without = loss(kind(false), &v, &x0, &noise, &sigmas, &[0.5, 0.5]);
-        for b in 0..2 {
-            let sigma = f64::from(sigmas[b]);
-            assert!((with.per_sample[b] - sigma * sigma * without.per_sample[b]).abs() < 1e-6);
+        for ((with, without), sigma) in with.per_sample.iter().zip(&without.per_sample).zip(sigmas.map(f64::from)) {
+            assert!((with - sigma * sigma * without).abs() < 1e-6);
         }
     }
 

@@ -102,6 +102,7 @@ impl Linear {
     /// # Backward
     /// `dx (+)= dy W + mask ∘ (scale · dy B A)` where `dx` is given as (buffer, whether to accumulate);
     /// `dA += (scale · dy B)ᵀ dropout(x)`, `dB += scale · dyᵀ t`. `x`: the forward's input, wanted where there is LoRA.
+    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
     pub fn backward(
         &self,
         pass: Pass<'_>,

@@ -101,8 +101,15 @@ const DEPTH: usize = 256;
 /// x [rows, in], y [rows, out]; `x_lora` is x or x after dropout.
 pub(crate) fn forward(rows: usize, x: &[f32], weight: &Weight, bias: Option<&[f32]>, lora: Option<(&Lora, &[f32], f32)>, t: Option<&mut [f32]>, y: &mut [f32]) {
     let start = bias.map_or(Start::Zero, Start::Row);
-    let lora = lora.zip(t).map(|((lora, x, scale), t)| Side { down: &lora.a_transposed, up: &lora.b_transposed, x, scale, rank: lora.rank, t: Shared::new(t) });
-    run(rows, x, weight, Way::Forward, start, lora, y);
+    let lora = lora.zip(t).map(|((lora, x, scale), t)| Side {
+        down: &lora.a_transposed,
+        up: &lora.b_transposed,
+        x,
+        scale: Some(scale).filter(|s| (s - 1.0).abs() > 0.0),
+        rank: lora.rank,
+        t: Shared::new(t),
+    });
+    run(rows, x, weight, Way::Forward, start, lora.as_ref(), y);
 }
 
 /// `dx (+)= dy W (+ (dy scale B) A)`; `dt` gets `dy scale B` [rows, r]. With `dx` absent only `dt` is computed.
@@ -117,14 +124,14 @@ pub(crate) fn backward(
     dt: Option<&mut [f32]>,
     dx: Option<(&mut [f32], bool)>,
 ) {
-    let mut side = lora.zip(dt).map(|(lora, dt)| Side { down: &lora.b, up: &lora.a, x: dy, scale: 1.0, rank: lora.rank, t: Shared::new(dt) });
-    if dx.is_none() || !lora_into_dx {
-        if let Some(side) = side.take() {
-            side.down_all(rows);
-        }
+    let mut side = lora.zip(dt).map(|(lora, dt)| Side { down: &lora.b, up: &lora.a, x: dy, scale: None, rank: lora.rank, t: Shared::new(dt) });
+    if (dx.is_none() || !lora_into_dx)
+        && let Some(side) = side.take()
+    {
+        side.down_all(rows);
     }
     if let Some((dx, accumulate)) = dx {
-        run(rows, dy, weight, Way::Backward, if accumulate { Start::Accumulate } else { Start::Zero }, side, dx);
+        run(rows, dy, weight, Way::Backward, if accumulate { Start::Accumulate } else { Start::Zero }, side.as_ref(), dx);
     }
 }
 
@@ -142,7 +149,8 @@ struct Side<'a> {
     down: &'a Packed,
     up: &'a Packed,
     x: &'a [f32],
-    scale: f32,
+    /// Factor of t, if not 1.
+    scale: Option<f32>,
     rank: usize,
     t: Shared<'a>,
 }
@@ -155,8 +163,10 @@ impl Side<'_> {
         // SAFETY: t's rows of this task are written by it alone.
         unsafe {
             product(m, Strided::rows(&self.x[rows.start * k..rows.end * k], k), self.down, 0..self.down.panels(), Start::Zero, t, self.rank);
-            if self.scale != 1.0 {
-                std::slice::from_raw_parts_mut(t, m * self.rank).iter_mut().for_each(|v| *v *= self.scale);
+            if let Some(scale) = self.scale {
+                for value in std::slice::from_raw_parts_mut(t, m * self.rank) {
+                    *value *= scale;
+                }
             }
         }
     }
@@ -180,7 +190,7 @@ impl Side<'_> {
     }
 }
 
-fn run(rows: usize, x: &[f32], weight: &Weight, way: Way, start: Start<'_>, side: Option<Side<'_>>, y: &mut [f32]) {
+fn run(rows: usize, x: &[f32], weight: &Weight, way: Way, start: Start<'_>, side: Option<&Side<'_>>, y: &mut [f32]) {
     let (k, n) = weight.shape(way);
     assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, k] and [rows, n]");
     let y = Shared::new(y);
@@ -189,21 +199,21 @@ fn run(rows: usize, x: &[f32], weight: &Weight, way: Way, start: Start<'_>, side
         (0..rows.div_ceil(chunk)).into_par_iter().for_each(|i| {
             let part = i * chunk..rows.min((i + 1) * chunk);
             let m = part.len();
-            if let Some(side) = &side {
+            if let Some(side) = side {
                 side.down(part.clone());
             }
             let c = y.at(part.start * n, m * n);
             // SAFETY: y's rows of this task are written by it alone; t of these rows was computed above.
             unsafe {
                 product(m, Strided::rows(&x[part.start * k..part.end * k], k), packed, 0..packed.panels(), start, c, n);
-                if let Some(side) = &side {
+                if let Some(side) = side {
                     side.up(part, 0..packed.panels(), c, n);
                 }
             }
         });
         return;
     }
-    if let Some(side) = &side {
+    if let Some(side) = side {
         side.down_all(rows);
     }
     let panels = n.div_ceil(PANEL);
@@ -221,7 +231,7 @@ fn run(rows: usize, x: &[f32], weight: &Weight, way: Way, start: Start<'_>, side
                 }
                 Weight::Stored { matrix, .. } => stored_group(rows, x, matrix.as_ref(), way, k, n, group.clone(), start, c),
             }
-            if let Some(side) = &side {
+            if let Some(side) = side {
                 side.up(0..rows, group, c, n);
             }
         }

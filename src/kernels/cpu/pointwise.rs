@@ -8,7 +8,7 @@ use super::simd::{exp, vectorised};
 const PIECE: usize = 1 << 14;
 
 /// √(2/π).
-const ROOT: f32 = 0.797_884_56;
+const ROOT: f32 = 0.797_884_6;
 const CUBE: f32 = 0.044_715;
 
 vectorised! {

@@ -155,7 +155,9 @@ mod tests {
             let layout = LoraLayout::new(&spec, &config().linear_sites()).unwrap();
             let mut params = layout.init(1);
             let mut stream = Stream::new(2, Purpose::Noise, 0, 0);
-            params.iter_mut().for_each(|p| stream.fill_normal(&mut p.value));
+            for param in &mut params {
+                stream.fill_normal(&mut param.value);
+            }
             let file: BTreeMap<String, Param> = convert(&layout, &params, 2).unwrap().into_iter().map(|p| (p.name.clone(), p)).collect();
 
             // What the file means, read as ComfyUI reads it: alpha / rows of down.

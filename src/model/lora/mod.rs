@@ -175,7 +175,9 @@ impl LoraLayout {
             let mut value = vec![0.0; module.rank * module.site.in_features];
             let std = 1.0 / module.rank as f64;
             let mut stream = Stream::new(seed, Purpose::LoraInit, 0, module.site.ordinal as u64);
-            value.iter_mut().for_each(|x| *x = (stream.normal_f64() * std) as f32);
+            for x in &mut value {
+                *x = (stream.normal_f64() * std) as f32;
+            }
             params.push(Param { name: module.name_a(), shape: module.shape_a(), value });
             params.push(Param { name: module.name_b(), shape: module.shape_b(), value: vec![0.0; module.site.out_features * module.rank] });
         }

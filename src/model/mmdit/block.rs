@@ -6,6 +6,7 @@ use crate::nn::{Attention, AttentionSaved, FeedForward, FeedForwardSaved, Gradie
 
 /// Which gradients a block must produce besides those of its own LoRA.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent answers")]
 pub(super) struct Needs {
     /// Of its image input.
     pub(super) x: bool,
@@ -153,6 +154,7 @@ impl Block {
     /// `dx` and `dc` turn from the gradients of the outputs into those of the inputs where [`Needs`] asks for them (else
     /// their content is of no use); in the last block `dc` comes in as zeros. Gradients of the modulation are added to
     /// `d_modulation`.
+    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
     pub(super) fn backward(
         &self,
         pass: Pass<'_>,
@@ -214,6 +216,7 @@ fn mlp_forward(pass: Pass<'_>, feed_forward: &FeedForward, m: Modulation<'_>, x:
 }
 
 /// Adds the branch's part to `dx` if `below`.
+#[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
 fn mlp_backward(
     pass: Pass<'_>,
     feed_forward: &FeedForward,

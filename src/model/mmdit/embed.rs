@@ -60,8 +60,7 @@ pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
         .map(|k| {
             let rounded = f64::from(exponent * k as f32 / half as f32).exp() as f32;
             match k {
-                12 => f32::from_bits(rounded.to_bits().wrapping_add(1)),
-                106 => f32::from_bits(rounded.to_bits().wrapping_add(1)),
+                12 | 106 => f32::from_bits(rounded.to_bits().wrapping_add(1)),
                 _ => rounded,
             }
         })

@@ -143,10 +143,10 @@ pub(super) fn converts_once(config: &MmditConfig) -> bool {
 }
 
 /// Loads the transformer: see [`Mmdit::load`]. `convert`: weights become f32 at once, else whenever they are used.
-pub(super) fn load(weights: Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
+pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
     config.check()?;
     let d = config.width();
-    let mut loader = Loader { weights: &weights, config: &config, engine: &engine, convert, ordinal: 0 };
+    let mut loader = Loader { weights, config: &config, engine: &engine, convert, ordinal: 0 };
 
     let p = config.patch_size;
     let inputs = config.in_channels * p * p;
@@ -163,7 +163,7 @@ pub(super) fn load(weights: Arc<Weights>, config: MmditConfig, engine: Engine, c
     let norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
     let recompute = vec![false; config.num_layers];
-    let positions = Positions { weights: Arc::clone(&weights) };
+    let positions = Positions { weights: Arc::clone(weights) };
     Ok(Mmdit {
         engine,
         config,

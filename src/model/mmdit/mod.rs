@@ -85,10 +85,16 @@ pub enum MmditError {
     Device(#[from] UnsupportedDevice),
     /// A weight is missing or has another shape.
     #[error(transparent)]
-    Weights(#[from] WeightsError),
+    Weights(Box<WeightsError>),
     /// A tensor cannot be read or made.
     #[error("failed to convert a tensor")]
     Tensor(#[from] candle_core::Error),
+}
+
+impl From<WeightsError> for MmditError {
+    fn from(error: WeightsError) -> Self {
+        Self::Weights(Box::new(error))
+    }
 }
 
 /// The transformer.
@@ -118,7 +124,7 @@ impl Mmdit {
     /// If a weight is missing or does not fit the configuration, or the device has no kernels.
     pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &Device) -> Result<Self, MmditError> {
         let convert = load::converts_once(&config);
-        load::load(weights, config, Engine::new(device)?, convert)
+        load::load(&weights, config, Engine::new(device)?, convert)
     }
 
     /// The configuration.

@@ -150,6 +150,7 @@ impl Mmdit {
             || block.feed_forward_context.as_ref().is_some_and(crate::nn::FeedForward::has_lora)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the four inputs, and how to run")]
     fn run(
         &self,
         x: &Tensor,

@@ -190,7 +190,7 @@ fn stored_weights_give_the_same_bits_as_converted_ones() {
     let (_dir, weights) = weights(&config, true);
     let batch = batch(&config, 2);
     let run = |convert| {
-        let mut model = load(Arc::clone(&weights), config.clone(), Engine::new(&Device::Cpu).unwrap(), convert).unwrap();
+        let mut model = load(&weights, config.clone(), Engine::new(&Device::Cpu).unwrap(), convert).unwrap();
         let params = model.attach_lora(&spec(&ATTENTION, 0.0)).unwrap().init(3);
         model.set_lora(&params).unwrap();
         batch.step(&model)
