@@ -162,7 +162,7 @@ mod tests {
         let server = Server::all(([127, 0, 0, 1], 0).into(), Arc::clone(&readiness), Arc::new(Metrics::new())).await.unwrap();
         let base = format!("http://{}", server.address());
         let task = tokio::spawn(server.serve());
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = crate::operator::progress::http_client().unwrap();
         let status = async |path: &str| client.get(format!("{base}{path}")).send().await.unwrap().status().as_u16();
         assert_eq!(status("/healthz").await, 200, "alive even while the API server is away");
         assert_eq!(status("/readyz").await, 503);

@@ -24,6 +24,8 @@ pub mod context;
 pub mod decide;
 pub mod dereference;
 pub mod error;
+#[cfg(test)]
+mod fixtures;
 pub mod http;
 pub mod kueue;
 pub mod lease;
@@ -35,5 +37,7 @@ pub mod run;
 pub mod settings;
 pub mod status;
 pub mod transitions;
+#[cfg(test)]
+mod traps;
 pub mod validate;
 pub mod world;

@@ -42,6 +42,8 @@ pub enum FetchError {
 
 /// A client that goes to the address it is given and nowhere else.
 pub fn http_client() -> reqwest::Result<reqwest::Client> {
+    // The client wants a TLS provider even where it speaks plain HTTP only. A second installation is refused; the first one is the same.
+    let _already_installed = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder()
         .redirect(reqwest::redirect::Policy::none())
         .no_proxy()

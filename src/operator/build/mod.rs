@@ -4,6 +4,8 @@ pub mod affinity;
 mod config_map;
 mod job;
 mod pod;
+#[cfg(test)]
+mod tests;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use std::collections::BTreeMap;
