@@ -33,7 +33,8 @@ impl Attempts {
         for pod in &world.pods {
             attempts.enter(pod);
         }
-        attempts.history.sort_by(|a, b| (start(a), &a.pod_uid).cmp(&(start(b), &b.pod_uid)));
+        // Stable: of two that started within one second the one entered later is the later one.
+        attempts.history.sort_by_key(start);
         for index in 0..attempts.history.len() {
             attempts.end(index, world, suspending, now);
         }

@@ -151,6 +151,21 @@ fn trap_28_attempts_beyond_the_history_are_counted_once() {
 }
 
 #[test]
+fn attempts_of_one_second_keep_their_order() {
+    // Times have seconds; UIDs have no order.
+    let suspended = step(&job(|job| job["spec"]["suspend"] = json!(true)), &training(), &World::default(), at(5)).1;
+    let words = json!({"stage": "Finished", "step": 100, "totalSteps": 100, "result": {}}).to_string();
+    let done = world(
+        Some(child("j2", |job| job["status"] = ended("Complete", "CompletionsReached", ""))),
+        vec![pod("a0", "j2", &terminated(5, 6, 0, "Completed", &words))],
+    );
+    let (_, complete) = step(&job(|_| {}), &suspended, &done, at(7));
+    let pods: Vec<&str> = complete.attempt_history.iter().map(|attempt| attempt.pod_uid.as_str()).collect();
+    assert_eq!(pods, ["p1", "a0"]);
+    assert_eq!(complete.progress.map(|progress| progress.step), Some(100), "the last words of the last one");
+}
+
+#[test]
 fn trap_34_a_queued_job_is_not_created_without_kueue() {
     let spec = job(|job| job["spec"]["queueName"] = json!("team-a"));
     let (intent, after) = step(&spec, &FineTuneJobStatus::default(), &World::default(), at(1));

@@ -8,7 +8,7 @@ use super::build::paths;
 use super::settings::Settings;
 use crate::api::{self, FineTuneJob, FineTuneJobSpec, StorageSpec};
 use crate::digest;
-use crate::plan::{self, Facts, PlanError};
+use crate::plan::{self, DeviceRequest, Facts, PlanError};
 
 /// A FineTuneJob that can be carried out.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,7 +63,11 @@ pub fn validate(job: &FineTuneJob, settings: &Settings) -> Result<ValidatedJob, 
         model_ca_bundle: Some(paths::MODEL_CA_BUNDLE.into()),
         ..Facts::default()
     };
-    let plan = plan::resolve(&spec, &namespace, &name, &facts)?;
+    let mut plan = plan::resolve(&spec, &namespace, &name, &facts)?;
+    if settings.allow_cpu_fallback {
+        // Said by the operator's administrator, never by a missing GPU: the pod still asks for one, and its trainer leaves it alone.
+        plan.config.device = DeviceRequest::Cpu;
+    }
     let config_json = serde_json::to_string_pretty(&plan.config).map_err(ValidateError::Json)?;
     Ok(ValidatedJob {
         job_name: api::job_name(&name),

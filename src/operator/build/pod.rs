@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath, ObjectFieldSelector,
-    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceFieldSelector, ResourceRequirements, SeccompProfile,
-    SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
+    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource, SecretKeySelector,
+    SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::ObjectMeta;
@@ -74,7 +74,7 @@ fn container(job: &ValidatedJob, settings: &Settings, image: &str, mounts: Vec<V
         image: Some(image.to_owned()),
         image_pull_policy: settings.image_pull_policy.clone(),
         args: Some(vec!["train".to_owned(), format!("--config={}/{}", paths::CONFIG_DIR, paths::CONFIG_FILE)]),
-        env: Some(environment(job, settings)),
+        env: Some(environment(job)),
         env_from: (!credentials(job).is_empty()).then(|| credentials(job)),
         ports: Some(vec![ContainerPort {
             name: Some("progress".to_owned()),
@@ -99,7 +99,7 @@ fn container(job: &ValidatedJob, settings: &Settings, image: &str, mounts: Vec<V
 }
 
 /// Variables that the trainer reads. They win over those of the credentials' Secrets.
-fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
+fn environment(job: &ValidatedJob) -> Vec<EnvVar> {
     let plain = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
     let from = |name: &str, value_from: EnvVarSource| EnvVar { name: name.to_owned(), value: None, value_from: Some(value_from) };
     let field = |name: &str, path: &str| {
@@ -116,22 +116,11 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
         field("POD_NAMESPACE", "metadata.namespace"),
         field("POD_UID", "metadata.uid"),
         field("NODE_NAME", "spec.nodeName"),
-        plain("FINETUNE_WORK_DIR", paths::WORK_DIR.to_owned()),
-        plain("FINETUNE_TERMINATION_MESSAGE", paths::TERMINATION_MESSAGE.to_owned()),
+        plain("FINETUNE_CACHE_DIR", if job.spec.model.cache.is_some() { paths::CACHE_DIR } else { paths::WORK_DIR }.to_owned()),
+        plain("FINETUNE_TERMINATION_LOG", paths::TERMINATION_MESSAGE.to_owned()),
         plain("FINETUNE_LOG_FORMAT", "json".to_owned()),
         plain("HOME", paths::WORK_DIR.to_owned()),
         plain("TMPDIR", "/tmp".to_owned()),
-        from(
-            "FINETUNE_MEMORY_LIMIT",
-            EnvVarSource {
-                resource_field_ref: Some(ResourceFieldSelector {
-                    container_name: Some(TRAINER_CONTAINER.to_owned()),
-                    resource: "limits.memory".to_owned(),
-                    divisor: Some(Quantity("1".to_owned())),
-                }),
-                ..EnvVarSource::default()
-            },
-        ),
     ];
     if let Some(token) = job.spec.model.source.hugging_face.as_ref().and_then(|hub| hub.token_secret_ref.as_ref()) {
         variables.push(from(
@@ -141,9 +130,6 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
                 ..EnvVarSource::default()
             },
         ));
-    }
-    if settings.allow_cpu_fallback {
-        variables.push(plain("FINETUNE_ALLOW_CPU_FALLBACK", "true".to_owned()));
     }
     variables
 }

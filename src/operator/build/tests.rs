@@ -130,9 +130,16 @@ fn a_gpu_is_asked_for_once_and_a_cpu_job_asks_for_none() {
     let cpu = built(|job| job["spec"]["scheduling"] = json!({"gpu": {"perReplica": 0}}));
     assert_eq!(container(&cpu)["resources"]["limits"], json!({"memory": "12Gi"}));
     assert!(cpu["spec"]["template"]["spec"].get("affinity").is_none());
-    assert!(env(&job, "FINETUNE_ALLOW_CPU_FALLBACK").is_none(), "a GPU job never falls back by itself");
-    let fallback = built_with(&Settings { allow_cpu_fallback: true, ..settings() }, |_| {});
-    assert_eq!(env(&fallback, "FINETUNE_ALLOW_CPU_FALLBACK").unwrap()["value"], "true");
+    // On clusters whose GPUs are imaginary the administrator may say so: the pod still asks for a GPU.
+    let device = |settings: &Settings| {
+        let job = crate::operator::fixtures::job(|_| {});
+        let config: crate::plan::TrainConfig = serde_json::from_str(&crate::operator::validate::validate(&job, settings).unwrap().config_json).unwrap();
+        config.device
+    };
+    assert_eq!(device(&settings()), crate::plan::DeviceRequest::Gpu, "a GPU job never falls back by itself");
+    let imaginary = Settings { allow_cpu_fallback: true, ..settings() };
+    assert_eq!(device(&imaginary), crate::plan::DeviceRequest::Cpu);
+    assert_eq!(container(&built_with(&imaginary, |_| {}))["resources"]["limits"]["nvidia.com/gpu"], "1");
 }
 
 #[test]
@@ -151,6 +158,8 @@ fn every_model_source_and_the_cache_are_mounted() {
     });
     assert!(mounts(&claim).contains(&("model".into(), "/model".into(), true)));
     assert!(mounts(&claim).contains(&("cache".into(), "/cache".into(), false)));
+    assert_eq!(env(&claim, "FINETUNE_CACHE_DIR").unwrap()["value"], "/cache");
+    assert_eq!(env(&built(|_| {}), "FINETUNE_CACHE_DIR").unwrap()["value"], "/work");
     let volumes = claim["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
     assert!(volumes.contains(&json!({"name": "model", "persistentVolumeClaim": {"claimName": "sd3", "readOnly": true}})));
     let config = validated(|job| {
