@@ -67,7 +67,13 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
 
 fn read(path: &Path) -> Result<TrainConfig, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("failed to read the configuration {}: {error}", path.display()))?;
-    yaml::from_str(&text).map_err(|error| format!("failed to understand the configuration {}: {}", path.display(), job::chain(&error)))
+    let failed = |error: &dyn std::error::Error| format!("failed to understand the configuration {}: {}", path.display(), job::chain(error));
+    // Through JSON, whose way to write a choice (an object with one key) is the usual one in YAML files too.
+    let mut documents = yaml::documents(&text).map_err(|error| failed(&error))?;
+    match (documents.pop(), documents.is_empty()) {
+        (Some(document), true) => serde_json::from_value(document).map_err(|error| failed(&error)),
+        _ => Err(format!("the configuration {} must be one document", path.display())),
+    }
 }
 
 fn write_termination_message(path: &Path, reporter: &Reporter) {

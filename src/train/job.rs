@@ -73,11 +73,14 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     if let (Decision::Reuse, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, Some(&dataset.digest))?, &found)
     {
         publish::repair(&output, result).await?;
+        if let Err(error) = delete_leftovers(config, environment, &output, &dataset).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
+        }
         return Ok(Outcome::AlreadyCompleted(result.clone()));
     }
 
     let claim = Claim::acquire(&output, &environment.owner).await?;
-    let identity = Identity { spec_hash: config.spec_hash.clone(), dataset_digest: dataset.digest.clone(), output: output.uri().to_owned() };
+    let identity = identity(config, &output, &dataset);
     let store = environment.open(&config.checkpoint.uri, config)?;
     let checkpoints = match config.resume.policy {
         ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
@@ -88,6 +91,20 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     run.train(&mut trainer, &model).await?;
     let result = run.publish(&output, &trainer).await?;
     Ok(Outcome::Completed(Box::new(result)))
+}
+
+fn identity(config: &TrainConfig, output: &Store, dataset: &Dataset) -> Identity {
+    Identity { spec_hash: config.spec_hash.clone(), dataset_digest: dataset.digest.clone(), output: output.uri().to_owned() }
+}
+
+/// Deletes what a run that was killed after publishing has left.
+async fn delete_leftovers(config: &TrainConfig, environment: &JobEnvironment, output: &Store, dataset: &Dataset) -> Result<(), TrainError> {
+    let store = environment.open(&config.checkpoint.uri, config)?;
+    if config.checkpoint.keep_after_success || store.list("").await?.is_empty() {
+        return Ok(());
+    }
+    let claim = Claim::acquire(output, &environment.owner).await?;
+    Ok(Checkpoints::open(store, claim, identity(config, output, dataset)).await?.delete_all().await?)
 }
 
 async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, TrainError> {

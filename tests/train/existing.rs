@@ -1,0 +1,111 @@
+//! `output.existing`, and datasets that change.
+
+use serde_json::json;
+
+use crate::support::{Bench, LORA, copy, text};
+
+/// Few steps: what is trained does not matter here.
+fn short() -> serde_json::Value {
+    json!({"training": {"maxSteps": 3}})
+}
+
+fn with(mut changes: serde_json::Value, more: &serde_json::Value) -> serde_json::Value {
+    crate::support::merge(&mut changes, more);
+    changes
+}
+
+#[test]
+fn a_complete_output_is_reused_and_repaired() {
+    let bench = Bench::new();
+    bench.complete(&short());
+    let (lora, result) = (bench.read(LORA), bench.read("result.json"));
+    std::fs::remove_file(bench.output("micro.safetensors")).unwrap();
+    std::fs::write(bench.output(LORA), b"damaged").unwrap();
+    let output = bench.run(&short());
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("trained already"), "{}", text(&output));
+    assert!(bench.read(LORA) == lora && bench.read("result.json") == result);
+    assert!(bench.output("micro.safetensors").exists());
+    assert_eq!(bench.files("claims").len(), 1, "nothing was claimed");
+
+    // What cannot be repaired is said, not guessed.
+    std::fs::write(bench.output(LORA), b"damaged").unwrap();
+    std::fs::write(bench.output(&format!("runs/e1/{LORA}")), b"damaged too").unwrap();
+    let output = bench.run(&short());
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("damaged"), "{}", text(&output));
+}
+
+#[test]
+fn fail_refuses_any_result_and_overwrite_replaces_it() {
+    let bench = Bench::new();
+    bench.complete(&short());
+    let first = bench.read(LORA);
+    let output = bench.run(&with(short(), &json!({"output": {"existing": "Fail"}})));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("OutputExists") && text(&output).contains("Overwrite"), "{}", text(&output));
+
+    let other_seed = with(short(), &json!({"training": {"seed": 7}}));
+    let output = bench.run(&other_seed);
+    assert_eq!(output.status.code(), Some(78), "another spec: {}", text(&output));
+    assert!(bench.read(LORA) == first, "nothing was touched");
+    bench.complete(&with(other_seed, &json!({"output": {"existing": "Overwrite"}})));
+    assert!(bench.read(LORA) != first);
+    assert_eq!(bench.result()["attempt"], 2);
+    // The same again is trained again.
+    bench.complete(&with(short(), &json!({"output": {"existing": "Overwrite"}})));
+    assert!(bench.read(LORA) == first);
+    assert_eq!(bench.result()["attempt"], 3);
+}
+
+#[test]
+fn files_of_another_origin_are_not_overwritten() {
+    let bench = Bench::new();
+    std::fs::create_dir_all(bench.output("")).unwrap();
+    std::fs::write(bench.output(LORA), b"somebody's work").unwrap();
+    let output = bench.run(&short());
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains(LORA), "{}", text(&output));
+    assert_eq!(bench.read(LORA), b"somebody's work");
+}
+
+#[test]
+fn a_changed_dataset_is_noticed_before_and_after_completion() {
+    // While the run is not complete: the checkpoints belong to the old dataset.
+    let bench = Bench::new();
+    let mut running = bench.start(&json!({}), &[]);
+    running.await_log("saved a checkpoint");
+    running.signal("TERM");
+    assert_eq!(running.wait(), Some(75));
+    let metadata = std::fs::read_to_string(bench.bucket("data/metadata.jsonl")).unwrap();
+    std::fs::write(bench.bucket("data/metadata.jsonl"), metadata.replace("a red circle", "a red square")).unwrap();
+    let output = bench.run(&json!({}));
+    assert_eq!(output.status.code(), Some(65), "{}", text(&output));
+    assert!(text(&output).contains("DatasetChanged"), "{}", text(&output));
+    // A picture counts as well as a caption.
+    std::fs::write(bench.bucket("data/metadata.jsonl"), &metadata).unwrap();
+    std::fs::copy(bench.bucket("data/01-green-square.png"), bench.bucket("data/00-red-circle.png")).unwrap();
+    let output = bench.run(&json!({}));
+    assert_eq!(output.status.code(), Some(65), "{}", text(&output));
+    // With the old dataset back, the run goes on.
+    copy(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/dataset"), &bench.bucket("data"));
+    bench.complete(&json!({}));
+
+    // After completion: the result is of another dataset.
+    std::fs::copy(bench.bucket("data/01-green-square.png"), bench.bucket("data/00-red-circle.png")).unwrap();
+    let output = bench.run(&json!({}));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("another dataset"), "{}", text(&output));
+}
+
+#[test]
+fn a_pinned_digest_is_held() {
+    let bench = Bench::new();
+    bench.complete(&short());
+    let digest = bench.result()["datasetDigest"].as_str().unwrap().to_owned();
+    let pinned = |digest: &str| json!({"training": {"maxSteps": 3}, "dataset": {"expectedDigest": digest}, "output": {"uri": "s3://test/pinned/"}});
+    bench.complete(&pinned(&digest));
+    let other = bench.run(&with(pinned(&format!("sha256:{}", "0".repeat(64))), &json!({"output": {"uri": "s3://test/other/"}})));
+    assert_eq!(other.status.code(), Some(65), "{}", text(&other));
+    assert!(text(&other).contains(&digest), "{}", text(&other));
+}

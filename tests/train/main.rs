@@ -1,0 +1,17 @@
+//! The training job as a process: resuming after kills, fencing of two live trainers, existing outputs, failures, pairing.
+//!
+//! Each test runs the real program on a random model of half a megabyte (`tests/fixtures`), with directories as buckets; the
+//! ones in `s3.rs` use a real S3 server.
+#![cfg(feature = "train")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "test code; clippy takes the functions marked as tests alone for such")]
+
+mod existing;
+mod failures;
+mod fencing;
+mod outputs;
+mod resume;
+mod s3;
+#[path = "../common/servers.rs"]
+#[expect(dead_code, reason = "other tests use other servers")]
+mod servers;
+mod support;
