@@ -299,13 +299,23 @@ pub struct PriorPreservationSpec {
     pub precision: Precision,
 }
 
-/// Sample pictures during training, written below `output.uri`.
+/// Sample pictures during training and a comparison with held-out pictures at its end, written below `output.uri`.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("size(self.prompts) > 0 || has(self.datasetUri)").message("give prompts, datasetUri or both"))]
 pub struct ValidationSpec {
     /// One picture is drawn for each prompt.
-    #[schemars(length(min = 1, max = 16), inner(length(min = 1, max = 2000)))]
+    #[serde(default)]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 2000)))]
     pub prompts: Vec<String>,
+    /// A folder of held-out pictures in the dataset's form (the same metadata file and caption column), which training never sees; ends with "/".
+    /// At the end the first 16 captions are drawn by the base model and with the LoRA from the same noise: `before-after.png`, and their distances
+    /// to the real pictures in `result.json`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    #[x_kube(validation = Rule::new(super::storage::URI_RULE).message(super::storage::URI_MESSAGE))]
+    #[x_kube(validation = Rule::new("self.endsWith('/')").message("must end with \"/\", as it is a folder"))]
+    pub dataset_uri: Option<String>,
     /// Draw after this many steps, and at the end.
     #[serde(default = "validation_every_steps")]
     #[schemars(range(min = 1, max = 10_000_000))]

@@ -157,6 +157,11 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     row("training loss", format!("{:.4} at the end, smoothed ({:.4} at first)", result.loss.smoothed, result.loss.first));
     let RunResult { evaluation, lora, .. } = result;
     row("evaluation loss", format!("{:.4} -> {:.4} ({:+.1}%)", evaluation.start, evaluation.end, -100.0 * evaluation.improvement));
+    if let Some(comparison) = &result.comparison {
+        let (base, lora) = (comparison.base_distance, comparison.lora_distance);
+        row("held-out pictures", format!("distance {base:.3} by the base model -> {lora:.3} with the LoRA ({} pictures)", comparison.pictures));
+        row("look at", format!("{place}{}", crate::train::comparison::FILE_NAME));
+    }
     row("training time", duration(result.training_seconds));
     row("LoRA", format!("rank {}, alpha {}, {} modules, {} parameters", lora.rank, lora.alpha, lora.modules, lora.parameters));
     for artifact in &result.artifacts {

@@ -244,6 +244,9 @@ pub struct PriorPreservationConfig {
 pub struct ValidationConfig {
     /// One picture each.
     pub prompts: Vec<String>,
+    /// Folder of held-out pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dataset_uri: Option<String>,
     /// After this many updates, and at the end.
     pub every_steps: u64,
     /// Seed of the noise.

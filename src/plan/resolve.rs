@@ -120,6 +120,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let training = training(&spec.training, &mut reader);
     let validation = spec.validation.as_ref().map(|validation| ValidationConfig {
         prompts: validation.prompts.clone(),
+        dataset_uri: validation.dataset_uri.clone(),
         every_steps: validation.every_steps,
         seed: validation.seed,
         steps: validation.steps,

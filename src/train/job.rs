@@ -9,13 +9,14 @@ use candle_core::Device;
 use tokio::task::block_in_place;
 
 use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, PREPARED, Saved, Snapshot};
+use super::comparison::{self, HeldOut};
 use super::device;
 use super::environment::JobEnvironment;
 use super::error::TrainError;
 use super::output;
 use super::prepare::{self, PrepareError, Prepared};
 use super::publish::{self, Decision};
-use super::result::RunResult;
+use super::result::{FileDigest, RunResult};
 use super::setup;
 use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
@@ -86,10 +87,11 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
         ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
         ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
     };
-    let run = Run { config, environment, device, dataset, checkpoints };
+    let held_out = held_out(config, environment).await?;
+    let run = Run { config, environment, device, dataset, held_out, checkpoints };
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
-    let result = run.publish(&output, &trainer).await?;
+    let result = run.publish(&output, &trainer, &model).await?;
     Ok(Outcome::Completed(Box::new(result)))
 }
 
@@ -119,6 +121,14 @@ async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Data
     }
 }
 
+/// The held-out pictures, if the job has any.
+async fn held_out(config: &TrainConfig, environment: &JobEnvironment) -> Result<Option<HeldOut>, TrainError> {
+    let Some(uri) = config.validation.as_ref().and_then(|v| v.dataset_uri.as_ref()) else { return Ok(None) };
+    let store = environment.open(uri, config)?;
+    let load = async { Ok(HeldOut::load(&store, &config.dataset, config.training.resolution).await?) };
+    unless_interrupted(environment, load).await.map(Some)
+}
+
 /// Stops waiting when somebody asks to.
 async fn unless_interrupted<T>(environment: &JobEnvironment, work: impl Future<Output = Result<T, TrainError>>) -> Result<T, TrainError> {
     tokio::select! {
@@ -132,13 +142,14 @@ struct Run<'a> {
     environment: &'a JobEnvironment,
     device: Device,
     dataset: Dataset,
+    held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
 }
 
 impl Run<'_> {
     /// Prepares data, loads the transformer and restores the newest checkpoint.
     async fn load(&self) -> Result<(Trainer, ModelDir), TrainError> {
-        let Self { config, environment, device, dataset, checkpoints } = self;
+        let Self { config, environment, device, dataset, held_out, checkpoints } = self;
         let reporter = &environment.reporter;
         reporter.stage(Stage::RestoringCheckpoint, "looking for a checkpoint", 0);
         let snapshot = self.snapshot().await?;
@@ -155,7 +166,18 @@ impl Run<'_> {
         })
         .await?;
         let dataset_store = environment.open(&config.dataset.uri, config)?;
-        let prepared = match prepare::prepare(config, dataset, &dataset_store, &folder, &prepared_store, device, environment).await {
+        let prepared = match prepare::prepare(
+            config,
+            dataset,
+            held_out.as_ref().map_or(&[], |h| &h.captions),
+            &dataset_store,
+            &folder,
+            &prepared_store,
+            device,
+            environment,
+        )
+        .await
+        {
             Err(PrepareError::Stopped) => return Err(TrainError::Interrupted { checkpoint: None }),
             prepared => prepared?,
         };
@@ -326,10 +348,18 @@ impl Run<'_> {
     }
 
     /// Writes the results and cleans up.
-    async fn publish(&self, output: &Store, trainer: &Trainer) -> Result<RunResult, TrainError> {
+    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<RunResult, TrainError> {
         self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
-        let (result, files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.device)?;
+        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.device)?;
+        if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
+            let resolution = self.config.training.resolution;
+            let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.device, &self.environment.interrupt))?;
+            let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
+            result.comparison = Some(comparison);
+            result.files.insert(comparison::FILE_NAME.to_owned(), FileDigest::of(&png));
+            files.insert(comparison::FILE_NAME.to_owned(), png.into());
+        }
         let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
         if !self.config.checkpoint.keep_after_success {
             match self.checkpoints.delete_all().await {

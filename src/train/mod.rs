@@ -1,6 +1,7 @@
 //! The training job: prepare, step, checkpoint, publish.
 
 pub mod checkpoint;
+pub mod comparison;
 pub mod device;
 pub mod environment;
 pub mod error;

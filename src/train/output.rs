@@ -118,6 +118,7 @@ pub fn make(
             samples: evaluate::subset(dataset.samples.len()).len() as u64,
             timesteps: evaluate::TIMESTEPS,
         },
+        comparison: None,
         lora: LoraSummary {
             rank: lora.rank,
             alpha: lora.alpha,

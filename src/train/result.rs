@@ -42,6 +42,9 @@ pub struct RunResult {
     pub loss: LossSummary,
     /// Loss with fixed noise and timesteps, before and after.
     pub evaluation: Evaluation,
+    /// Held-out pictures against drawn ones (`validation.datasetUri`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
     /// What was trained.
     pub lora: LoraSummary,
     /// The base model's source, as in the spec.
@@ -90,6 +93,18 @@ pub struct Evaluation {
     pub samples: u64,
     /// Timesteps per picture, stratified over the noise levels.
     pub timesteps: u64,
+}
+
+/// How far pictures drawn from held-out captions are from the real ones: root mean square difference of values in [0, 1].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Comparison {
+    /// Pictures compared.
+    pub pictures: u64,
+    /// Drawn by the base model.
+    pub base_distance: f64,
+    /// Drawn with the LoRA, from the same noise.
+    pub lora_distance: f64,
 }
 
 /// The trained LoRA.

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 use candle_core::Device;
-use image::ImageFormat;
+use image::{ImageFormat, RgbImage};
 
 use super::checkpoint::Checkpoints;
 use super::history::{self, Picture};
@@ -14,7 +14,7 @@ use super::interrupt::Interrupt;
 use super::prepare::PreparedError;
 use super::trainer::Trainer;
 use crate::model::ModelDir;
-use crate::model::layout::LayoutError;
+use crate::model::layout::{LayoutError, SchedulerConfig};
 use crate::model::text::PromptEmbedding;
 use crate::model::vae::{VaeDecoder, VaeError};
 use crate::plan::ValidationConfig;
@@ -47,6 +47,71 @@ pub enum ValidationError {
     Png(#[from] image::ImageError),
 }
 
+/// Draws prompts with the weights as they are.
+pub struct Painter<'a> {
+    trainer: &'a Trainer,
+    device: &'a Device,
+    interrupt: &'a Interrupt,
+    decoder: VaeDecoder,
+    scheduler: SchedulerConfig,
+    negative: PromptEmbedding,
+    settings: Denoise,
+    seed: u64,
+    side: usize,
+}
+
+impl<'a> Painter<'a> {
+    /// Loads the VAE's decoder.
+    ///
+    /// # Errors
+    /// If a part of the model is missing.
+    pub fn new(
+        config: &ValidationConfig,
+        resolution: u32,
+        model: &ModelDir,
+        trainer: &'a Trainer,
+        device: &'a Device,
+        interrupt: &'a Interrupt,
+    ) -> Result<Self, ValidationError> {
+        let decoder = VaeDecoder::load(model, device)?;
+        let (embeds, pooled) = trainer.prepared().prompt("")?;
+        Ok(Self {
+            trainer,
+            device,
+            interrupt,
+            scheduler: model.scheduler()?,
+            negative: PromptEmbedding { embeds, pooled },
+            settings: Denoise { steps: config.steps as usize, guidance_scale: config.guidance_scale, lora_scale: 1.0, skip_layers: None },
+            seed: config.seed,
+            side: resolution as usize / decoder.config().downscale(),
+            decoder,
+        })
+    }
+
+    /// One picture for each prompt, the `i`-th from the `i`-th noise; none if the run is asked to stop meanwhile.
+    ///
+    /// # Errors
+    /// If the model fails.
+    pub fn draw(&self, prompts: &[String], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
+        let negative = PromptBatch::stack(&[&self.negative], self.device)?;
+        let settings = Denoise { lora_scale, ..self.settings.clone() };
+        let channels = self.trainer.model().config().in_channels;
+        let mut pictures = Vec::new();
+        for (index, text) in prompts.iter().enumerate() {
+            let (embeds, pooled) = self.trainer.prepared().prompt(text)?;
+            let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], self.device)?;
+            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side, self.device)?;
+            let mut on_step = |_| if self.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let latents = match denoise(self.trainer.model(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
+                Err(SampleError::Stopped) => return Ok(None),
+                latents => latents?,
+            };
+            pictures.extend(to_pictures(&self.decoder.decode(&self.decoder.config().unscale(&latents)?)?)?);
+        }
+        Ok(Some(pictures))
+    }
+}
+
 /// Draws every prompt with the present weights; none if the run is asked to stop meanwhile.
 ///
 /// # Errors
@@ -59,35 +124,13 @@ pub fn draw(
     device: &Device,
     interrupt: &Interrupt,
 ) -> Result<Option<Vec<Picture>>, ValidationError> {
-    let decoder = VaeDecoder::load(model, device)?;
-    let scheduler = model.scheduler()?;
-    let prompt = |text: &str| {
-        let (embeds, pooled) = trainer.prepared().prompt(text)?;
-        Ok::<_, ValidationError>(PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], device)?)
-    };
-    let negative = prompt("")?;
-    let settings = Denoise { steps: config.steps as usize, guidance_scale: config.guidance_scale, lora_scale: 1.0, skip_layers: None };
-    let side = resolution as usize / decoder.config().downscale();
+    let Some(drawn) = Painter::new(config, resolution, model, trainer, device, interrupt)?.draw(&config.prompts, 1.0)? else { return Ok(None) };
     let mut pictures = Vec::new();
-    for (index, text) in config.prompts.iter().enumerate() {
-        let noise = initial_latents(config.seed, index as u64, trainer.model().config().in_channels, side, side, device)?;
-        let mut on_step = |_| if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        let latents = match denoise(trainer.model(), &scheduler, &noise, &prompt(text)?, &negative, &settings, &mut on_step) {
-            Err(SampleError::Stopped) => return Ok(None),
-            latents => latents?,
-        };
-        for drawn in to_pictures(&decoder.decode(&decoder.config().unscale(&latents)?)?)? {
-            let mut png = Cursor::new(Vec::new());
-            drawn.write_to(&mut png, ImageFormat::Png)?;
-            pictures.push(Picture {
-                step: trainer.step(),
-                time: history::now(),
-                prompt: index,
-                png: png.into_inner(),
-                width: drawn.width(),
-                height: drawn.height(),
-            });
-        }
+    for (prompt, picture) in drawn.iter().enumerate() {
+        let mut png = Cursor::new(Vec::new());
+        picture.write_to(&mut png, ImageFormat::Png)?;
+        let (width, height) = picture.dimensions();
+        pictures.push(Picture { step: trainer.step(), time: history::now(), prompt, png: png.into_inner(), width, height });
     }
     Ok(Some(pictures))
 }

@@ -35,13 +35,14 @@ use crate::store::model_source::{ModelFolder, Parts};
 /// Prepared latents are written at least this often: what a kill may cost.
 const WRITE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Prepares all that `dataset` needs; what the cache or its mirror beside the checkpoints has is not made again.
+/// Prepares all that `dataset` and the `held_out` captions need; what the cache or its mirror beside the checkpoints has is not made again.
 ///
 /// # Errors
 /// If the model cannot be fetched or used, a picture has changed since the scan, or the run is asked to stop.
 pub async fn prepare(
     config: &TrainConfig,
     dataset: &Dataset,
+    held_out: &[String],
     pictures: &Store,
     folder: &ModelFolder,
     mirror: &Store,
@@ -50,7 +51,7 @@ pub async fn prepare(
 ) -> Result<Prepared, PrepareError> {
     let encoders = folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?;
     let vae = folder.fingerprint(Parts::VAE).await?;
-    let preparation = Preparation { config, dataset, pictures, folder, device, environment, keys: Keys::new(config, encoders, vae) };
+    let preparation = Preparation { config, dataset, held_out, pictures, folder, device, environment, keys: Keys::new(config, encoders, vae) };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -64,6 +65,7 @@ pub async fn prepare(
 struct Preparation<'a> {
     config: &'a TrainConfig,
     dataset: &'a Dataset,
+    held_out: &'a [String],
     pictures: &'a Store,
     folder: &'a ModelFolder,
     device: &'a Device,
@@ -94,7 +96,7 @@ impl Preparation<'_> {
     /// Every caption that the run needs, each once: those of the dataset and of validation, with its empty negative prompt.
     fn captions(&self) -> BTreeSet<String> {
         let validation = self.config.validation.iter().flat_map(|v| v.prompts.iter().cloned().chain([String::new()]));
-        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(validation).collect()
+        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(self.held_out.iter().cloned()).chain(validation).collect()
     }
 
     async fn prompts(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {
