@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand. The only place for stdout, `anyhow` and the process's exit code.
 
+#[cfg(feature = "train")]
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
@@ -7,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 use crate::telemetry::{self, LogFormat};
 
+mod convert;
 mod crd;
 #[cfg(feature = "train")]
 mod device;
@@ -14,12 +16,15 @@ mod device;
 mod job;
 #[cfg(feature = "operator")]
 mod operator;
+mod plan;
+mod reference;
 #[cfg(feature = "train")]
 mod run;
 #[cfg(feature = "train")]
 mod sample;
 #[cfg(feature = "train")]
 mod train;
+mod validate;
 #[cfg(feature = "train")]
 mod verify;
 
@@ -38,11 +43,18 @@ struct Cli {
 /// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Turn the article's command line into a FineTuneJob.
+    Convert(convert::Args),
     /// Print the CustomResourceDefinition.
     Crd(crd::Args),
     /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
     #[cfg(feature = "operator")]
     Operator(operator::Args),
+    /// Show steps, memory per stage and work of a job before anything runs.
+    Plan(plan::Args),
+    /// Print a generated page of the documentation.
+    #[command(hide = true)]
+    Reference(reference::Args),
     /// Train a FineTuneJob manifest on this machine, without a cluster.
     #[cfg(feature = "train")]
     Run(run::Args),
@@ -52,6 +64,8 @@ enum Command {
     /// Train from a resolved configuration: what runs in the pod.
     #[cfg(feature = "train")]
     Train(train::Args),
+    /// Check a manifest offline as the API server and the planner would, all problems at once.
+    Validate(validate::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]
     Verify(verify::Args),
@@ -71,7 +85,7 @@ pub fn main() -> ExitCode {
         }
     };
     let default_filter = match cli.command {
-        Command::Crd(_) => "warn",
+        Command::Convert(_) | Command::Crd(_) | Command::Plan(_) | Command::Reference(_) | Command::Validate(_) => "warn",
         #[cfg(feature = "operator")]
         Command::Operator(_) => "info",
         #[cfg(feature = "train")]
@@ -86,15 +100,19 @@ pub fn main() -> ExitCode {
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
+        Command::Convert(args) => convert::run(&args),
         Command::Crd(args) => crd::run(&args),
         #[cfg(feature = "operator")]
         Command::Operator(args) => operator::run(args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Reference(args) => reference::run(&args),
         #[cfg(feature = "train")]
         Command::Run(args) => run::run(args),
         #[cfg(feature = "train")]
         Command::Sample(args) => sample::run(&args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run(args),
+        Command::Validate(args) => validate::run(&args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),
     };

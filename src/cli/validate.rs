@@ -1,0 +1,85 @@
+//! `finetune validate`: what the API server and the planner would say about a manifest, offline.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use serde_json::json;
+
+use super::plan::OutputFormat;
+use crate::api::validate::{self, Violation};
+use crate::api::{FineTuneJob, Reason};
+use crate::plan::{self, Facts, PlanError};
+
+/// Arguments of `finetune validate`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Manifest with one or more FineTuneJobs; "-" reads standard input.
+    file: PathBuf,
+    /// How to print the findings.
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: OutputFormat,
+}
+
+/// Reads a manifest, from standard input where `path` is "-".
+pub(super) fn read(path: &std::path::Path) -> anyhow::Result<String> {
+    if path.as_os_str() == "-" {
+        return std::io::read_to_string(std::io::stdin()).context("failed to read standard input");
+    }
+    std::fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))
+}
+
+/// Every FineTuneJob of the text, or everything that the API server or the planner would refuse.
+pub(super) fn check(text: &str) -> Result<Vec<FineTuneJob>, Vec<Violation>> {
+    let jobs = validate::manifest(text).map_err(|violations| violations.0)?;
+    let problems: Vec<Violation> = jobs.iter().enumerate().flat_map(|(index, job)| plan_problems(index + 1, job)).collect();
+    if problems.is_empty() { Ok(jobs) } else { Err(problems) }
+}
+
+fn plan_problems(document: usize, job: &FineTuneJob) -> Vec<Violation> {
+    // The operator mounts a claim; here it is enough that it would.
+    let facts = Facts { model_directory: Some(PathBuf::from("/model")), ..Facts::default() };
+    let name = job.metadata.name.clone().unwrap_or_default();
+    let violation = |path: String, message: String| Violation { document, object: Some(name.clone()), path, message };
+    match plan::resolve(&job.spec, job.metadata.namespace.as_deref().unwrap_or("default"), &name, &facts) {
+        Ok(_) => Vec::new(),
+        Err(PlanError::Invalid(problems)) => problems.into_iter().map(|problem| violation(problem.path, problem.message)).collect(),
+        Err(PlanError::TooSmall(error)) => vec![violation("spec.training".to_owned(), error.to_string())],
+        Err(error @ PlanError::Identity(_)) => vec![violation(String::new(), error.to_string())],
+    }
+}
+
+/// Checks and prints; the exit code is 0 or that of `InvalidConfig`.
+#[expect(clippy::print_stdout, reason = "the findings go to stdout")]
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let result = check(&read(&args.file)?);
+    match args.output {
+        OutputFormat::Json => {
+            let violations = result.as_ref().err().cloned().unwrap_or_default();
+            let jobs: Vec<_> = result.iter().flatten().filter_map(|job| job.metadata.name.clone()).collect();
+            println!("{}", serde_json::to_string_pretty(&json!({"valid": result.is_ok(), "jobs": jobs, "violations": violations}))?);
+        }
+        OutputFormat::Text => match &result {
+            Ok(jobs) => jobs.iter().for_each(|job| println!("{}: valid", job.metadata.name.as_deref().unwrap_or_default())),
+            Err(violations) => violations.iter().for_each(|violation| println!("{violation}")),
+        },
+    }
+    Ok(if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(Reason::InvalidConfig.exit_code()) })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_planners_problems_are_violations_too() {
+        let job = |gpu: &str| {
+            format!(
+                "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: a}}\nspec:\n  model: {{source: {{persistentVolumeClaim: {{claimName: w}}}}}}\n  \
+                 dataset: {{uri: 's3://d/'}}\n  output: {{uri: 's3://o/'}}\n  scheduling: {{gpu: {gpu}}}\n"
+            )
+        };
+        assert_eq!(super::check(&job("{}")).unwrap().len(), 1);
+        let found = super::check(&job("{minMemoryMiB: 20000}")).unwrap_err();
+        assert_eq!(found[0].path, "spec.scheduling.gpu");
+        assert!(super::check(&job("{minMemoryMiB: 4000}")).unwrap_err()[0].message.contains("GiB"));
+    }
+}
