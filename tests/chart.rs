@@ -8,6 +8,7 @@ mod kit;
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use finetune::operator::settings::{ConfigFile, Settings};
 use kit::tools::{helm, repository};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
@@ -226,6 +227,19 @@ fn the_crd_stays_when_the_chart_goes_and_is_the_generated_one() {
 }
 
 #[test]
+fn the_operator_understands_its_configuration() {
+    for values in ["", EVERYTHING] {
+        let objects = rendered(values);
+        let text = of_kind(&objects, "ConfigMap").into_iter().find_map(|map| map["data"]["config.yaml"].as_str()).expect("the configuration").to_owned();
+        let file: ConfigFile = serde_yaml::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let settings = Settings::new(file).unwrap_or_else(|error| panic!("{error}: {text}"));
+        assert!(settings.trainer_image.contains("finetune-trainer"));
+        assert_eq!(settings.node_classes.len(), 3, "Karpenter, EKS, GKE");
+        assert_eq!(settings.default_storage.endpoint.is_some(), values == EVERYTHING);
+    }
+}
+
+#[test]
 fn one_replica_has_no_disruption_budget() {
     assert!(of_kind(&rendered("replicas: 1"), "PodDisruptionBudget").is_empty());
 }
@@ -244,8 +258,8 @@ fn values_that_make_no_sense_are_refused() {
         ("defaultStorage: {secret: name}", "secret"),
         ("watchNamespaces: [Team_A]", "watchNamespaces"),
         ("nodeAffinityTerms: [{computeCapability: '7.5'}]", "nodeAffinityTerms"),
-        ("nodeAffinityTerms: [{memoryMiBLabel: a, memoryMiB: 15360, computeCapability: '7.5'}]", "nodeAffinityTerms"),
-        ("nodeAffinityTerms: [{memoryMiBLabel: a, computeCapability: '7.5', matchExpressions: [{key: a, operator: Near}]}]", "nodeAffinityTerms"),
+        ("nodeAffinityTerms: [{memoryLabel: a, memoryMiB: 15360, computeCapability: '7.5'}]", "nodeAffinityTerms"),
+        ("nodeAffinityTerms: [{memoryLabel: a, computeCapability: '7.5', matchExpressions: [{key: a, operator: Near}]}]", "nodeAffinityTerms"),
         ("operator: {concurrency: 0}", "concurrency"),
         ("networkPolicy: {apiServerPorts: []}", "apiServerPorts"),
         ("metrics: {prometheusRule: {queuedFor: soon}}", "queuedFor"),

@@ -53,7 +53,8 @@ if is_true("Running") then
   local progress = obj.status.progress
   return health("Progressing", nil, "Training" .. (progress ~= nil and progress.summary ~= nil and (": " .. progress.summary) or ""))
 end
-for _, kind in ipairs({ "Running", "PodsScheduled", "Admitted", "JobCreated" }) do
+-- The first thing that is missing says what the job waits for.
+for _, kind in ipairs({ "JobCreated", "Admitted", "PodsScheduled", "Running" }) do
   local found = condition(kind)
   if found ~= nil and found.status == "False" then
     return health("Progressing", found)

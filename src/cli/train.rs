@@ -8,8 +8,9 @@ use anyhow::Result;
 
 use super::job::{self, Ended, Place};
 use crate::api::Reason;
-use crate::plan::TrainConfig;
+use crate::plan::{DeviceRequest, TrainConfig};
 use crate::store::Buckets;
+use crate::train::device;
 use crate::train::report::Reporter;
 use crate::yaml;
 
@@ -38,6 +39,10 @@ pub(super) struct Args {
     /// File for the termination message. Default: /dev/termination-log, where it exists.
     #[arg(long, env = "FINETUNE_TERMINATION_LOG")]
     termination_log: Option<PathBuf>,
+
+    /// For tests on clusters whose GPUs are imaginary: train on the CPU where the job asks for a GPU and none can be used.
+    #[arg(long, env = "FINETUNE_ALLOW_CPU_FALLBACK")]
+    allow_cpu_fallback: bool,
 }
 
 /// Runs the job and returns its exit code.
@@ -47,7 +52,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         Err(error) => return Ok(job::refuse(&job::chain(&error))),
     };
     let config = match read(&args.config) {
-        Ok(config) => config,
+        Ok(config) => with_fallback(config, args.allow_cpu_fallback),
         Err(message) => return Ok(job::fail(Reason::InvalidConfig, &message)),
     };
     let cache_dir = job::cache_dir(args.cache_dir, &config);
@@ -67,18 +72,51 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
 
 fn read(path: &Path) -> Result<TrainConfig, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("failed to read the configuration {}: {error}", path.display()))?;
-    let failed = |error: &dyn std::error::Error| format!("failed to understand the configuration {}: {}", path.display(), job::chain(error));
-    // Through JSON, whose way to write a choice (an object with one key) is the usual one in YAML files too.
-    let mut documents = yaml::documents(&text).map_err(|error| failed(&error))?;
-    match (documents.pop(), documents.is_empty()) {
-        (Some(document), true) => serde_json::from_value(document).map_err(|error| failed(&error)),
-        _ => Err(format!("the configuration {} must be one document", path.display())),
+    parse(&text).map_err(|error| format!("failed to understand the configuration {}: {error}", path.display()))
+}
+
+/// YAML or JSON. By way of JSON's data model: the YAML library wants `!Tag` for the enums that JSON writes as maps with one key.
+fn parse(text: &str) -> Result<TrainConfig, String> {
+    let value: serde_json::Value = yaml::from_str(text).map_err(|error| job::chain(&error))?;
+    serde_json::from_value(value).map_err(|error| error.to_string())
+}
+
+/// The configuration, with the CPU in place of a GPU that cannot be used, where that is allowed.
+fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
+    if allowed && config.device == DeviceRequest::Gpu && device::open(DeviceRequest::Gpu).is_err() {
+        tracing::warn!("no GPU can be used: training on the CPU, as --allow-cpu-fallback says");
+        config.device = DeviceRequest::Cpu;
     }
+    config
 }
 
 fn write_termination_message(path: &Path, reporter: &Reporter) {
     let text = reporter.progress().to_termination_message().map_err(std::io::Error::other);
     if let Err(error) = text.and_then(|text| std::fs::write(path, text)) {
         tracing::warn!(path = %path.display(), %error, "failed to write the termination message");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::FineTuneJob;
+    use crate::plan::{self, Facts};
+
+    #[test]
+    fn the_configuration_that_the_operator_writes_is_understood_as_json_and_as_yaml() {
+        let job: FineTuneJob = serde_json::from_value(serde_json::json!({
+            "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "corgi"},
+            "spec": {
+                "model": {"source": {"objectStore": {"uri": "s3://models/sd3/"}}},
+                "dataset": {"uri": "s3://bucket/data/"},
+                "output": {"uri": "s3://bucket/loras/"},
+            },
+        }))
+        .unwrap();
+        let config = plan::resolve(&job.spec, "team-a", "corgi", &Facts::default()).unwrap().config;
+        assert_eq!(parse(&serde_json::to_string(&config).unwrap()).unwrap(), config);
+        let value = serde_json::to_value(&config).unwrap();
+        assert_eq!(parse(&yaml::to_string(&value).unwrap()).unwrap(), config);
     }
 }

@@ -4,8 +4,8 @@
 #![allow(dead_code, reason = "every test binary uses a part of it")]
 
 #[cfg(feature = "train")]
-pub mod s3;
-pub mod tools;
+pub(crate) mod s3;
+pub(crate) mod tools;
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -17,10 +17,10 @@ use kube::{Client, Config};
 use serde_json::{Value, json};
 
 /// Field manager of the tests' own writes.
-pub const MANAGER: &str = "tests";
+pub(crate) const MANAGER: &str = "tests";
 
 /// A client for the test cluster.
-pub async fn client() -> Client {
+pub(crate) async fn client() -> Client {
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let path = tools::kubeconfig();
@@ -31,7 +31,7 @@ pub async fn client() -> Client {
 }
 
 /// The API of `kind`, in `namespace` or (for "") of the whole cluster.
-pub fn api(client: &Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
+pub(crate) fn api(client: &Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
     let (group, version, plural) = match kind {
         "FineTuneJob" => ("finetune.dev", "v1alpha1", "finetunejobs"),
         "Job" => ("batch", "v1", "jobs"),
@@ -52,18 +52,18 @@ pub fn api(client: &Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
 }
 
 /// An object as the API server has it.
-pub async fn get(client: &Client, kind: &str, namespace: &str, name: &str) -> Option<Value> {
+pub(crate) async fn get(client: &Client, kind: &str, namespace: &str, name: &str) -> Option<Value> {
     api(client, kind, namespace).get_opt(name).await.expect("the API server answers").map(|object| serde_json::to_value(object).expect("an object is JSON"))
 }
 
 /// All objects that match a label selector ("" for all).
-pub async fn list(client: &Client, kind: &str, namespace: &str, selector: &str) -> Vec<Value> {
+pub(crate) async fn list(client: &Client, kind: &str, namespace: &str, selector: &str) -> Vec<Value> {
     let found = api(client, kind, namespace).list(&ListParams::default().labels(selector)).await.expect("the API server answers");
     found.items.into_iter().map(|object| serde_json::to_value(object).expect("an object is JSON")).collect()
 }
 
 /// Creates an object; the error is the API server's answer.
-pub async fn create(client: &Client, object: &Value, dry_run: bool) -> Result<Value, kube::Error> {
+pub(crate) async fn create(client: &Client, object: &Value, dry_run: bool) -> Result<Value, kube::Error> {
     let object: DynamicObject = serde_json::from_value(object.clone()).expect("a Kubernetes object");
     let kind = object.types.as_ref().expect("a kind").kind.clone();
     let namespace = object.metadata.namespace.clone().unwrap_or_default();
@@ -73,14 +73,14 @@ pub async fn create(client: &Client, object: &Value, dry_run: bool) -> Result<Va
 }
 
 /// Changes an object by a merge patch; the error is the API server's answer.
-pub async fn patch(client: &Client, kind: &str, namespace: &str, name: &str, change: &Value, dry_run: bool) -> Result<Value, kube::Error> {
+pub(crate) async fn patch(client: &Client, kind: &str, namespace: &str, name: &str, change: &Value, dry_run: bool) -> Result<Value, kube::Error> {
     let params = PatchParams { dry_run, ..PatchParams::default() };
     let changed = api(client, kind, namespace).patch(name, &params, &Patch::Merge(change)).await?;
     Ok(serde_json::to_value(changed).expect("an object is JSON"))
 }
 
 /// Deletes an object; one that is gone already is fine.
-pub async fn delete(client: &Client, kind: &str, namespace: &str, name: &str) {
+pub(crate) async fn delete(client: &Client, kind: &str, namespace: &str, name: &str) {
     match api(client, kind, namespace).delete(name, &DeleteParams::background()).await {
         Ok(_) => {}
         Err(kube::Error::Api(status)) if status.is_not_found() => {}
@@ -89,7 +89,7 @@ pub async fn delete(client: &Client, kind: &str, namespace: &str, name: &str) {
 }
 
 /// Makes a namespace that enforces the restricted Pod Security Standard, unless it is there.
-pub async fn namespace(client: &Client, name: &str) {
+pub(crate) async fn namespace(client: &Client, name: &str) {
     let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
     let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
     match create(client, &object, false).await {
@@ -104,7 +104,7 @@ pub async fn namespace(client: &Client, name: &str) {
 }
 
 /// Repeats `check` until it answers `Some`, and fails the test after `timeout`.
-pub async fn eventually<T, F, Fut>(what: &str, timeout: Duration, mut check: F) -> T
+pub(crate) async fn eventually<T, F, Fut>(what: &str, timeout: Duration, mut check: F) -> T
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Option<T>>,
@@ -120,13 +120,13 @@ where
 }
 
 /// The condition `kind` of an object's status: (status, reason, message).
-pub fn condition(object: &Value, kind: &str) -> Option<(String, String, String)> {
+pub(crate) fn condition(object: &Value, kind: &str) -> Option<(String, String, String)> {
     let found = object["status"]["conditions"].as_array()?.iter().find(|condition| condition["type"] == kind)?;
     let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
     Some((text("status"), text("reason"), text("message")))
 }
 
 /// Whether the condition `kind` is True.
-pub fn is_true(object: &Value, kind: &str) -> bool {
+pub(crate) fn is_true(object: &Value, kind: &str) -> bool {
     condition(object, kind).is_some_and(|(status, _, _)| status == "True")
 }

@@ -14,14 +14,14 @@ use object_store::{ObjectStore, ObjectStoreExt as _};
 use super::tools;
 
 /// Credentials that the server accepts.
-pub const ACCESS_KEY: &str = "tests";
+pub(crate) const ACCESS_KEY: &str = "tests";
 /// The secret of [`ACCESS_KEY`].
-pub const SECRET_KEY: &str = "tests-secret";
+pub(crate) const SECRET_KEY: &str = "tests-secret";
 
 /// A running server. It ends with the test process, however that ends.
-pub struct S3 {
+pub(crate) struct S3 {
     /// What pods put into `spec.storage.endpoint`.
-    pub endpoint: String,
+    pub(crate) endpoint: String,
     host: String,
     ports: Vec<u16>,
     folder: tempfile::TempDir,
@@ -30,7 +30,7 @@ pub struct S3 {
 
 impl S3 {
     /// Starts a server with an empty folder on this machine's address towards the cluster.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         tools::run(Command::new(tools::repository().join("tests/tools/install-servers")).arg("weed")).unwrap_or_else(|error| panic!("{error}"));
         let host = std::env::var("FINETUNE_TEST_HOST").unwrap_or_else(|_| tools::cluster(&["host"]).trim().to_owned());
         let ports = free_ports(&host, 8);
@@ -40,7 +40,7 @@ impl S3 {
     }
 
     /// Starts the server (again) on the same ports and folder.
-    pub async fn up(&mut self) {
+    pub(crate) async fn up(&mut self) {
         let identities = serde_json::json!({"identities": [{
             "name": "tests", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }]});
@@ -96,7 +96,7 @@ impl S3 {
     }
 
     /// Kills the server; its data stays.
-    pub fn down(&mut self) {
+    pub(crate) fn down(&mut self) {
         if let Some(mut server) = self.server.take() {
             drop(server.stdin.take());
             let _ended = server.wait();
@@ -104,13 +104,13 @@ impl S3 {
     }
 
     /// The last lines of the server's log.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         let text = std::fs::read_to_string(self.folder.path().join("weed.log")).unwrap_or_default();
         text.lines().rev().take(20).collect::<Vec<_>>().join("\n")
     }
 
     /// A client of one bucket, which need not exist yet.
-    pub fn bucket(&self, name: &str) -> Arc<AmazonS3> {
+    pub(crate) fn bucket(&self, name: &str) -> Arc<AmazonS3> {
         let store = AmazonS3Builder::new()
             .with_endpoint(&self.endpoint)
             .with_allow_http(true)
@@ -124,7 +124,7 @@ impl S3 {
     }
 
     /// Copies a folder of this machine into a bucket.
-    pub async fn upload(&self, bucket: &str, folder: &Path, prefix: &str) {
+    pub(crate) async fn upload(&self, bucket: &str, folder: &Path, prefix: &str) {
         let store = self.bucket(bucket);
         for file in files(folder) {
             let name = file.strip_prefix(folder).expect("inside the folder").to_str().expect("a plain name");
@@ -134,7 +134,7 @@ impl S3 {
     }
 
     /// Names of all objects of a bucket below a prefix, sorted.
-    pub async fn list(&self, bucket: &str, prefix: &str) -> Vec<String> {
+    pub(crate) async fn list(&self, bucket: &str, prefix: &str) -> Vec<String> {
         let found: Vec<_> = self.bucket(bucket).list(Some(&Key::from(prefix))).try_collect().await.expect("the bucket is listed");
         let mut names: Vec<String> = found.into_iter().map(|object| object.location.to_string()).collect();
         names.sort_unstable();
@@ -142,7 +142,7 @@ impl S3 {
     }
 
     /// An object's bytes.
-    pub async fn read(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
+    pub(crate) async fn read(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
         match self.bucket(bucket).get(&Key::from(key)).await {
             Ok(found) => Some(found.bytes().await.expect("the object is read").to_vec()),
             Err(object_store::Error::NotFound { .. }) => None,
@@ -150,8 +150,13 @@ impl S3 {
         }
     }
 
+    /// Deletes an object.
+    pub(crate) async fn delete(&self, bucket: &str, key: &str) {
+        self.bucket(bucket).delete(&Key::from(key)).await.expect("the object is deleted");
+    }
+
     /// Writes an object.
-    pub async fn write(&self, bucket: &str, key: &str, bytes: Vec<u8>) {
+    pub(crate) async fn write(&self, bucket: &str, key: &str, bytes: Vec<u8>) {
         self.bucket(bucket).put(&Key::from(key), bytes.into()).await.expect("the object is written");
     }
 }

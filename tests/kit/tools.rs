@@ -6,32 +6,32 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// The repository's folder.
-pub fn repository() -> PathBuf {
+pub(crate) fn repository() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// `tests/cluster/cluster ARGS`, whose output is returned; it must succeed.
-pub fn cluster(args: &[&str]) -> String {
+pub(crate) fn cluster(args: &[&str]) -> String {
     run(Command::new(repository().join("tests/cluster/cluster")).args(args)).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Path of the kubeconfig of the cluster under test.
-pub fn kubeconfig() -> PathBuf {
+pub(crate) fn kubeconfig() -> PathBuf {
     std::env::var_os("KUBECONFIG").map_or_else(|| PathBuf::from(cluster(&["kubeconfig"]).trim()), PathBuf::from)
 }
 
 /// Runs kubectl as the cluster's admin: its standard output, or what it said on standard error.
-pub fn kubectl(args: &[&str]) -> Result<String, String> {
+pub(crate) fn kubectl(args: &[&str]) -> Result<String, String> {
     run(program("kubectl").args(args))
 }
 
 /// Runs kubectl with `input` as its standard input.
-pub fn kubectl_with_input(args: &[&str], input: &str) -> Result<String, String> {
+pub(crate) fn kubectl_with_input(args: &[&str], input: &str) -> Result<String, String> {
     run_with_input(program("kubectl").args(args), input)
 }
 
 /// Runs helm: its standard output, or what it said on standard error.
-pub fn helm<S: AsRef<OsStr>>(args: &[S]) -> Result<String, String> {
+pub(crate) fn helm<S: AsRef<OsStr>>(args: &[S]) -> Result<String, String> {
     run(program("helm").args(args))
 }
 
@@ -44,7 +44,7 @@ fn program(name: &str) -> Command {
 }
 
 /// Runs a command: its standard output, or its name with what it said.
-pub fn run(command: &mut Command) -> Result<String, String> {
+pub(crate) fn run(command: &mut Command) -> Result<String, String> {
     let output = command.stdin(Stdio::null()).output().map_err(|error| missing(command, &error))?;
     outcome(command, &output)
 }

@@ -90,7 +90,8 @@ fn captions_follow_their_pictures() {
         std::fs::rename(&b, &a).unwrap();
         std::fs::rename(&c, &b).unwrap();
         rewrite(bench, &|lines| {
-            let swap = |l: String| l.replace("00-red-circle.png", "???").replace("01-green-square.png", "00-red-circle.png").replace("???", "01-green-square.png");
+            let swap =
+                |l: String| l.replace("00-red-circle.png", "???").replace("01-green-square.png", "00-red-circle.png").replace("???", "01-green-square.png");
             lines.into_iter().map(swap).collect()
         });
     });

@@ -58,7 +58,11 @@ fn a_run_killed_again_and_again_goes_on_each_time() {
     assert_same_lora(&bench, "killed again and again");
     assert_eq!(bench.result()["steps"], 40);
     let metrics = String::from_utf8(bench.read("metrics.jsonl")).unwrap();
-    let steps: Vec<u64> = metrics.lines().filter(|l| l.contains("gradientNorm")).map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap()).collect();
+    let steps: Vec<u64> = metrics
+        .lines()
+        .filter(|l| l.contains("gradientNorm"))
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap())
+        .collect();
     assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "the history has no holes and no doubles");
 }
 

@@ -60,7 +60,8 @@ fn forward(mut from: TcpStream, mut to: TcpStream, seen: Option<&Mutex<Vec<Strin
 }
 
 fn store(server: &Server, prefix: &str) -> Store {
-    let options = StoreOptions { endpoint: Some(server.endpoint.clone()), environment: Environment::from_pairs(server.environment.clone()), ..StoreOptions::default() };
+    let options =
+        StoreOptions { endpoint: Some(server.endpoint.clone()), environment: Environment::from_pairs(server.environment.clone()), ..StoreOptions::default() };
     Store::open(&format!("s3://{BUCKET}/{prefix}/"), &options).unwrap()
 }
 

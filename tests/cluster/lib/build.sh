@@ -11,7 +11,7 @@ build() {
 }
 
 system_packages() {
-  local packages=(containerd runc containernetworking-plugins busybox-static iptables iproute2 util-linux openssl gcc libc6-dev)
+  local packages=(containerd runc containernetworking-plugins busybox-static iptables iproute2 util-linux openssl gcc libc6-dev lua5.4)
   dpkg -s "${packages[@]}" >/dev/null 2>&1 && return
   [ "$(id -u)" = 0 ] || die "needs root to install ${packages[*]}"
   { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends "${packages[@]}"; } >/dev/null 2>"$cache/apt.log" \

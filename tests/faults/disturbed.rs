@@ -1,0 +1,91 @@
+//! Faults that must not change the result.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::jobs::{micro, prefix};
+use crate::kit;
+use crate::kit::tools::{cluster, kubectl};
+use crate::stage::{BUCKET, LONG, SHORT, Stage, stage};
+
+/// Long enough that a test can act in the middle of it.
+const STEPS: u64 = 3000;
+
+/// Runs a job, disturbs it in its middle, and compares its LoRA with that of an undisturbed one.
+async fn disturb<F: AsyncFnOnce(&Stage)>(fault: F) -> Value {
+    let stage = stage("e2e-faults").await;
+    stage.submit(&micro(stage.namespace, "undisturbed", STEPS, &json!({}))).await;
+    stage.until_true("undisturbed", "Complete", LONG).await;
+    stage.submit(&micro(stage.namespace, "disturbed", STEPS, &json!({}))).await;
+    stage.until_step("disturbed", 100).await;
+    fault(&stage).await;
+    let done = stage.until_true("disturbed", "Complete", LONG).await;
+    let expected = stage.lora(BUCKET, &prefix(stage.namespace, "undisturbed")).await;
+    assert!(stage.lora(BUCKET, &prefix(stage.namespace, "disturbed")).await == expected, "the LoRA differs from an undisturbed run's");
+    assert_eq!(done["status"]["attempts"]["failed"], 0, "{done}");
+    done
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_restarted_kubelet_is_not_noticed() {
+    let done = disturb(async |_| {
+        cluster(&["stop", "node1-kubelet"]);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        cluster(&["start", "node1-kubelet"]);
+    })
+    .await;
+    assert_eq!(done["status"]["attempts"]["started"], 1);
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_drained_node_gives_the_job_back_and_it_goes_on() {
+    let done = disturb(async |stage| {
+        kubectl(&["drain", "node1", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s"]).unwrap_or_else(|error| panic!("{error}"));
+        stage
+            .until("the job to say that no node fits", SHORT, || async {
+                let waits = kit::condition(&stage.job("disturbed").await, "PodsScheduled").is_some_and(|(status, _, _)| status == "False");
+                waits.then_some(())
+            })
+            .await;
+        kubectl(&["uncordon", "node1"]).unwrap_or_else(|error| panic!("{error}"));
+    })
+    .await;
+    assert_eq!(done["status"]["attempts"]["disrupted"], 1);
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_restarted_api_server_is_survived() {
+    let done = disturb(async |stage| {
+        cluster(&["stop", "kube-apiserver"]);
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        cluster(&["start", "kube-apiserver"]);
+        stage.until("the API server", SHORT, || async { kubectl(&["get", "--raw", "/readyz"]).ok().map(|_| ()) }).await;
+    })
+    .await;
+    assert_eq!(done["status"]["attempts"]["started"], 1);
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn an_absent_bucket_is_waited_for() {
+    disturb(async |stage| {
+        let mut s3 = stage.site.s3.lock().await;
+        s3.down();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        s3.up().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_job_deleted_by_hand_comes_back_and_goes_on() {
+    disturb(async |stage| {
+        kubectl(&["-n", stage.namespace, "delete", "job", "disturbed-train", "--wait=true"]).unwrap_or_else(|error| panic!("{error}"));
+    })
+    .await;
+}

@@ -1,0 +1,55 @@
+//! The end of a job, and what comes after it.
+
+use serde_json::json;
+
+use crate::jobs::{micro, prefix};
+use crate::kit;
+use crate::kit::condition;
+use crate::kit::tools::kubectl;
+use crate::stage::{BUCKET, LONG, SHORT, stage};
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn after_its_ttl_the_job_is_gone_and_its_status_stays() {
+    let stage = stage("e2e-faults").await;
+    stage.submit(&micro(stage.namespace, "brief", 20, &json!({"ttlSecondsAfterFinished": 3}))).await;
+    let done = stage.until_true("brief", "Complete", LONG).await;
+    stage.until("the Job to be cleaned up", SHORT, || async { stage.list("Job").await.is_empty().then_some(()) }).await;
+    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    assert!(stage.list("Job").await.is_empty(), "no second Job after the end");
+    assert_eq!(stage.job("brief").await["status"], done["status"], "the result is kept");
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_re_created_job_finds_its_result() {
+    let stage = stage("e2e-faults").await;
+    let job = micro(stage.namespace, "again", 50, &json!({}));
+    stage.empty(BUCKET, &prefix(stage.namespace, "again")).await;
+    stage.submit(&job).await;
+    let first = stage.until_true("again", "Complete", LONG).await;
+    assert_eq!(condition(&first, "Complete").map(|(_, reason, _)| reason).as_deref(), Some("TrainingSucceeded"));
+    let lora = stage.lora(BUCKET, &prefix(stage.namespace, "again")).await;
+
+    kubectl(&["-n", stage.namespace, "delete", "finetunejob", "again"]).unwrap_or_else(|error| panic!("{error}"));
+    stage.submit(&job).await;
+    let second = stage.until_true("again", "Complete", LONG).await;
+    assert_ne!(first["metadata"]["uid"], second["metadata"]["uid"]);
+    assert_eq!(condition(&second, "Complete").map(|(_, reason, _)| reason).as_deref(), Some("AlreadyCompleted"));
+    assert!(stage.lora(BUCKET, &prefix(stage.namespace, "again")).await == lora);
+}
+
+#[tokio::test]
+#[ignore = "needs a cluster: make test-faults"]
+async fn deleted_and_re_created_in_the_middle_it_goes_on_from_its_checkpoint() {
+    let stage = stage("e2e-faults").await;
+    let job = micro(stage.namespace, "reborn", 3000, &json!({}));
+    stage.submit(&job).await;
+    stage.until_step("reborn", 100).await;
+    kubectl(&["-n", stage.namespace, "delete", "finetunejob", "reborn"]).unwrap_or_else(|error| panic!("{error}"));
+    stage.submit(&job).await;
+    let done = stage.until_true("reborn", "Complete", LONG).await;
+    assert_eq!(done["status"]["attempts"]["started"], 1, "attempts are those of this FineTuneJob");
+    let pods = kit::list(&stage.client, "Pod", stage.namespace, "finetune.dev/job=reborn").await;
+    assert!(pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()).count() <= 1, "{pods:?}");
+}
