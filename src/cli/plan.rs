@@ -135,8 +135,8 @@ mod tests {
 
     #[test]
     fn the_plan_of_an_example_names_steps_memory_and_work() {
-        let manifest = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: a, namespace: n}\nspec:\n  model: {source: {objectStore: {uri: 's3://m/'}}}\n  \
-                        dataset: {uri: 's3://d/'}\n  output: {uri: 's3://o/'}\n";
+        let manifest = "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: a, namespace: n}\nspec:\n  model: {source: {objectStore: {uri: 's3://models/'}}}\n  \
+                        dataset: {uri: 's3://data/'}\n  output: {uri: 's3://loras/'}\n";
         let job = validate::check(manifest).unwrap().remove(0);
         let shape = ModelShape::SD3_MEDIUM;
         let text = text(&resolve(&job, shape, Some(25)).unwrap(), &shape);

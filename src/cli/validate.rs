@@ -74,7 +74,7 @@ mod tests {
         let job = |gpu: &str| {
             format!(
                 "apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {{name: a}}\nspec:\n  model: {{source: {{persistentVolumeClaim: {{claimName: w}}}}}}\n  \
-                 dataset: {{uri: 's3://d/'}}\n  output: {{uri: 's3://o/'}}\n  scheduling: {{gpu: {gpu}}}\n"
+                 dataset: {{uri: 's3://data/'}}\n  output: {{uri: 's3://loras/'}}\n  scheduling: {{gpu: {gpu}}}\n"
             )
         };
         assert_eq!(super::check(&job("{}")).unwrap().len(), 1);
