@@ -90,14 +90,6 @@ fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
     config
 }
 
-/// The configuration, with the CPU in place of a GPU that cannot be used, where that is allowed.
-fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
-    if allowed && config.device == DeviceRequest::Gpu && device::open(DeviceRequest::Gpu).is_err() {
-        tracing::warn!("no GPU can be used: training on the CPU, as --allow-cpu-fallback says");
-        config.device = DeviceRequest::Cpu;
-    }
-    config
-}
 
 fn write_termination_message(path: &Path, reporter: &Reporter) {
     let text = reporter.progress().to_termination_message().map_err(std::io::Error::other);

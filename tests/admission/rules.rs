@@ -116,6 +116,27 @@ fn cases() -> Vec<Case> {
             accepted: json!({"prompts": ["a dog"], "guidanceScale": "1"}),
         },
         Case {
+            rule: "spec.validation",
+            message: "give prompts, datasetUri or both",
+            at: "spec.validation",
+            refused: json!({"seed": 1}),
+            accepted: json!({"datasetUri": "s3://bucket/held-out/"}),
+        },
+        Case {
+            rule: "spec.validation.datasetUri",
+            message: URI,
+            at: "spec.validation",
+            refused: json!({"datasetUri": "s3://user:secret@bucket/held-out/"}),
+            accepted: json!({"datasetUri": "gs://bucket/held-out/"}),
+        },
+        Case {
+            rule: "spec.validation.datasetUri",
+            message: FOLDER,
+            at: "spec.validation",
+            refused: json!({"datasetUri": "s3://bucket/held-out"}),
+            accepted: json!({"datasetUri": "az://container/held-out/"}),
+        },
+        Case {
             rule: "spec.model.source.persistentVolumeClaim.subPath",
             message: "must be a relative path",
             at: "spec.model.source",
