@@ -49,7 +49,7 @@ enum Command {
     Crd(crd::Args),
     /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
     #[cfg(feature = "operator")]
-    Operator(operator::Args),
+    Operator(Box<operator::Args>),
     /// Show steps, memory per stage and work of a job before anything runs.
     Plan(plan::Args),
     /// Print a generated page of the documentation.
@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => convert::run(&args),
         Command::Crd(args) => crd::run(&args),
         #[cfg(feature = "operator")]
-        Command::Operator(args) => operator::run(args),
+        Command::Operator(args) => operator::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Reference(args) => reference::run(&args),
         #[cfg(feature = "train")]

@@ -16,6 +16,7 @@ use crate::operator::settings::{ConfigFile, Settings};
 
 /// Arguments of `finetune operator`.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line are independent switches")]
 pub(super) struct Args {
     /// Configuration file (YAML): trainer image, storage defaults, node classes.
     #[arg(long, value_name = "FILE", env = "FINETUNE_OPERATOR_CONFIG")]

@@ -74,7 +74,7 @@ impl Attempts {
             None => End { cause: if suspending { AttemptCause::Suspended } else { AttemptCause::Lost }, exit_code: None, reason: None, time: now },
             Some(pod) => match end_of(pod, suspending, now) {
                 // A pod that succeeded says so once its Job does: one write instead of two.
-                Some(end) if end.cause == AttemptCause::Succeeded && !job_of(pod, world).is_none_or(|job| world::job_end(job).is_some()) => return,
+                Some(end) if end.cause == AttemptCause::Succeeded && job_of(pod, world).is_some_and(|job| world::job_end(job).is_none()) => return,
                 Some(end) => end,
                 None => return,
             },

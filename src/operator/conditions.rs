@@ -182,6 +182,7 @@ mod tests {
     #[test]
     fn the_phase_follows_from_the_conditions() {
         use ConditionType as C;
+        type Case<'a> = (&'a [(C, bool, &'a str)], Phase);
         let list = |set: &[(C, bool, &str)]| {
             let mut builder = Builder::new(&[], None, time(0));
             for (type_, truth, reason) in set {
@@ -189,7 +190,7 @@ mod tests {
             }
             builder.build()
         };
-        let cases: [(&[(C, bool, &str)], Phase); 12] = [
+        let cases: [Case<'_>; 12] = [
             (&[], Phase::Pending),
             (&[(C::Validated, true, "SpecAccepted")], Phase::Pending),
             (&[(C::Validated, false, "InvalidSpec")], Phase::Failed),

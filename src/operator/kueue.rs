@@ -70,7 +70,7 @@ fn waiting_reason(message: &str) -> AdmittedReason {
 mod tests {
     use super::*;
 
-    fn workload(conditions: Value) -> Workload {
+    fn workload(conditions: &Value) -> Workload {
         let object: DynamicObject = serde_json::from_value(serde_json::json!({
             "apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload",
             "metadata": {"name": "job-a-train-1f2e3", "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "a-train", "uid": "j1"}]},
@@ -122,10 +122,10 @@ mod tests {
             ),
         ];
         for (conditions, admitted, reason) in cases {
-            let seen = workload(conditions.clone());
+            let seen = workload(&conditions);
             assert_eq!((seen.admitted, seen.reason), (admitted, reason), "{conditions}");
         }
-        assert_eq!(workload(serde_json::json!([])).job_uid, "j1");
+        assert_eq!(workload(&serde_json::json!([])).job_uid, "j1");
     }
 
     #[test]

@@ -28,7 +28,7 @@ use crate::api::{API_VERSION, FIELD_MANAGER, FineTuneJob, FineTuneJobStatus, Job
 /// Pause before another look at caches that were behind, and at a Job that is in the way.
 const SOON: Duration = Duration::from_secs(2);
 /// Pause before another look at something that a person has to change.
-const LATER: Duration = Duration::from_secs(60);
+const LATER: Duration = Duration::from_mins(1);
 /// How often a container that is being created is looked at.
 const CREATING: Duration = Duration::from_secs(10);
 
@@ -50,7 +50,8 @@ pub async fn reconcile(object: Arc<Guarded>, scope: Arc<Scope>) -> Result<Action
     let _permit = scope.permits.acquire().await;
     let started = Instant::now();
     let result = match &object.0 {
-        Ok(job) => reconcile_job(job, &scope).await,
+        // On the heap: the state of all steps is large.
+        Ok(job) => Box::pin(reconcile_job(job, &scope)).await,
         Err(invalid) => Err(Error::Unreadable { message: invalid.error.clone() }),
     };
     scope.ctx.metrics.reconciled(started.elapsed(), result.as_ref().err().map(Error::class));
@@ -209,9 +210,8 @@ fn next(
         Outcome::Done => {}
     }
     match intent {
-        Intent::Create { .. } => pauses.push(BELIEF_ENDS),
         Intent::Wait(Wait::Ending(_) | Wait::JobDeleting) => pauses.push(LATER),
-        Intent::Delete { .. } => pauses.push(BELIEF_ENDS),
+        Intent::Create { .. } | Intent::Delete { .. } => pauses.push(BELIEF_ENDS),
         _ => {}
     }
     pauses.extend(decide::start_deadline(job, after, attempts).map(until));

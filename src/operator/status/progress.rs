@@ -99,7 +99,7 @@ pub(super) fn checkpointed(list: &mut Builder<'_>, after: &FineTuneJobStatus, wo
     match (error, &after.last_checkpoint) {
         (Some(error), _) => list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::UploadFailed.as_str(), error),
         (None, Some(checkpoint)) => {
-            list.set(ConditionType::Checkpointed, Truth::True, CheckpointedReason::Saved.as_str(), &format!("step {}", checkpoint.step))
+            list.set(ConditionType::Checkpointed, Truth::True, CheckpointedReason::Saved.as_str(), &format!("step {}", checkpoint.step));
         }
         (None, None) if world.job.is_some() => list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::NoneYet.as_str(), ""),
         (None, None) => list.keep(ConditionType::Checkpointed),

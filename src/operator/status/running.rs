@@ -35,8 +35,7 @@ pub(super) fn pods_scheduled(list: &mut Builder<'_>, world: &World) {
 /// `Running`.
 pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
     let Inputs { job, before, world, attempts, now, .. } = *inputs;
-    let (truth, reason, message) = if let Some(ended) = world.job.as_deref().and_then(world::job_end) {
-        let _how = ended;
+    let (truth, reason, message) = if world.job.as_deref().and_then(world::job_end).is_some() {
         (Truth::False, RunningReason::Finished, String::new())
     } else if let Some(pod) = world.current_pod().or_else(|| world.live_pod()) {
         let missing = world.missing_config_map.as_deref();
