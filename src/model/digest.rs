@@ -99,7 +99,7 @@ fn file_digest(path: &Path, memory: Option<&Path>) -> Result<Sha256Digest, Diges
     let digest = sha256_file(path).map_err(failed)?;
     // Changed meanwhile: the digest is of neither state for certain, so it is not remembered.
     if Identity::of(path).map_err(failed)? == before {
-        remember(memory, &place, Remembered { identity: before, sha256: hex::encode(digest) });
+        remember(memory, &place, &Remembered { identity: before, sha256: hex::encode(digest) });
     }
     Ok(digest)
 }
@@ -109,11 +109,11 @@ fn recall(place: &Path, identity: &Identity) -> Option<Sha256Digest> {
     (remembered.identity == *identity).then(|| crate::digest::from_text(&remembered.sha256)).flatten()
 }
 
-fn remember(memory: &Path, place: &Path, what: Remembered) {
+fn remember(memory: &Path, place: &Path, what: &Remembered) {
     let write = || -> std::io::Result<()> {
         std::fs::create_dir_all(memory)?;
         let file = tempfile::NamedTempFile::new_in(memory)?;
-        serde_json::to_writer(&file, &what)?;
+        serde_json::to_writer(&file, what)?;
         file.persist(place)?;
         Ok(())
     };

@@ -249,24 +249,28 @@ impl ComponentConfig for SchedulerConfig {
 mod tests {
     use super::*;
 
-    fn with_scheduler(text: &str) -> Result<SchedulerConfig, LayoutError> {
+    fn with_scheduler(text: &str) -> (tempfile::TempDir, ModelDir) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("scheduler")).unwrap();
         std::fs::write(dir.path().join("scheduler/scheduler_config.json"), text).unwrap();
-        ModelDir::open(dir.path()).unwrap().scheduler()
+        let model = ModelDir::open(dir.path()).unwrap();
+        (dir, model)
     }
 
     #[test]
     fn scheduler_is_read_and_checked() {
-        assert!((with_scheduler(r#"{"shift": 3.0, "base_shift": 0.5}"#).unwrap().shift - 3.0).abs() < 1e-12);
+        let (_dir, model) = with_scheduler(r#"{"shift": 3.0, "base_shift": 0.5}"#);
+        assert!((model.scheduler().unwrap().shift - 3.0).abs() < 1e-12);
         for (text, part) in [
             (r#"{"use_dynamic_shifting": true}"#, "use_dynamic_shifting is not supported"),
             (r#"{"shift": 0}"#, "positive"),
             (r#"{"num_train_timesteps": 1}"#, "at least 2"),
         ] {
-            assert!(with_scheduler(text).unwrap_err().to_string().contains(part));
+            let (_dir, model) = with_scheduler(text);
+            assert!(model.scheduler().unwrap_err().to_string().contains(part));
         }
-        assert!(matches!(with_scheduler("{"), Err(LayoutError::Json { .. })));
+        let (_dir, model) = with_scheduler("{");
+        assert!(matches!(model.scheduler(), Err(LayoutError::Json { .. })));
     }
 
     #[test]

@@ -81,9 +81,9 @@ pub enum WeightsError {
         /// The tensor's name.
         name: String,
         /// The shape in the file.
-        got: Vec<usize>,
+        got: Box<[usize]>,
         /// The shape demanded.
-        want: Vec<usize>,
+        want: Box<[usize]>,
     },
     /// A tensor's type is none of f16, bf16 and f32.
     #[error("tensor {name:?} of {path} is stored as {dtype}: only F16, BF16 and F32 weights can be used")]
@@ -104,7 +104,7 @@ pub enum WeightsError {
         name: String,
         /// The cause.
         #[source]
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
 }
 
@@ -327,7 +327,7 @@ impl Weights {
         if view.shape == shape {
             return Ok(view);
         }
-        Err(WeightsError::Shape { path: self.path.clone(), name: name.to_owned(), got: view.shape.to_vec(), want: shape.to_vec() })
+        Err(WeightsError::Shape { path: self.path.clone(), name: name.to_owned(), got: view.shape.into(), want: shape.into() })
     }
 
     /// The tensor's shape.
@@ -353,7 +353,7 @@ impl Weights {
     /// If there is none of this name, it is not stored as f16, bf16 or f32, or the device has no room.
     pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let view = self.view(name)?;
-        let failed = |source| WeightsError::Device { path: self.path.clone(), name: name.to_owned(), source };
+        let failed = |source| WeightsError::Device { path: self.path.clone(), name: name.to_owned(), source: Box::new(source) };
         let stored = match view.dtype {
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
@@ -379,12 +379,12 @@ impl Weights {
 
     /// Asks for the pages of the tensors whose names begin with `prefix` to be read ahead. Best effort.
     pub fn will_need(&self, prefix: &str) {
-        self.each(prefix, |file, range| file.will_need(range));
+        self.each(prefix, MappedFile::will_need);
     }
 
     /// Drops the pages of the tensors whose names begin with `prefix` from memory; they are read again when used again.
     pub fn release(&self, prefix: &str) {
-        self.each(prefix, |file, range| file.release(range));
+        self.each(prefix, MappedFile::release);
     }
 
     fn each(&self, prefix: &str, apply: impl Fn(&MappedFile, Range<usize>)) {

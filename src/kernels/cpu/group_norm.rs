@@ -66,7 +66,9 @@ mod tests {
         for (channels, groups, pixels) in [(4, 2, 5), (6, 6, 64), (8, 1, 10_007), (32, 32, 33)] {
             let mut x = vec![0.0; channels * pixels];
             Stream::new(1, Purpose::Noise, 0, 0).fill_normal(&mut x);
-            x.iter_mut().for_each(|v| *v = *v * 3.0 + 10.0);
+            for value in &mut x {
+                *value = *value * 3.0 + 10.0;
+            }
             let gain: Vec<f32> = (0..channels).map(|i| 0.5 + i as f32 / 7.0).collect();
             let offset: Vec<f32> = (0..channels).map(|i| i as f32 / 5.0 - 1.0).collect();
             let got = group_norm_silu(&x, groups, &gain, &offset, 1e-6);

@@ -69,6 +69,7 @@ impl Special {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[expect(clippy::struct_field_names, reason = "names in the file")]
 struct SpecialTokens {
     bos_token: Option<Special>,
     eos_token: Option<Special>,

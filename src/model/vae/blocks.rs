@@ -129,5 +129,5 @@ fn load_attention(reader: &Reader, channels: usize) -> Result<AttentionBlock, Va
     }
     let config = AttentionBlockConfig { num_head_channels: None, num_groups: reader.groups, rescale_output_factor: 1.0, eps: EPSILON };
     let builder = VarBuilder::from_tensors(tensors, DType::F32, reader.device());
-    AttentionBlock::new(builder, channels, config).map_err(|source| VaeError::Build { path: weights.path().to_owned(), source })
+    AttentionBlock::new(builder, channels, config).map_err(|source| VaeError::Build { path: weights.path().to_owned(), source: Box::new(source) })
 }

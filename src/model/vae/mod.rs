@@ -46,7 +46,7 @@ pub enum VaeError {
         path: PathBuf,
         /// The cause.
         #[source]
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
     /// A tensor operation failed.
     #[error("failed to run the VAE")]
