@@ -135,6 +135,7 @@ pub(crate) fn install(site: &Site, namespaces: &[&str], more: &Value) {
         SYSTEM.into(),
         "--create-namespace".into(),
         "--take-ownership".into(),
+        "--force-conflicts".into(),
         "-f".into(),
         file,
         "--wait".into(),
