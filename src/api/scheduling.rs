@@ -134,13 +134,18 @@ pub struct PodTemplate {
     pub termination_grace_period_seconds: i64,
 }
 
-fn quantity(text: &str) -> Option<Quantity> {
-    Some(Quantity(text.to_owned()))
+fn quantity(text: &str) -> Quantity {
+    Quantity(text.to_owned())
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "serde asks for the field's own type")]
+fn max_memory_mib() -> Option<u32> {
+    Some(17_000)
 }
 
 default_values! {
-    requests: ResourceAmounts = ResourceAmounts { cpu: quantity("2"), memory: quantity("8Gi"), ephemeral_storage: quantity("40Gi") };
-    limits: ResourceAmounts = ResourceAmounts { memory: quantity("12Gi"), ..ResourceAmounts::default() };
+    requests: ResourceAmounts = ResourceAmounts { cpu: Some(quantity("2")), memory: Some(quantity("8Gi")), ephemeral_storage: Some(quantity("40Gi")) };
+    limits: ResourceAmounts = ResourceAmounts { memory: Some(quantity("12Gi")), ..ResourceAmounts::default() };
     tolerations: Vec<Toleration> = vec![Toleration {
         key: Some("nvidia.com/gpu".to_owned()),
         operator: Some("Exists".to_owned()),
@@ -151,7 +156,6 @@ default_values! {
     resource_name: String = "nvidia.com/gpu".to_owned();
     per_replica: u32 = 1;
     min_memory_mib: u32 = 15_000;
-    max_memory_mib: Option<u32> = Some(17_000);
     min_compute_capability: String = "7.5".to_owned();
     termination_grace_period_seconds: i64 = 120;
 }

@@ -55,7 +55,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let jobs = match validate::check(&validate::read(&args.file)?) {
         Ok(jobs) => jobs,
         Err(violations) => {
-            violations.iter().for_each(|violation| println!("{violation}"));
+            for violation in &violations {
+                println!("{violation}");
+            }
             return Ok(ExitCode::from(Reason::InvalidConfig.exit_code()));
         }
     };

@@ -71,7 +71,7 @@ pub fn manifest(text: &str) -> Result<Vec<FineTuneJob>, Violations> {
         match object_of(document, &schema) {
             Ok(job) => jobs.push(job),
             Err(found) => {
-                violations.extend(found.into_iter().map(|f| Violation { document: index + 1, object: object.clone(), path: f.path, message: f.message }))
+                violations.extend(found.into_iter().map(|f| Violation { document: index + 1, object: object.clone(), path: f.path, message: f.message }));
             }
         }
     }

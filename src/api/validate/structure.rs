@@ -59,7 +59,9 @@ pub(super) fn normalise(value: &mut Value, schema: &Value) {
         }
         Value::Array(items) => {
             if let Some(inner_schema) = schema.get("items") {
-                items.iter_mut().for_each(|item| normalise(item, inner_schema));
+                for item in items {
+                    normalise(item, inner_schema);
+                }
             }
         }
         _ => {}
@@ -86,7 +88,9 @@ pub(in crate::api) fn apply_defaults(value: &mut Value, schema: &Value) {
         }
         Value::Array(items) => {
             if let Some(inner_schema) = schema.get("items") {
-                items.iter_mut().for_each(|item| apply_defaults(item, inner_schema));
+                for item in items {
+                    apply_defaults(item, inner_schema);
+                }
             }
         }
         _ => {}

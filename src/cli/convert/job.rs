@@ -29,7 +29,7 @@ type Given = BTreeMap<&'static str, String>;
 
 /// Reads `args` (with or without `accelerate launch script.py` before them).
 pub(super) fn convert(args: &[String], place: &Place) -> anyhow::Result<Converted> {
-    let start = args.iter().position(|arg| arg.ends_with(".py")).map_or(0, |script| script + 1);
+    let start = args.iter().position(|arg| std::path::Path::new(arg).extension().is_some_and(|extension| extension == "py")).map_or(0, |script| script + 1);
     let mut remarks = Vec::new();
     let given = parse(&args[start..], &mut remarks)?;
     let mut job = Job { given, spec: json!({}), remarks };
@@ -69,13 +69,13 @@ fn parse(args: &[String], remarks: &mut Vec<String>) -> anyhow::Result<Given> {
                 continue;
             }
             (Takes::Value, Some(value)) => value.to_owned(),
-            (Takes::Value, None) => match args.next_if(|next| !next.starts_with("--")) {
-                Some(value) => value.to_owned(),
-                None => {
+            (Takes::Value, None) => {
+                let Some(value) = args.next_if(|next| !next.starts_with("--")) else {
                     problems.push(format!("--{name} needs a value"));
                     continue;
-                }
-            },
+                };
+                value.to_owned()
+            }
         };
         if let Becomes::Nothing(reason) = flag.becomes {
             remarks.push(format!("--{name} has no counterpart: {reason}"));

@@ -24,15 +24,15 @@ pub(super) struct Args {
     #[arg(long, default_value = "s3://my-bucket", value_name = "URI")]
     bucket: String,
     /// The command line, with or without `accelerate launch script.py` before its flags.
-    #[arg(last = true, required = true)]
-    args: Vec<String>,
+    #[arg(last = true, required = true, value_name = "ARGS")]
+    command_line: Vec<String>,
 }
 
 /// Prints the manifest to stdout and what had to be left out to stderr.
 #[expect(clippy::print_stdout, clippy::print_stderr, reason = "the manifest goes to stdout, remarks to stderr")]
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let place = Place { name: args.name.clone(), namespace: args.namespace.clone(), bucket: args.bucket.trim_end_matches('/').to_owned() };
-    let converted = convert(&args.args, &place)?;
+    let converted = convert(&args.command_line, &place)?;
     let text = yaml::to_string(&converted.manifest)?;
     if let Err(violations) = validate::check(&text) {
         let lines: Vec<_> = violations.iter().map(ToString::to_string).collect();
