@@ -7,16 +7,38 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 TOOLS := $(CACHE)/tools
 export PATH := $(TOOLS)/bin:$(PATH)
 
-# The release profile everywhere: numeric tests need it, and one build of the dependencies serves the quickstart and the tests.
-CARGO_TEST := cargo test --release
-
 .PHONY: help
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: test
-test: tools ## Install what the tests need and run all of them
-	$(CARGO_TEST)
+test: tools ## Install what the tests need and run all of them (a real Kubernetes too: needs root)
+	tests/tools/run-tests
+
+.PHONY: test-quick
+test-quick: tools ## All tests that need no cluster
+	cargo test --release
+
+.PHONY: test-faults
+test-faults: tools cluster-up ## Slow faults on a real cluster: lost nodes, drained nodes, restarted API servers
+	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test faults -- --ignored --test-threads=1
+
+.PHONY: test-diffusers
+test-diffusers: ## Let diffusers and peft read the LoRA (installs PyTorch into the cache folder)
+	tests/diffusers/run
+
+.PHONY: cluster-up
+cluster-up: ## Build (once) and start a real Kubernetes on this machine
+	tests/cluster/cluster build
+	tests/cluster/cluster up 2
+
+.PHONY: cluster-down
+cluster-down: ## Stop it and delete its state
+	tests/cluster/cluster down
+
+.PHONY: bench
+bench: ## The training step, alone and beside PyTorch where it is installed (docs/performance.md)
+	cargo bench --bench step
 
 .PHONY: tools
 tools: ## Install the servers that the tests start (into the cache folder)

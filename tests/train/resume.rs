@@ -32,7 +32,8 @@ fn a_run_killed_at_twenty_random_instants_and_resumed_from_an_empty_disk_gives_t
         assert_eq!(second.wait(), Some(0), "round {round}: {}", second.log());
         resumed += u32::from(second.log().contains("resuming from a checkpoint"));
         assert_same_lora(&bench, &format!("round {round}"));
-        assert!(bench.files(".checkpoints").is_empty(), "checkpoints are deleted after success");
+        let left: Vec<_> = bench.files(".checkpoints").into_iter().map(|(path, _)| path).collect();
+        assert!(left.is_empty(), "round {round}: checkpoints are deleted after success, {left:?} are not:\n{}", second.log());
     }
     assert!(resumed >= 5, "only {resumed} of 20 runs had a checkpoint to resume from");
 }
