@@ -2,6 +2,7 @@
 //!
 //! `tests/e2e` installs the chart on a real cluster.
 #![cfg(feature = "operator")]
+#![expect(clippy::panic, clippy::expect_used, clippy::unwrap_in_result, reason = "helpers of tests stop at the first failure")]
 
 mod kit;
 

@@ -90,7 +90,6 @@ fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
     config
 }
 
-
 fn write_termination_message(path: &Path, reporter: &Reporter) {
     let text = reporter.progress().to_termination_message().map_err(std::io::Error::other);
     if let Err(error) = text.and_then(|text| std::fs::write(path, text)) {

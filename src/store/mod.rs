@@ -159,14 +159,6 @@ impl Store {
         }
     }
 
-    /// Removes what killed writers have left in a directory: unfinished files, which no listing shows, and empty folders. Buckets drop
-    /// unfinished uploads by themselves. Only for a prefix that nobody writes to any more.
-    pub fn remove_unfinished(&self) {
-        if let Some(directory) = self.local_directory() {
-            remove_unfinished(&directory);
-        }
-    }
-
     /// Reads an object whole.
     ///
     /// # Errors
@@ -428,24 +420,6 @@ fn without_folder_markers(objects: Vec<ObjectInfo>) -> Vec<ObjectInfo> {
     };
     let keep: Vec<bool> = objects.iter().map(|object| !is_folder(object)).collect();
     objects.into_iter().zip(keep).filter_map(|(object, keep)| keep.then_some(object)).collect()
-}
-
-/// Files that end in "#" and digits are `object_store`'s unfinished ones. Whatever cannot be removed stays.
-fn remove_unfinished(directory: &Path) {
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
-    for entry in entries.filter_map(Result::ok) {
-        let path = entry.path();
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_unfinished(&path);
-        } else if let Some((_, number)) = entry.file_name().to_string_lossy().rsplit_once('#')
-            && !number.is_empty()
-            && number.bytes().all(|digit| digit.is_ascii_digit())
-        {
-            let _stays = std::fs::remove_file(&path);
-        }
-    }
-    // Only empty folders can be removed.
-    let _stays = std::fs::remove_dir(directory);
 }
 
 #[cfg(test)]

@@ -105,7 +105,7 @@ pub fn make(
         steps: trainer.step(),
         epochs: trainer.epochs(),
         samples: dataset.samples.len() as u64,
-        skipped_samples: dataset.skipped.len() as u64,
+        skipped_samples: dataset.skipped.len(),
         loss: LossSummary {
             first: history.losses().next().unwrap_or_default(),
             last: history.losses().next_back().unwrap_or_default(),

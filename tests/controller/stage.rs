@@ -18,7 +18,7 @@ use crate::kit;
 use crate::kit::tools::{kubeconfig, kubectl, repository};
 
 /// Longest wait for anything that should happen within a second or two.
-pub(crate) const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_mins(1);
 
 /// A namespace of its own with an API client.
 pub(crate) struct Stage {

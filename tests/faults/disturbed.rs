@@ -75,7 +75,7 @@ async fn an_absent_bucket_is_waited_for() {
     disturb(async |stage| {
         let mut s3 = stage.site.s3.lock().await;
         s3.down();
-        tokio::time::sleep(Duration::from_secs(60)).await;
+        tokio::time::sleep(Duration::from_mins(1)).await;
         s3.up().await;
     })
     .await;

@@ -90,7 +90,7 @@ impl S3 {
         let store = self.bucket("probe");
         let began = Instant::now();
         while let Err(error) = store.put(&Key::from("ready"), "yes".into()).await {
-            assert!(began.elapsed() < Duration::from_secs(60), "the object store does not answer: {error}; {}", self.log());
+            assert!(began.elapsed() < Duration::from_mins(1), "the object store does not answer: {error}; {}", self.log());
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     }
@@ -169,10 +169,13 @@ impl Drop for S3 {
 
 /// The server that tests/tools/install-servers installed.
 fn weed() -> PathBuf {
-    let tools = std::env::var_os("FINETUNE_TEST_TOOLS").map(PathBuf::from).unwrap_or_else(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-        cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache")).join("finetune-operator/tools")
-    });
+    let tools = std::env::var_os("FINETUNE_TEST_TOOLS").map_or_else(
+        || {
+            let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+            cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache")).join("finetune-operator/tools")
+        },
+        PathBuf::from,
+    );
     let found = std::fs::read_dir(tools.join("bin")).expect("the tools folder").filter_map(Result::ok).map(|entry| entry.path());
     found.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("weed-"))).max().expect("weed is installed")
 }

@@ -122,6 +122,7 @@ impl Mmdit {
     ///
     /// # Errors
     /// If a weight is missing or does not fit the configuration, or the device has no kernels.
+    #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
     pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &Device) -> Result<Self, MmditError> {
         let convert = load::converts_once(&config);
         load::load(&weights, config, Engine::new(device)?, convert)

@@ -189,9 +189,7 @@ impl Checkpoints {
     /// If this attempt has been superseded (nothing is deleted then), or the store fails.
     pub async fn delete_all(&self) -> Result<(), CheckpointError> {
         let keys = self.keys().await?;
-        self.delete(keys.iter().collect()).await?;
-        self.store.remove_unfinished();
-        Ok(())
+        self.delete(keys.iter().collect()).await
     }
 
     async fn keys(&self) -> Result<Vec<String>, CheckpointError> {

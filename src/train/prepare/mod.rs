@@ -33,12 +33,13 @@ use crate::store::Store;
 use crate::store::model_source::{ModelFolder, Parts};
 
 /// Prepared latents are written at least this often: what a kill may cost.
-const WRITE_INTERVAL: Duration = Duration::from_secs(60);
+const WRITE_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Prepares all that `dataset` and the `held_out` captions need; what the cache or its mirror beside the checkpoints has is not made again.
 ///
 /// # Errors
 /// If the model cannot be fetched or used, a picture has changed since the scan, or the run is asked to stop.
+#[expect(clippy::too_many_arguments, reason = "each is a part of the run; together they are nothing else")]
 pub async fn prepare(
     config: &TrainConfig,
     dataset: &Dataset,
