@@ -54,7 +54,7 @@ fmt-check: ## Check the format
 .PHONY: clippy
 clippy: ## Lints, for each feature set
 	cargo clippy --lib --bins --benches -- -D warnings
-	cargo clippy --tests -- -D warnings $(addprefix -A clippy::,panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+	cargo clippy --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
 	cargo clippy --no-default-features --features operator --lib --bins -- -D warnings
 	cargo clippy --no-default-features --features train --lib --bins -- -D warnings
 

@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 
 use crate::support::{Bench, LORA, finetune, text};
 
-fn tensors(bytes: &[u8]) -> (std::collections::HashMap<String, String>, Vec<(String, Vec<usize>)>) {
+/// Metadata of a safetensors file, and its tensors' names and shapes.
+type Header = (std::collections::HashMap<String, String>, Vec<(String, Vec<usize>)>);
+
+fn tensors(bytes: &[u8]) -> Header {
     let (_, header) = safetensors::SafeTensors::read_metadata(bytes).unwrap();
     let file = safetensors::SafeTensors::deserialize(bytes).unwrap();
     let mut tensors: Vec<_> = file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
