@@ -14,7 +14,7 @@ pub struct Projections {
     pub v: Linear,
     /// Output, where there is a query.
     pub out: Option<Linear>,
-    /// RMSNorm weights of queries and keys [head_dim].
+    /// RMSNorm weights of queries and keys `[head_dim]`.
     pub norms: Option<(Buffer, Buffer)>,
 }
 

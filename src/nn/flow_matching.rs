@@ -139,7 +139,7 @@ impl TimestepDensity {
     }
 }
 
-/// `(1 - σ_b) x0 + σ_b noise` per sample. All slices [B, n], `sigmas` [B].
+/// `(1 - σ_b) x0 + σ_b noise` per sample. All slices `[B, n]`, `sigmas` `[B]`.
 pub fn mix(x0: &[f32], noise: &[f32], sigmas: &[f32]) -> Vec<f32> {
     let mut mixed = Vec::with_capacity(x0.len());
     let per_sample = x0.len() / sigmas.len().max(1);
@@ -176,7 +176,7 @@ impl Loss {
 
 /// The weighted squared error of a velocity and its gradient.
 ///
-/// `velocity`, `x0`, `noise` [B, n]; `sigmas` [B]; `coefficients` [B]: what each sample's loss counts in the objective
+/// `velocity`, `x0`, `noise` `[B, n]`; `sigmas` `[B]`; `coefficients` `[B]`: what each sample's loss counts in the objective
 /// (1 / B / accumulation steps for the mean of an accumulated batch; prior preservation weighs samples differently).
 ///
 /// Preconditioned: `pred - target = (x_t - σ v) - x0 = σ ((noise - x0) - v)`, d/dv = `-σ`; plain: `v - (noise - x0)`, d/dv = 1.

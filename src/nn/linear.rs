@@ -36,7 +36,7 @@ struct Lora {
     factors: LoraMatrix,
 }
 
-/// `y = x Wᵀ + b + s · (alpha / r) · dropout(x) Aᵀ Bᵀ` with W [out, in], b [out] frozen.
+/// `y = x Wᵀ + b + s · (alpha / r) · dropout(x) Aᵀ Bᵀ` with W `[out, in]`, b `[out]` frozen.
 #[derive(Debug)]
 pub struct Linear {
     ordinal: usize,

@@ -134,7 +134,7 @@ impl PromptBatch {
 
 /// What predicts velocities: the transformer.
 pub trait Velocity {
-    /// The velocity [B, C, h, w] at `x` [B, C, h, w] and `timestep` [B].
+    /// The velocity `[B, C, h, w]` at `x` `[B, C, h, w]` and `timestep` `[B]`.
     ///
     /// # Errors
     /// If an input does not fit or the device fails.

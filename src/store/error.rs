@@ -22,7 +22,7 @@ pub enum StoreErrorKind {
 }
 
 /// Text of a failure below this module. It is a string on purpose: the errors of HTTP clients and object stores may carry
-/// signed addresses, tokens and whole response bodies; this one has been cut and cleaned by [`super::env::Secrets::redact`].
+/// signed addresses, tokens and whole response bodies; this one has been cut and cleaned by `Secrets::redact`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Cause(pub(super) String);

@@ -36,6 +36,12 @@ pub enum TrainError {
         /// What was found.
         found: String,
     },
+    /// The spec asks for something that this trainer cannot do.
+    #[error("{field} is not supported by this version: leave it out")]
+    Unsupported {
+        /// The field of the spec.
+        field: &'static str,
+    },
     /// The model cannot be fetched.
     #[error("failed to fetch the model")]
     ModelSource(#[from] ModelSourceError),
@@ -101,7 +107,7 @@ impl TrainError {
             Self::ModelSource(error) => model_reason(error),
             Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
             Self::Mmdit(error) => mmdit_reason(error),
-            Self::Lora(_) => Reason::InvalidConfig,
+            Self::Lora(_) | Self::Unsupported { .. } => Reason::InvalidConfig,
             Self::Prepare(error) => match error {
                 PrepareError::ModelSource(error) => model_reason(error),
                 PrepareError::Store(error) => store_reason(error),

@@ -62,6 +62,9 @@ impl Outcome {
 /// # Errors
 /// [`TrainError`]; its reason gives the exit code.
 pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<Outcome, TrainError> {
+    if config.training.prior_preservation.is_some() {
+        return Err(TrainError::Unsupported { field: "training.priorPreservation" });
+    }
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
     let device = device::open(config.device)?;

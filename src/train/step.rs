@@ -54,7 +54,7 @@ pub struct Example {
     pub shape: [usize; 3],
     /// Prompt embeddings, [S, J] on the host.
     pub embeds: Tensor,
-    /// Pooled embeddings, [P] on the host.
+    /// Pooled embeddings, `[P]` on the host.
     pub pooled: Tensor,
 }
 

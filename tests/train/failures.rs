@@ -21,6 +21,12 @@ fn check(output: &Output, code: i32, words: &[&str]) {
 }
 
 #[test]
+fn what_this_version_cannot_do_is_refused_rather_than_left_out() {
+    let changes = json!({"training": {"priorPreservation": {"classPrompt": "a shape", "images": 4}}});
+    fails(&Bench::new(), &changes, 78, &["training.priorPreservation is not supported", "InvalidConfig"]);
+}
+
+#[test]
 fn every_bad_line_of_a_dataset_is_listed() {
     let bench = Bench::new();
     let lines = [

@@ -49,7 +49,7 @@ impl ConvShape {
     }
 }
 
-/// Convolves x [inputs, height, width] with weight [outputs, inputs, kernel, kernel] and adds bias [outputs].
+/// Convolves x `[inputs, height, width]` with weight `[outputs, inputs, kernel, kernel]` and adds bias `[outputs]`.
 pub fn conv2d(x: &[f32], weight: &[f32], bias: &[f32], shape: &ConvShape) -> Vec<f32> {
     let depth = shape.inputs * shape.kernel * shape.kernel;
     let pixels = shape.out_height() * shape.out_width();

@@ -7,7 +7,7 @@ use super::simd::{exp, sum, vectorised};
 /// Values per partial sum; partial sums are added in f64.
 const PIECE: usize = 4096;
 
-/// silu(group norm of x) for x [channels, pixels]; `gain` and `offset` [channels].
+/// silu(group norm of x) for x `[channels, pixels]`; `gain` and `offset` `[channels]`.
 pub fn group_norm_silu(x: &[f32], groups: usize, gain: &[f32], offset: &[f32], epsilon: f64) -> Vec<f32> {
     let channels = gain.len();
     assert!(offset.len() == channels && groups > 0 && channels.is_multiple_of(groups) && x.len().is_multiple_of(channels), "should be channels in groups");

@@ -65,7 +65,7 @@ enum Mode<'a> {
 impl Mmdit {
     /// Predicts the velocity for training.
     ///
-    /// `x` [B, C, h, w] noisy latents, `timestep` [B] in 0..=1000, `prompt_embeds` [B, S, J], `pooled` [B, P].
+    /// `x` `[B, C, h, w]` noisy latents, `timestep` `[B]` in 0..=1000, `prompt_embeds` `[B, S, J]`, `pooled` `[B, P]`.
     /// `dropout`: names the LoRA dropout masks; `None` switches dropout off. Returns the velocity [B, C, h, w].
     ///
     /// # Errors

@@ -95,7 +95,7 @@ pub enum TextError {
 pub struct PromptEmbedding {
     /// [77 + S, J]: CLIP's states padded with zeros to width J, then T5's.
     pub embeds: Tensor,
-    /// [P]: the pooled outputs of CLIP-L and CLIP-G.
+    /// `[P]`: the pooled outputs of CLIP-L and CLIP-G.
     pub pooled: Tensor,
 }
 

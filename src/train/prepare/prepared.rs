@@ -60,7 +60,7 @@ impl Prepared {
         Ok(Example { mean: mean.flatten_all()?.to_vec1()?, logvar: logvar.flatten_all()?.to_vec1()?, shape: [c, h, w], embeds, pooled })
     }
 
-    /// The embedding of a prompt that the run needs besides the dataset's: [S, J] and [P].
+    /// The embedding of a prompt that the run needs besides the dataset's: `[S, J]` and `[P]`.
     ///
     /// # Errors
     /// If the cache has lost or damaged it.
