@@ -20,7 +20,9 @@ test-quick: tools ## All tests that need no cluster
 	cargo test --release
 
 .PHONY: test-faults
-test-faults: tools cluster-up ## Slow faults on a real cluster: lost nodes, drained nodes, restarted API servers
+test-faults: tools cluster-up ## Slow parts on a real cluster: Kueue, the operator killed between any two calls, lost and drained nodes
+	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test controller -- --ignored --test-threads=1 faults::
+	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test e2e -- --ignored --test-threads=1 queue::
 	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test faults -- --ignored --test-threads=1
 
 .PHONY: test-diffusers

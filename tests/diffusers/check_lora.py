@@ -2,7 +2,7 @@
 
     python check_lora.py MODEL_DIR LORA_DIR CASE_DIR
 
-LORA_DIR holds pytorch_lora_weights.safetensors and a kohya file (*kohya*.safetensors). Three checks:
+LORA_DIR holds pytorch_lora_weights.safetensors and a kohya file (<job>.safetensors). Three checks:
 
 1. diffusers loads the file through load_lora_weights, leaves no key over, and reads rank and alpha as they were trained.
 2. Writes CASE_DIR in the format of tests/golden: velocity, loss and gradients of base + LoRA computed by diffusers.
@@ -138,7 +138,7 @@ def expected_comfy(deltas):
 
 
 def check_kohya(lora, deltas):
-    files = [p for p in lora.glob("*.safetensors") if "kohya" in p.name]
+    files = [p for p in lora.glob("*.safetensors") if p.name != "pytorch_lora_weights.safetensors"]
     assert len(files) == 1, f"one kohya file expected in {lora}: {files}"
     got, want = comfy_deltas(files[0]), expected_comfy(deltas)
     assert set(got) == set(want), f"modules differ: {sorted(set(got) ^ set(want))[:5]}"

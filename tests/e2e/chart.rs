@@ -36,7 +36,9 @@ async fn the_operator_may_do_what_it_needs_and_cannot_read_secrets() {
     let stage = stage("e2e-lifecycle").await;
     let operator = format!("system:serviceaccount:{SYSTEM}:{RELEASE}");
     let may = |verb: &str, resource: &str, namespace: &str| {
-        let answer = kubectl(&["auth", "can-i", verb, resource, "-n", namespace, "--as", &operator]);
+        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+        let sub = format!("--subresource={sub}");
+        let answer = kubectl(&["auth", "can-i", verb, resource, &sub, "-n", namespace, "--as", &operator]);
         answer.is_ok_and(|answer| answer.trim() == "yes")
     };
     assert!(may("create", "jobs.batch", stage.namespace));
