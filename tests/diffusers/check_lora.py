@@ -72,13 +72,14 @@ def write_case(pipeline, model, tensors, rank, alpha, out):
     loss = ((velocity * -sigma + noisy - x0) ** 2).reshape(2, -1).mean(1).mean()
     loss.backward()
     key = lambda n: "transformer." + n.replace(".trained", "")
-    optimizer = {"name": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "epsilon": 1e-8, "weight_decay": 1e-4}
+    # This case is about reading a LoRA: a large epsilon keeps Adam from blowing up the rounding of gradients near zero.
+    optimizer = {"name": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "epsilon": 1e-3, "weight_decay": 1e-4}
     expected = {"velocity.0.0": velocity, "loss.0.0": loss.reshape(1)}
     expected.update({f"grad.0.{key(n)}": p.grad if p.grad is not None else torch.zeros_like(p) for n, p in named})
     parameters = [p for _, p in named]
     expected = {k: v.detach().clone().contiguous() for k, v in expected.items()}
     expected["grad_norm.0"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).detach().reshape(1)
-    torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4).step()
+    torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-3, weight_decay=1e-4).step()
     expected.update({f"lora.0.{key(n)}": p.detach().clone().contiguous() for n, p in named})
     inputs = {"lora." + k: v.float().contiguous() for k, v in tensors.items()}
     inputs |= {"x0.0.0": x0, "noise.0.0": noise, "sigma_index.0.0": index, "prompt_embeds.0.0": embeds, "pooled.0.0": pooled}
