@@ -25,9 +25,9 @@ pub(crate) const NAMESPACES: [&str; 8] =
 pub(crate) const BUCKET: &str = "micro";
 
 /// Until when a job of the small model must be done on a busy machine.
-pub(crate) const LONG: Duration = Duration::from_secs(600);
+pub(crate) const LONG: Duration = Duration::from_mins(10);
 /// Until when the operator must have reacted.
-pub(crate) const SHORT: Duration = Duration::from_secs(60);
+pub(crate) const SHORT: Duration = Duration::from_mins(1);
 
 /// What all tests share.
 pub(crate) struct Site {
