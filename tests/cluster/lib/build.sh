@@ -1,8 +1,8 @@
 # What `cluster build` makes, each thing once: system packages, Go, kubeall, Helm, the base images.
 
 build() {
-  system_packages; note "system packages"
   mkdir -p "$cache/images"
+  system_packages; note "system packages"
   go_tool; note "$("$go" env GOVERSION)"
   kubeall; note "kubeall $kube_version"
   helm_tool; note "helm $helm_version"
