@@ -17,6 +17,8 @@ mod job;
 #[cfg(feature = "operator")]
 mod operator;
 mod plan;
+#[cfg(feature = "train")]
+mod reach;
 mod reference;
 #[cfg(feature = "train")]
 mod run;
@@ -64,7 +66,7 @@ enum Command {
     /// Train from a resolved configuration: what runs in the pod.
     #[cfg(feature = "train")]
     Train(train::Args),
-    /// Check a manifest offline as the API server and the planner would, all problems at once.
+    /// Check a manifest as the API server and the planner would, and the dataset and model that it names: all problems at once.
     Validate(validate::Args),
     /// Compare this build's numbers with cases of the reference implementation.
     #[cfg(feature = "train")]

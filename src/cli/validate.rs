@@ -1,9 +1,11 @@
-//! `finetune validate`: what the API server and the planner would say about a manifest, offline.
+//! `finetune validate`: what the API server and the planner would say about a manifest, and whether the dataset and the model that it names
+//! can be used, where they can be reached.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use serde::Serialize;
 use serde_json::json;
 
 use super::plan::OutputFormat;
@@ -19,6 +21,25 @@ pub(super) struct Args {
     /// How to print the findings.
     #[arg(short, long, value_enum, default_value = "text")]
     output: OutputFormat,
+    /// A directory that stands in for a bucket, as s3://NAME=DIR. May be repeated.
+    #[cfg(feature = "train")]
+    #[arg(long, value_name = "URI=DIR")]
+    bucket: Vec<String>,
+    /// Look at the manifest alone, not at the dataset and the model.
+    #[cfg(feature = "train")]
+    #[arg(long)]
+    offline: bool,
+}
+
+/// What has been found besides the manifest's own violations.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Reached {
+    /// What is wrong with datasets and models.
+    pub(super) violations: Vec<Violation>,
+    /// What was looked at and is good.
+    pub(super) good: Vec<String>,
+    /// What could not be looked at, and why.
+    pub(super) unchecked: Vec<String>,
 }
 
 /// Reads a manifest, from standard input where `path` is "-".
@@ -49,22 +70,40 @@ fn plan_problems(document: usize, job: &FineTuneJob) -> Vec<Violation> {
     }
 }
 
+/// Looks at the datasets and models of valid jobs.
+#[cfg(feature = "train")]
+fn reached(jobs: &[FineTuneJob], args: &Args) -> anyhow::Result<Reached> {
+    if args.offline { Ok(Reached::default()) } else { super::reach::look(jobs, &args.bucket) }
+}
+
+/// This build reads no datasets.
+#[cfg(not(feature = "train"))]
+fn reached(_: &[FineTuneJob], _: &Args) -> anyhow::Result<Reached> {
+    Ok(Reached::default())
+}
+
 /// Checks and prints; the exit code is 0 or that of `InvalidConfig`.
 #[expect(clippy::print_stdout, reason = "the findings go to stdout")]
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let result = check(&read(&args.file)?);
+    let checked = check(&read(&args.file)?);
+    let Reached { violations: found, good, unchecked } = checked.as_deref().map_or_else(|_| Ok(Reached::default()), |jobs| reached(jobs, args))?;
+    let mut violations = checked.as_ref().err().cloned().unwrap_or_default();
+    violations.extend(found);
+    let bad = |name: &str| violations.iter().any(|violation| violation.object.as_deref() == Some(name));
+    let jobs: Vec<&str> = checked.iter().flatten().filter_map(|job| job.metadata.name.as_deref()).filter(|name| !bad(name)).collect();
     match args.output {
         OutputFormat::Json => {
-            let violations = result.as_ref().err().cloned().unwrap_or_default();
-            let jobs: Vec<_> = result.iter().flatten().filter_map(|job| job.metadata.name.clone()).collect();
-            println!("{}", serde_json::to_string_pretty(&json!({"valid": result.is_ok(), "jobs": jobs, "violations": violations}))?);
+            let findings = json!({"valid": violations.is_empty(), "jobs": jobs, "violations": violations, "checked": good, "unchecked": unchecked});
+            println!("{}", serde_json::to_string_pretty(&findings)?);
         }
-        OutputFormat::Text => match &result {
-            Ok(jobs) => jobs.iter().for_each(|job| println!("{}: valid", job.metadata.name.as_deref().unwrap_or_default())),
-            Err(violations) => violations.iter().for_each(|violation| println!("{violation}")),
-        },
+        OutputFormat::Text => {
+            violations.iter().for_each(|violation| println!("{violation}"));
+            good.iter().for_each(|line| println!("{line}"));
+            unchecked.iter().for_each(|line| println!("{line}"));
+            jobs.iter().for_each(|name| println!("{name}: valid"));
+        }
     }
-    Ok(if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(Reason::InvalidConfig.exit_code()) })
+    Ok(if violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(Reason::InvalidConfig.exit_code()) })
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod error;
 pub mod evaluate;
 pub mod events;
 pub mod history;
+pub mod inspect;
 pub mod interrupt;
 pub mod job;
 pub mod output;

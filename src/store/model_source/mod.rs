@@ -158,6 +158,14 @@ impl ModelFolder {
         Ok(self.folder.clone())
     }
 
+    /// Whether the files of `parts` are listed, without fetching them.
+    ///
+    /// # Errors
+    /// [`ModelSourceError::Unusable`] names the first that is missing.
+    pub fn check(&self, parts: Parts) -> Result<()> {
+        select::select(&self.listing, parts, &self.location).map(|_| ())
+    }
+
     /// The model's folder. Holds what has been fetched.
     pub fn folder(&self) -> &Path {
         &self.folder

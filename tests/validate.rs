@@ -1,0 +1,96 @@
+//! `finetune validate` on real manifests, datasets and models.
+
+use std::fs;
+use std::path::Path;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+const QUICKSTART: &str = "examples/quickstart";
+
+/// Runs `finetune validate --output json` and returns its exit code and findings.
+fn validate(manifest: &Path, arguments: &[&str]) -> (i32, Value) {
+    let mut command = Command::cargo_bin("finetune").unwrap();
+    command.env_remove("AWS_ENDPOINT_URL").env("AWS_ACCESS_KEY_ID", "id").env("AWS_SECRET_ACCESS_KEY", "secret");
+    let output = command.arg("validate").arg(manifest).args(["--output", "json"]).args(arguments).output().unwrap();
+    let findings = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
+    (output.status.code().unwrap(), findings)
+}
+
+/// The texts of a list of findings.
+fn texts(findings: &Value, list: &str) -> Vec<String> {
+    findings[list].as_array().unwrap().iter().map(|f| f["message"].as_str().or(f.as_str()).unwrap().to_owned()).collect()
+}
+
+/// A copy of the quickstart's bucket: the model's files as links, the dataset's as copies.
+fn copy_of_the_bucket(to: &Path) {
+    let from = fs::canonicalize(Path::new(QUICKSTART).join("bucket")).unwrap();
+    let mut folders = vec![from.clone()];
+    while let Some(folder) = folders.pop() {
+        let place = to.join(folder.strip_prefix(&from).unwrap());
+        fs::create_dir_all(&place).unwrap();
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.components().any(|c| c.as_os_str() == "models") {
+                std::os::unix::fs::symlink(&path, place.join(path.file_name().unwrap())).unwrap();
+            } else {
+                fs::copy(&path, place.join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_quickstart_is_valid_to_its_last_picture() {
+    let manifest = Path::new(QUICKSTART).join("job.yaml");
+    let (code, findings) = validate(&manifest, &["--bucket", "s3://quickstart=examples/quickstart/bucket"]);
+    assert_eq!((code, findings["valid"].as_bool(), findings["jobs"].as_array().unwrap().len()), (0, Some(true), 1), "{findings}");
+    assert!(texts(&findings, "checked").iter().any(|line| line.contains("38 usable pictures")), "{findings}");
+    assert!(texts(&findings, "unchecked").is_empty(), "{findings}");
+}
+
+#[test]
+fn what_is_wrong_with_dataset_and_model_is_said_at_once() {
+    let bucket = tempfile::tempdir().unwrap();
+    copy_of_the_bucket(bucket.path());
+    let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
+    let job: Value = finetune::yaml::documents(&text).unwrap().remove(0);
+    let dataset = bucket.path().join(job["spec"]["dataset"]["uri"].as_str().unwrap().strip_prefix("s3://quickstart/").unwrap());
+    let metadata = dataset.join("metadata.jsonl");
+    let lines = fs::read_to_string(&metadata).unwrap();
+    let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    let picture = first["file_name"].as_str().unwrap();
+    fs::write(dataset.join(picture), b"no picture").unwrap();
+    fs::write(&metadata, format!("{lines}{{\"file_name\": \"../secret.png\", \"caption\": \"x\"}}\nnonsense\n")).unwrap();
+    let model = bucket.path().join(job["spec"]["model"]["source"]["objectStore"]["uri"].as_str().unwrap().strip_prefix("s3://quickstart/").unwrap());
+    fs::remove_file(model.join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+
+    let argument = format!("s3://quickstart={}", bucket.path().display());
+    let (code, findings) = validate(&Path::new(QUICKSTART).join("job.yaml"), &["--bucket", &argument]);
+    assert_eq!(code, i32::from(finetune::api::Reason::InvalidConfig.exit_code()), "{findings}");
+    let said = texts(&findings, "violations").join("\n");
+    let count = lines.lines().count();
+    for part in [picture, "line 1:", &format!("line {}:", count + 1), &format!("line {}:", count + 2), "stay in the dataset's folder", "no weights", "vae/"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+
+    let (code, findings) = validate(&Path::new(QUICKSTART).join("job.yaml"), &["--bucket", &argument, "--offline"]);
+    assert_eq!((code, texts(&findings, "checked").len()), (0, 0), "{findings}");
+}
+
+#[test]
+fn a_store_that_does_not_answer_is_no_mistake_of_the_manifest() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = folder.path().join("job.yaml");
+    let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
+    let mut job: Value = finetune::yaml::documents(&text).unwrap().remove(0);
+    job["spec"]["storage"] = serde_json::json!({"endpoint": format!("http://127.0.0.1:{port}"), "region": "x"});
+    fs::write(&manifest, finetune::yaml::to_string(&job).unwrap()).unwrap();
+    let (code, findings) = validate(&manifest, &[]);
+    assert_eq!(code, 0, "{findings}");
+    let unchecked = texts(&findings, "unchecked").join("\n");
+    assert!(unchecked.contains("dataset was not checked") && unchecked.contains("model was not checked"), "{findings}");
+}
