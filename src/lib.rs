@@ -10,6 +10,7 @@ pub mod data;
 pub mod digest;
 #[cfg(feature = "train")]
 pub mod kernels;
+pub mod listen;
 #[cfg(feature = "train")]
 pub mod model;
 #[cfg(feature = "train")]

@@ -34,8 +34,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=1000))]
     concurrency: u16,
 
-    /// Where /healthz, /readyz and /metrics are served.
-    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:8080", env = "FINETUNE_OPERATOR_ADDRESS")]
+    /// Where /healthz, /readyz and /metrics are served; "[::]" is every address of both families.
+    #[arg(long, value_name = "ADDRESS", default_value = "[::]:8080", env = "FINETUNE_OPERATOR_ADDRESS")]
     address: SocketAddr,
 
     /// Where /metrics is served, if elsewhere.

@@ -32,8 +32,8 @@ pub(super) struct Args {
     #[arg(long, env = "FINETUNE_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
 
-    /// Address of the progress server.
-    #[arg(long, env = "FINETUNE_PROGRESS_ADDRESS", default_value = "0.0.0.0:9400")]
+    /// Address of the progress server; "[::]" is every address of both families.
+    #[arg(long, env = "FINETUNE_PROGRESS_ADDRESS", default_value = "[::]:9400")]
     progress_address: SocketAddr,
 
     /// File for the termination message. Default: /dev/termination-log, where it exists.

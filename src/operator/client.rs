@@ -30,7 +30,7 @@ impl<S> Layer<S> for CountLayer {
     }
 }
 
-/// Counts `finetune_apiserver_requests_total{verb,code}`.
+/// Counts `finetune_apiserver_requests_total{verb,resource,code}`.
 #[derive(Debug, Clone)]
 struct Count<S> {
     inner: S,
@@ -53,42 +53,47 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let verb = verb(request.method(), request.uri().path(), request.uri().query());
+        let (verb, resource) = verb_and_resource(request.method(), request.uri().path(), request.uri().query());
         let metrics = Arc::clone(&self.metrics);
         let answer = self.inner.call(request);
         Box::pin(async move {
             let answer = answer.await;
             match &answer {
-                Ok(response) => metrics.api_request(verb, response.status().as_str()),
-                Err(_) => metrics.api_request(verb, "error"),
+                Ok(response) => metrics.api_request(verb, &resource, response.status().as_str()),
+                Err(_) => metrics.api_request(verb, &resource, "error"),
             }
             answer
         })
     }
 }
 
-/// The Kubernetes verb of a request, as in RBAC. `/apis/GROUP/VERSION/[namespaces/NS/]RESOURCE[/NAME[/SUB]]`.
-fn verb(method: &Method, path: &str, query: Option<&str>) -> &'static str {
-    match *method {
+/// Verb and resource of a request, as RBAC names them. `/apis/GROUP/VERSION/[namespaces/NS/]RESOURCE[/NAME[/SUB]]`; "discovery" for all else.
+fn verb_and_resource(method: &Method, path: &str, query: Option<&str>) -> (&'static str, String) {
+    let mut parts = path.trim_matches('/').split('/');
+    // "api/v1" or "apis/group/version".
+    let skip = match parts.next() {
+        Some("api") => 1,
+        Some("apis") => 2,
+        _ => usize::MAX,
+    };
+    let rest: Vec<&str> = parts.skip(skip).collect();
+    let (resource, named) = match rest.as_slice() {
+        ["namespaces", _, resource] | [resource] => ((*resource).to_owned(), false),
+        ["namespaces", _, resource, _] | [resource, _] => ((*resource).to_owned(), true),
+        ["namespaces", _, resource, _, sub] | [resource, _, sub] => (format!("{resource}/{sub}"), true),
+        _ => ("discovery".to_owned(), true),
+    };
+    let verb = match *method {
         Method::POST => "create",
         Method::PUT => "update",
         Method::PATCH => "patch",
         Method::DELETE => "delete",
-        Method::GET => {
-            if query.is_some_and(|query| query.split('&').any(|pair| pair == "watch=true" || pair == "watch=1")) {
-                return "watch";
-            }
-            let mut parts = path.trim_start_matches('/').split('/');
-            // "api/v1" or "apis/group/version".
-            let skip = if parts.next() == Some("api") { 1 } else { 2 };
-            let rest: Vec<&str> = parts.skip(skip).collect();
-            match rest.as_slice() {
-                ["namespaces", _, _resource] | [_resource] => "list",
-                _ => "get",
-            }
-        }
+        Method::GET if query.is_some_and(|query| query.split('&').any(|pair| pair == "watch=true" || pair == "watch=1")) => "watch",
+        Method::GET if !named => "list",
+        Method::GET => "get",
         _ => "other",
-    }
+    };
+    (verb, resource)
 }
 
 #[cfg(test)]
@@ -96,19 +101,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn verbs_are_those_of_rbac() {
+    fn requests_are_named_as_in_rbac() {
         let cases = [
-            (Method::GET, "/apis/finetune.dev/v1alpha1/finetunejobs", None, "list"),
-            (Method::GET, "/apis/finetune.dev/v1alpha1/finetunejobs", Some("limit=500&watch=true"), "watch"),
-            (Method::GET, "/apis/finetune.dev/v1alpha1/namespaces/a/finetunejobs/b", None, "get"),
-            (Method::GET, "/api/v1/namespaces/a/pods", Some("labelSelector=watch"), "list"),
-            (Method::PATCH, "/apis/finetune.dev/v1alpha1/namespaces/a/finetunejobs/b/status", Some("fieldManager=x"), "patch"),
-            (Method::POST, "/apis/batch/v1/namespaces/a/jobs", None, "create"),
-            (Method::PUT, "/apis/coordination.k8s.io/v1/namespaces/a/leases/b", None, "update"),
-            (Method::DELETE, "/apis/batch/v1/namespaces/a/jobs/b", None, "delete"),
+            (Method::GET, "/apis/finetune.dev/v1alpha1/finetunejobs", None, "list", "finetunejobs"),
+            (Method::GET, "/apis/finetune.dev/v1alpha1/finetunejobs", Some("limit=500&watch=true"), "watch", "finetunejobs"),
+            (Method::GET, "/apis/finetune.dev/v1alpha1/namespaces/a/finetunejobs/b", None, "get", "finetunejobs"),
+            (Method::GET, "/api/v1/namespaces/a/pods", Some("labelSelector=watch"), "list", "pods"),
+            (Method::PATCH, "/apis/finetune.dev/v1alpha1/namespaces/a/finetunejobs/b/status", Some("fieldManager=x"), "patch", "finetunejobs/status"),
+            (Method::POST, "/apis/batch/v1/namespaces/a/jobs", None, "create", "jobs"),
+            (Method::POST, "/apis/events.k8s.io/v1/namespaces/a/events", None, "create", "events"),
+            (Method::PUT, "/apis/coordination.k8s.io/v1/namespaces/a/leases/b", None, "update", "leases"),
+            (Method::DELETE, "/apis/batch/v1/namespaces/a/jobs/b", None, "delete", "jobs"),
+            (Method::GET, "/api/v1/nodes", Some("watch=1"), "watch", "nodes"),
+            (Method::GET, "/api/v1/nodes/n", None, "get", "nodes"),
+            (Method::GET, "/apis", None, "get", "discovery"),
+            (Method::GET, "/apis/kueue.x-k8s.io/v1beta2", None, "get", "discovery"),
+            (Method::GET, "/version", None, "get", "discovery"),
         ];
-        for (method, path, query, want) in cases {
-            assert_eq!(verb(&method, path, query), want, "{method} {path}");
+        for (method, path, query, verb, resource) in cases {
+            assert_eq!(verb_and_resource(&method, path, query), (verb, resource.to_owned()), "{method} {path}");
         }
     }
 }

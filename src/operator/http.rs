@@ -16,6 +16,7 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 
 use super::metrics::Metrics;
+use crate::listen::listen;
 
 /// What readiness depends on.
 #[derive(Debug, Default)]
@@ -101,7 +102,7 @@ impl Server {
     }
 
     async fn bind(address: SocketAddr, router: Router) -> Result<Self, HttpError> {
-        let listener = TcpListener::bind(address).await.map_err(|source| HttpError::Bind { address, source })?;
+        let listener = listen(address).await.map_err(|source| HttpError::Bind { address, source })?;
         let address = listener.local_addr().map_err(|source| HttpError::Bind { address, source })?;
         Ok(Self { listener, address, router })
     }

@@ -42,6 +42,7 @@ struct ClassLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
     verb: String,
+    resource: String,
     code: String,
 }
 
@@ -127,7 +128,7 @@ impl Metrics {
         registry.register("finetune_reconcile_errors", "Reconciliations that failed, by class of error", self.reconcile_errors.clone());
         registry.register("finetune_status_patches", "Status writes", self.status_patches.clone());
         registry.register("finetune_progress_fetches", "Requests for a trainer's progress, by result", self.progress_fetches.clone());
-        registry.register("finetune_apiserver_requests", "Requests to the API server, by verb and status code", self.requests.clone());
+        registry.register("finetune_apiserver_requests", "Requests to the API server, by verb, resource and status code", self.requests.clone());
         registry.register("finetune_leader", "1 while this process holds the leader lease", self.leader.clone());
         registry.register("finetune_crd_missing", "1 while the FineTuneJob resource is not served by the API server", self.crd_missing.clone());
         registry.register("build", "Version of this binary", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
@@ -188,8 +189,8 @@ impl Metrics {
     }
 
     /// The API server answered a request (`code` is "error" where no answer came).
-    pub fn api_request(&self, verb: &str, code: &str) {
-        self.requests.get_or_create(&RequestLabels { verb: verb.to_owned(), code: code.to_owned() }).inc();
+    pub fn api_request(&self, verb: &str, resource: &str, code: &str) {
+        self.requests.get_or_create(&RequestLabels { verb: verb.to_owned(), resource: resource.to_owned(), code: code.to_owned() }).inc();
     }
 
     /// Sets `finetune_leader`.
@@ -279,7 +280,7 @@ mod tests {
         metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
         metrics.status_patched();
         metrics.progress_fetched("ok");
-        metrics.api_request("get", "200");
+        metrics.api_request("get", "jobs", "200");
         metrics.set_leader(true);
         let text = metrics.encode().unwrap();
         for line in [
@@ -292,7 +293,7 @@ mod tests {
             "finetune_reconcile_duration_seconds_count{result=\"ok\"} 1",
             "finetune_reconcile_errors_total{class=\"apply_job\"} 1",
             "finetune_status_patches_total 1",
-            "finetune_apiserver_requests_total{verb=\"get\",code=\"200\"} 1",
+            "finetune_apiserver_requests_total{verb=\"get\",resource=\"jobs\",code=\"200\"} 1",
             "finetune_leader 1",
             "finetune_crd_missing 0",
             "build_info{version=",

@@ -182,7 +182,7 @@ fn validated_condition(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         Ok(_) => list.set(ConditionType::Validated, Truth::True, ValidatedReason::SpecAccepted.as_str(), "the spec can be carried out"),
         // A Job that exists was made from a spec that could be carried out, by this operator or an earlier one.
         Err(_) if inputs.world.job.is_some() => list.keep(ConditionType::Validated),
-        Err(error) => list.set(ConditionType::Validated, Truth::False, ValidatedReason::InvalidSpec.as_str(), &error.to_string()),
+        Err(error) => list.set(ConditionType::Validated, Truth::False, error.reason().as_str(), &error.to_string()),
     }
 }
 

@@ -321,6 +321,18 @@ fn what_keeps_a_pod_from_running_is_told() {
 }
 
 #[test]
+fn a_job_that_fits_no_gpu_of_its_class_gets_no_pod_and_the_numbers() {
+    let spec = |gpu: serde_json::Value| job(|job| job["spec"]["scheduling"] = json!({"gpu": gpu}));
+    let (intent, after) = step(&spec(json!({"minMemoryMiB": 4000})), &FineTuneJobStatus::default(), &World::default(), at(1));
+    assert_eq!((intent, told(&after, C::Validated), after.phase), (Intent::Rest, Some(("False", "GPUTooSmall")), Some(Phase::Failed)));
+    assert_eq!(told(&after, C::Stalled), Some(("True", "GPUTooSmall")));
+    let message = &super::conditions::find(&after.conditions, C::Validated).unwrap().message;
+    assert!(message.contains("GiB and the budget is 3.91 GiB"), "{message}");
+    let (intent, after) = step(&spec(json!({"minMemoryMiB": 20_000})), &FineTuneJobStatus::default(), &World::default(), at(1));
+    assert_eq!((intent, told(&after, C::Validated)), (Intent::Rest, Some(("False", "InvalidSpec"))), "more than the most");
+}
+
+#[test]
 fn the_storm_guard_counts_restarts_of_the_last_hour_and_projects_what_the_history_cannot_hold() {
     let restarts = |starts: &[i64], most: u32| {
         let spec = job(|job| job["spec"]["failurePolicy"] = json!({"maxRestartsPerHour": most}));

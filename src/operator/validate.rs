@@ -6,7 +6,7 @@ use kube::ResourceExt as _;
 
 use super::build::paths;
 use super::settings::Settings;
-use crate::api::{self, FineTuneJob, FineTuneJobSpec, StorageSpec};
+use crate::api::{self, FineTuneJob, FineTuneJobSpec, StorageSpec, ValidatedReason};
 use crate::digest;
 use crate::plan::{self, DeviceRequest, Facts, PlanError};
 
@@ -47,6 +47,16 @@ pub enum ValidateError {
     /// The configuration could not be written as JSON.
     #[error("failed to write the configuration as JSON")]
     Json(#[source] serde_json::Error),
+}
+
+impl ValidateError {
+    /// What it means for `Validated`.
+    pub fn reason(&self) -> ValidatedReason {
+        match self {
+            Self::Plan(PlanError::TooSmall(_)) => ValidatedReason::GPUTooSmall,
+            Self::Plan(PlanError::Invalid(_) | PlanError::Identity(_)) | Self::NoIdentity(_) | Self::Json(_) => ValidatedReason::InvalidSpec,
+        }
+    }
 }
 
 /// Checks a FineTuneJob and resolves its configuration.

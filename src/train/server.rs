@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Json};
 use axum::routing::get;
 
 use super::report::Reporter;
+use crate::listen::listen;
 
 /// Where the operator looks.
 pub const PORT: u16 = 9400;
@@ -18,7 +19,7 @@ pub const PORT: u16 = 9400;
 /// # Errors
 /// If the address cannot be listened on.
 pub async fn serve(address: SocketAddr, reporter: Reporter) -> std::io::Result<SocketAddr> {
-    let listener = tokio::net::TcpListener::bind(address).await?;
+    let listener = listen(address).await?;
     let address = listener.local_addr()?;
     let app = Router::new().route("/progress", get(progress)).route("/metrics", get(metrics)).with_state(reporter);
     tokio::spawn(async move {

@@ -1,5 +1,7 @@
 //! How jobs fail, and what is retried.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::kit;
@@ -102,12 +104,35 @@ async fn deadlines_and_limits_follow_the_spec() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a cluster: make cluster-up"]
+async fn a_gpu_that_is_too_small_is_told_before_any_pod_is_made() {
+    let stage = Stage::new("too-small").await;
+    let operator = stage.operator().await;
+    stage.create("tight", |job| job["spec"]["scheduling"]["gpu"] = json!({"minMemoryMiB": 4000})).await;
+    let refused = stage.condition("tight", "Validated", "False", "GPUTooSmall").await;
+    let (_, _, message) = kit::condition(&refused, "Validated").expect("Validated");
+    assert!(message.contains("GiB and the budget is 3.91 GiB"), "{message}");
+    assert_eq!(refused["status"]["phase"], "Failed");
+    assert!(kit::is_true(&refused, "Stalled"), "kstatus must see it");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(stage.job("tight").await.is_none() && stage.live_pods("tight").await.is_empty());
+    operator.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_job_that_no_node_can_take_says_so_and_a_queued_one_waits_for_kueue() {
     let stage = Stage::new("pending").await;
-    let operator = stage.operator().await;
+    // Nodes are watched by an operator of all namespaces only.
+    let operator = stage
+        .operator_with(|options| {
+            options.namespaces = Vec::new();
+            options.watch_nodes = true;
+        })
+        .await;
     stage.create("huge", |job| job["spec"]["scheduling"] = json!({"gpu": {"minMemoryMiB": 500_000, "maxMemoryMiB": 600_000}})).await;
     stage.create("queued", |job| job["spec"]["queueName"] = json!("team-a")).await;
-    let huge = stage.until("huge", "the scheduler's word", |job| kit::condition(job, "PodsScheduled").is_some_and(|(status, ..)| status == "False")).await;
+    let huge = stage.condition("huge", "PodsScheduled", "False", "NoMatchingGPUNode").await;
+    assert!(kit::condition(&huge, "PodsScheduled").is_some_and(|(_, _, message)| message.contains("scheduling.gpu")), "{huge}");
     assert_eq!(huge["status"]["phase"], "Starting");
     let with_kueue = kit::get(&stage.client, "CustomResourceDefinition", "", "workloads.kueue.x-k8s.io").await.is_some();
     if with_kueue {

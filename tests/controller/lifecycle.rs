@@ -126,3 +126,42 @@ async fn suspend_frees_the_pod_and_resume_continues_with_the_same_image() {
     assert_eq!(done["status"]["attempts"], json!({"started": 2, "disrupted": 1, "failed": 0}));
     operator.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a cluster: make cluster-up"]
+async fn a_finished_job_deletes_itself_only_where_the_administrator_allows_it() {
+    let stage = Stage::new("ttl-all").await;
+    let finished = async |name: &str| {
+        stage
+            .create(name, |job| {
+                job["spec"]["ttlScope"] = json!("All");
+                job["spec"]["ttlSecondsAfterFinished"] = json!(4);
+            })
+            .await;
+        let pod = stage.pod(name, None).await;
+        stage.start(&pod).await;
+        stage.finish(&pod, 0, "Completed", &success()).await;
+        stage.condition(name, "Complete", "True", "TrainingSucceeded").await;
+    };
+    let operator = stage.operator_with(|options| options.settings.allow_ttl_scope_all = true).await;
+    finished("fleeting").await;
+    kit::eventually("the FineTuneJob to go with all that it owns", SOON, || async {
+        let job = kit::get(&stage.client, "FineTuneJob", &stage.namespace, "fleeting").await;
+        let children = [
+            kit::list(&stage.client, "Job", &stage.namespace, "").await,
+            kit::list(&stage.client, "Pod", &stage.namespace, "").await,
+            kit::list(&stage.client, "ConfigMap", &stage.namespace, "finetune.dev/job=fleeting").await,
+        ];
+        (job.is_none() && children.concat().is_empty()).then_some(())
+    })
+    .await;
+    assert_eq!(operator.count(&["finetune_apiserver_requests_total{", "verb=\"delete\"", "resource=\"finetunejobs\""]), 1);
+    operator.stop().await;
+
+    let operator = stage.operator().await;
+    finished("kept").await;
+    kit::eventually("the Job's end", SOON, || async { stage.job("kept").await.is_none().then_some(()) }).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(stage.get("kept").await["status"]["phase"], "Succeeded", "it is not for its author to decide");
+    operator.stop().await;
+}

@@ -4,28 +4,48 @@ use serde_json::{Value, json};
 
 use crate::jobs::micro;
 use crate::kit;
-use crate::kit::tools::{helm, kubectl, kubectl_with_input, repository};
+use crate::kit::tools::{cluster, helm, kubectl, kubectl_with_input, repository};
 use crate::stage::{LONG, NAMESPACES, RELEASE, SHORT, SYSTEM, install, stage, values};
 
 #[tokio::test]
 #[ignore = "needs a cluster: make cluster-up"]
 async fn the_api_server_accepts_every_object_of_the_chart() {
     let stage = stage("e2e-lifecycle").await;
+    let crds = cluster(&["monitoring-crds"]);
+    for kind in ["servicemonitors", "podmonitors", "prometheusrules"] {
+        let file = format!("{}/monitoring.coreos.com_{kind}.yaml", crds.trim());
+        kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file]).unwrap_or_else(|error| panic!("{error}"));
+        let name = format!("crd/{kind}.monitoring.coreos.com");
+        kubectl(&["wait", "--for=condition=Established", "--timeout=30s", &name]).unwrap_or_else(|error| panic!("{error}"));
+    }
+    let on = json!({"enabled": true});
     let everything = json!({
         "networkPolicy": {"enabled": true, "metricsFrom": [{"namespaceSelector": {}}], "apiServerCIDRs": ["10.99.0.0/24"]},
-        "metrics": {"dashboard": {"enabled": true}},
+        "metrics": {"dashboard": on, "serviceMonitor": on, "podMonitor": on, "prometheusRule": on},
         "operator": {"allowTtlScopeAll": true},
     });
+    let dry_run =
+        |manifests: &str| kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"], manifests);
     for namespaces in [&NAMESPACES[..], &[]] {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("values.yaml");
         std::fs::write(&file, values(stage.site, namespaces, &everything).to_string()).expect("values");
         let chart = repository().join("charts/finetune-operator").display().to_string();
         let rendered = helm(&["template", RELEASE, &chart, "-n", SYSTEM, "-f", &file.display().to_string()]).unwrap_or_else(|error| panic!("{error}"));
-        let said = kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"], &rendered);
-        let said = said.unwrap_or_else(|error| panic!("{error}"));
-        for kind in ["networkpolicy", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"] {
+        let said = dry_run(&rendered).unwrap_or_else(|error| panic!("{error}"));
+        let monitors = ["servicemonitor", "podmonitor", "prometheusrule"];
+        let others = ["networkpolicy", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
+        for kind in monitors.into_iter().chain(others) {
             assert!(said.contains(kind), "{kind}: {said}");
+        }
+        // The schemas are looked at: what they do not know is refused.
+        for (field, wrong) in
+            [("podMetricsEndpoints:", "podMetricsEndpoint:"), ("  endpoints:", "  endpoint:"), ("expr:", "expression:"), ("podSelector:", "podSelecter:")]
+        {
+            let broken = rendered.replacen(field, wrong, 1);
+            assert_ne!(broken, rendered, "{field}");
+            let said = dry_run(&broken).expect_err("a misspelt field");
+            assert!(said.contains(wrong.trim().trim_end_matches(':')), "{said}");
         }
     }
 }

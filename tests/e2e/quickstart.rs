@@ -118,7 +118,7 @@ async fn operator_serves_metrics(stage: &Stage) {
     }
     assert_eq!(leaders, 1, "{all}");
     assert!(all.contains("finetune_jobs{namespace=\"e2e-quickstart\",phase=\"Running\"} 1"), "{all}");
-    assert!(all.contains("finetune_apiserver_requests_total{verb=\"create\",code=\"201\"}"), "{all}");
+    assert!(all.contains("finetune_apiserver_requests_total{verb=\"create\",resource=\"jobs\",code=\"201\"}"), "{all}");
 }
 
 async fn get(url: &str) -> String {

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::jobs::{micro, prefix};
 use crate::kit;
 use crate::kit::tools::{cluster, kubectl};
+use crate::nodes::never_two;
 use crate::stage::{BUCKET, LONG, SHORT, Stage, stage};
 
 /// Long enough that a test can act in the middle of it.
@@ -19,8 +20,11 @@ async fn disturb<F: AsyncFnOnce(&Stage)>(fault: F) -> Value {
     stage.until_true("undisturbed", "Complete", LONG).await;
     stage.submit(&micro(stage.namespace, "disturbed", STEPS, &json!({}))).await;
     stage.until_step("disturbed", 100).await;
+    let watch = never_two(&stage.client, stage.namespace, "disturbed");
     fault(&stage).await;
     let done = stage.until_true("disturbed", "Complete", LONG).await;
+    assert!(!watch.is_finished(), "{:?}", watch.await);
+    watch.abort();
     let expected = stage.lora(BUCKET, &prefix(stage.namespace, "undisturbed")).await;
     assert!(stage.lora(BUCKET, &prefix(stage.namespace, "disturbed")).await == expected, "the LoRA differs from an undisturbed run's");
     assert_eq!(done["status"]["attempts"]["failed"], 0, "{done}");

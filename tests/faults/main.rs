@@ -10,9 +10,9 @@ mod kit;
 #[path = "../e2e/jobs.rs"]
 mod jobs;
 #[path = "../e2e/stage.rs"]
-#[expect(dead_code, reason = "shared with the end-to-end tests, which use all of it")]
 mod stage;
 
 mod disturbed;
 mod lifecycle;
+mod nodes;
 mod refused;

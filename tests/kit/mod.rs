@@ -24,7 +24,7 @@ pub(crate) async fn client() -> Client {
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let path = tools::kubeconfig();
-    let kubeconfig = Kubeconfig::read_from(&path).unwrap_or_else(|error| panic!("no cluster ({path:?}: {error}): run `make cluster-up`"));
+    let kubeconfig = Kubeconfig::read_from(&path).unwrap_or_else(|error| panic!("no cluster ({}: {error}): run `make cluster-up`", path.display()));
     let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("a usable kubeconfig");
     config.default_retry = false;
     Client::try_from(config).expect("a client")

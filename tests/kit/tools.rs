@@ -57,7 +57,7 @@ fn run_with_input(command: &mut Command, input: &str) -> Result<String, String> 
 }
 
 fn missing(command: &Command, error: &std::io::Error) -> String {
-    format!("failed to run {:?}: {error}; `make cluster-build` makes it", command.get_program())
+    format!("failed to run {}: {error}; `make cluster-up` makes it", command.get_program().display())
 }
 
 fn outcome(command: &Command, output: &Output) -> Result<String, String> {
@@ -65,6 +65,6 @@ fn outcome(command: &Command, output: &Output) -> Result<String, String> {
     if output.status.success() {
         Ok(text(&output.stdout))
     } else {
-        Err(format!("{:?} {}: {}{}", command.get_program(), output.status, text(&output.stdout), text(&output.stderr)))
+        Err(format!("{} {}: {}{}", command.get_program().display(), output.status, text(&output.stdout), text(&output.stderr)))
     }
 }

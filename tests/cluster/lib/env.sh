@@ -1,7 +1,7 @@
 # Paths, versions and addresses of the test cluster; sourced by `cluster`.
 cache=${CLUSTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator/cluster}   # binaries and images: keep
 state=${CLUSTER_STATE:-/var/tmp/finetune-operator-cluster}                         # a running cluster: `down` deletes it
-kube_version=v1.36.2 kueue_version=v0.15.0 helm_version=v4.3.1 go_version=1.26
+kube_version=v1.36.2 kueue_version=v0.15.0 helm_version=v4.3.1 monitoring_version=v0.85.0 go_version=1.26
 kube=$cache/kubeall
 pki=$state/pki
 export KUBECONFIG=$pki/admin.kubeconfig

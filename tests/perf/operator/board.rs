@@ -1,0 +1,122 @@
+//! Who came to which moment when, as watches of the API server see it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use finetune::api::{FineTuneJob, JOB_LABEL, JOB_SUFFIX};
+use futures::StreamExt as _;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client, ResourceExt as _};
+
+/// Moments of a job's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Moment {
+    /// Its pod exists.
+    PodSeen,
+    /// The stand-in is about to write that the pod runs.
+    StartSent,
+    /// The FineTuneJob counts the attempt.
+    StartSeen,
+    /// The stand-in is about to write that the pod has succeeded.
+    EndSent,
+    /// The batch Job is complete.
+    ChildSeen,
+    /// The FineTuneJob is complete.
+    EndSeen,
+}
+
+/// Moments by job (`namespace/name`).
+#[derive(Debug, Default)]
+pub(crate) struct Board {
+    moments: Mutex<HashMap<(String, Moment), Instant>>,
+    pods: Mutex<HashMap<String, String>>,
+}
+
+impl Board {
+    /// Notes the first time that a job came to a moment.
+    pub(crate) fn note(&self, key: &str, moment: Moment) {
+        self.moments.lock().expect("no panic").entry((key.to_owned(), moment)).or_insert_with(Instant::now);
+    }
+
+    /// How many of these have come to a moment.
+    pub(crate) fn count(&self, keys: &[String], moment: Moment) -> usize {
+        let moments = self.moments.lock().expect("no panic");
+        keys.iter().filter(|key| moments.contains_key(&((*key).clone(), moment))).count()
+    }
+
+    /// From one moment to another, for each of these.
+    pub(crate) fn spans(&self, keys: &[String], from: Moment, to: Moment) -> Vec<Duration> {
+        let moments = self.moments.lock().expect("no panic");
+        keys.iter().map(|key| moments[&(key.clone(), to)].saturating_duration_since(moments[&(key.clone(), from)])).collect()
+    }
+
+    /// Name of the job's pod.
+    pub(crate) fn pod(&self, key: &str) -> String {
+        self.pods.lock().expect("no panic")[key].clone()
+    }
+
+    /// Watches FineTuneJobs, batch Jobs and pods until the process ends.
+    pub(crate) fn watch(self: &Arc<Self>, client: &Client) {
+        let board = Arc::clone(self);
+        let jobs: Api<FineTuneJob> = Api::all(client.clone());
+        tokio::spawn(watcher(jobs, watcher::Config::default()).default_backoff().touched_objects().for_each(move |job| {
+            if let Ok(job) = job {
+                board.job(&job);
+            }
+            std::future::ready(())
+        }));
+        let board = Arc::clone(self);
+        let children: Api<Job> = Api::all(client.clone());
+        tokio::spawn(watcher(children, watcher::Config::default().labels(JOB_LABEL)).default_backoff().touched_objects().for_each(move |child| {
+            if let Ok(child) = child {
+                board.child(&child);
+            }
+            std::future::ready(())
+        }));
+        let board = Arc::clone(self);
+        let pods: Api<Pod> = Api::all(client.clone());
+        tokio::spawn(watcher(pods, watcher::Config::default().labels(JOB_LABEL)).default_backoff().touched_objects().for_each(move |pod| {
+            if let Ok(pod) = pod {
+                board.seen(&pod);
+            }
+            std::future::ready(())
+        }));
+    }
+
+    fn job(&self, job: &FineTuneJob) {
+        let Some(status) = &job.status else { return };
+        let key = format!("{}/{}", job.namespace().unwrap_or_default(), job.name_any());
+        if status.attempts.is_some_and(|attempts| attempts.started > 0) {
+            self.note(&key, Moment::StartSeen);
+        }
+        if status.conditions.iter().any(|condition| condition.type_ == "Complete" && condition.status == "True") {
+            self.note(&key, Moment::EndSeen);
+        }
+    }
+
+    fn child(&self, child: &Job) {
+        let name = child.name_any();
+        let key = format!("{}/{}", child.namespace().unwrap_or_default(), name.strip_suffix(JOB_SUFFIX).unwrap_or(&name));
+        let conditions = child.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+        if conditions.iter().any(|condition| condition.type_ == "Complete" && condition.status == "True") {
+            self.note(&key, Moment::ChildSeen);
+        }
+    }
+
+    fn seen(&self, pod: &Pod) {
+        let Some(job) = pod.labels().get(JOB_LABEL) else { return };
+        let key = format!("{}/{job}", pod.namespace().unwrap_or_default());
+        self.pods.lock().expect("no panic").insert(key.clone(), pod.name_any());
+        self.note(&key, Moment::PodSeen);
+    }
+}
+
+/// Median, 99th percentile and maximum.
+pub(crate) fn quantiles(mut spans: Vec<Duration>) -> [Duration; 3] {
+    spans.sort_unstable();
+    let at = |share: f64| spans[((spans.len() - 1) as f64 * share).round() as usize];
+    [at(0.5), at(0.99), at(1.0)]
+}

@@ -1,0 +1,224 @@
+//! The operator at scale: thousands of FineTuneJobs on a real API server. Pods have no kubelet; a stand-in writes their status.
+//!
+//! `tests/perf/operator/run` starts a control plane without nodes and runs this. It prints what docs/performance.md reports, and fails where a goal
+//! is missed: writes and events of a job's life, latency from a pod's event to the FineTuneJob's status, resident memory, takeover.
+#![cfg(feature = "operator")]
+#![expect(clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a measurement stops at the first failure and prints")]
+
+#[path = "../../kit/mod.rs"]
+mod kit;
+
+mod board;
+mod pods;
+mod process;
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Parser as _;
+use futures::StreamExt as _;
+use kube::Client;
+use serde_json::json;
+
+use board::{Board, Moment, quantiles};
+use process::Operator;
+
+/// Jobs are spread over these.
+const NAMESPACES: [&str; 4] = ["perf-0", "perf-1", "perf-2", "perf-3"];
+/// Namespace of the Lease.
+const SYSTEM: &str = "perf-system";
+/// Jobs that are created at the same time.
+const CREATORS: usize = 8;
+/// Until when everything that was asked for must have happened.
+const PATIENCE: Duration = Duration::from_mins(15);
+
+/// Goals of docs/performance.md.
+const WRITES: f64 = 7.0;
+const EVENTS: f64 = 6.0;
+const LATENCY: Duration = Duration::from_secs(1);
+const MEMORY_MIB: f64 = 150.0;
+
+#[derive(Debug, clap::Parser)]
+struct Args {
+    /// Jobs of the first wave, all alive at once.
+    #[arg(long, default_value_t = 2000)]
+    jobs: usize,
+
+    /// Jobs of the second wave, which runs beside all the finished ones.
+    #[arg(long, default_value_t = 500)]
+    more: usize,
+
+    /// Jobs that run when the leader is killed.
+    #[arg(long, default_value_t = 100)]
+    orphans: usize,
+
+    /// Pod events a second.
+    #[arg(long, default_value_t = 50.0)]
+    rate: f64,
+
+    /// What cargo gives to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What one wave has shown.
+struct Wave {
+    jobs: usize,
+    /// From a pod's start to the FineTuneJob that tells it.
+    started: [Duration; 3],
+    /// From the Job's end, as a watch sees it, to the FineTuneJob's.
+    ended: [Duration; 3],
+    /// From the pod's end, with the Job controller in between.
+    in_all: [Duration; 3],
+    /// Requests to the API server by verb and resource.
+    requests: BTreeMap<String, u64>,
+    /// Resident memory once all were created, and at the end.
+    memory: [f64; 2],
+}
+
+#[tokio::main(worker_threads = 2)]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let client = kit::client().await;
+    prepare(&client).await;
+    let board = Arc::new(Board::default());
+    board.watch(&client);
+    let first = Operator::start("first", SYSTEM);
+    first.until_leading(PATIENCE).await;
+    let second = Operator::start("second", SYSTEM);
+    println!("resident memory of the leader at rest: {:.1} MiB", first.memory().await);
+
+    let waves = [wave(&client, &board, &first, "a", args.jobs, args.rate).await, wave(&client, &board, &first, "b", args.more, args.rate).await];
+    let mut met = report(&waves);
+    println!("most that the leader ever held: {:.1} MiB", first.peak_memory());
+    met &= goal("resident memory (MiB)", first.peak_memory(), MEMORY_MIB);
+    let refused = first.requests_that_failed().await;
+    println!("requests that the API server refused: {refused:?}");
+
+    takeover(&client, &board, first, &second, args.orphans).await;
+    if met { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The CRD and empty namespaces.
+async fn prepare(client: &Client) {
+    let file = kit::tools::repository().join("crds/finetune.dev_finetunejobs.yaml");
+    let said = kit::tools::kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file.display().to_string()]);
+    said.unwrap_or_else(|error| panic!("{error}"));
+    let said = kit::tools::kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd/finetunejobs.finetune.dev"]);
+    said.unwrap_or_else(|error| panic!("{error}"));
+    for namespace in NAMESPACES.into_iter().chain([SYSTEM]) {
+        kit::namespace(client, namespace).await;
+    }
+}
+
+/// Creates `count` jobs, lets their pods start at `rate`, then end at `rate`.
+async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &str, count: usize, rate: f64) -> Wave {
+    let before = operator.requests().await;
+    let keys = create(client, board, name, count).await;
+    let created = operator.memory().await;
+    pods::at_rate(client, board, &keys, rate, Moment::StartSent).await;
+    until(board, &keys, Moment::StartSeen).await;
+    pods::at_rate(client, board, &keys, rate, Moment::EndSent).await;
+    until(board, &keys, Moment::EndSeen).await;
+    // Times to live and the last events.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let after = operator.requests().await;
+    let requests = after.into_iter().map(|(what, times)| (what.clone(), times - before.get(&what).copied().unwrap_or(0))).collect();
+    let between = |from, to| quantiles(board.spans(&keys, from, to));
+    Wave {
+        jobs: count,
+        started: between(Moment::StartSent, Moment::StartSeen),
+        ended: between(Moment::ChildSeen, Moment::EndSeen),
+        in_all: between(Moment::EndSent, Moment::EndSeen),
+        requests,
+        memory: [created, operator.memory().await],
+    }
+}
+
+/// Creates jobs and waits until each has its pod.
+async fn create(client: &Client, board: &Arc<Board>, wave: &str, count: usize) -> Vec<String> {
+    let began = Instant::now();
+    let jobs = (0..count).map(|number| {
+        let (namespace, name) = (NAMESPACES[number % NAMESPACES.len()], format!("{wave}-{number:05}"));
+        let job = json!({
+            "apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name, "namespace": namespace},
+            "spec": {
+                "model": {"source": {"objectStore": {"uri": "s3://models/sd3-medium/"}}},
+                "dataset": {"uri": "s3://team-a/datasets/corgi/"},
+                "output": {"uri": format!("s3://team-a/loras/{name}/")},
+                // Nobody binds or runs the pods.
+                "scheduling": {"schedulerName": "nobody"},
+            },
+        });
+        async move {
+            kit::create(client, &job, false).await.expect("a valid job");
+            format!("{namespace}/{name}")
+        }
+    });
+    let keys: Vec<String> = futures::stream::iter(jobs).buffer_unordered(CREATORS).collect().await;
+    until(board, &keys, Moment::PodSeen).await;
+    println!("{count} jobs have their pods after {:.1?}", began.elapsed());
+    keys
+}
+
+/// Waits until all of these have come to that moment.
+async fn until(board: &Board, keys: &[String], moment: Moment) {
+    let began = Instant::now();
+    while board.count(keys, moment) < keys.len() {
+        assert!(began.elapsed() < PATIENCE, "{} of {} came to {moment:?}", board.count(keys, moment), keys.len());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Kills the leader while jobs run, ends their pods, and waits until the other one has told it.
+async fn takeover(client: &Client, board: &Arc<Board>, leader: Operator, standby: &Operator, count: usize) {
+    let keys = create(client, board, "c", count).await;
+    pods::at_rate(client, board, &keys, 50.0, Moment::StartSent).await;
+    until(board, &keys, Moment::StartSeen).await;
+    let killed = Instant::now();
+    leader.kill();
+    pods::at_rate(client, board, &keys, 1000.0, Moment::EndSent).await;
+    standby.until_leading(PATIENCE).await;
+    let leads = killed.elapsed();
+    until(board, &keys, Moment::EndSeen).await;
+    println!("the leader was killed: another leads after {leads:.1?}, and has told the end of all {count} jobs after {:.1?}", killed.elapsed());
+}
+
+/// Prints the waves side by side; whether all goals are met.
+fn report(waves: &[Wave]) -> bool {
+    let mut met = true;
+    for wave in waves {
+        let jobs = wave.jobs as f64;
+        println!("\n{} jobs:", wave.jobs);
+        let (mut writes, mut events) = (0.0, 0.0);
+        for (what, times) in wave.requests.iter().filter(|(_, times)| **times > 0) {
+            let each = *times as f64 / jobs;
+            println!("  {what:<40} {times:>7}   {each:.3} a job");
+            let write = ["create ", "update ", "patch ", "delete "].iter().any(|verb| what.starts_with(verb)) && !what.ends_with(" leases");
+            if write && what.ends_with(" events") {
+                events += each;
+            } else if write {
+                writes += each;
+            }
+        }
+        met &= goal("writes of a job's life", writes, WRITES) & goal("events of a job's life", events, EVENTS);
+        for (what, [middle, high, most], bound) in [
+            ("pod runs -> FineTuneJob tells it", wave.started, true),
+            ("Job complete -> FineTuneJob complete", wave.ended, true),
+            ("pod succeeded -> FineTuneJob complete (Job controller between)", wave.in_all, false),
+        ] {
+            println!("  {what}: p50 {middle:.0?}, p99 {high:.0?}, most {most:.0?}");
+            met &= !bound || goal("p99 in seconds", high.as_secs_f64(), LATENCY.as_secs_f64());
+        }
+        println!("  resident memory with all created {:.1} MiB, at the end {:.1} MiB", wave.memory[0], wave.memory[1]);
+    }
+    met
+}
+
+fn goal(what: &str, seen: f64, most: f64) -> bool {
+    let met = seen <= most;
+    println!("  {}: {what} {seen:.2}, at most {most}", if met { "met" } else { "MISSED" });
+    met
+}

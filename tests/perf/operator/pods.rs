@@ -1,0 +1,61 @@
+//! The stand-in for kubelets: writes the status of pods.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::board::{Board, Moment};
+
+/// Writes to each job's pod that it runs (`StartSent`) or has succeeded (`EndSent`), `rate` of them a second.
+pub(crate) async fn at_rate(client: &Client, board: &Arc<Board>, keys: &[String], rate: f64, moment: Moment) {
+    let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / rate));
+    let mut writes = JoinSet::new();
+    for key in keys {
+        ticks.tick().await;
+        let (client, board, key) = (client.clone(), Arc::clone(board), key.clone());
+        writes.spawn(async move {
+            let (namespace, _) = key.split_once('/').expect("namespace/name");
+            let pods: Api<Pod> = Api::namespaced(client, namespace);
+            let status = if moment == Moment::StartSent { running() } else { succeeded() };
+            board.note(&key, moment);
+            pods.patch_status(&board.pod(&key), &PatchParams::default(), &Patch::Merge(&status)).await.expect("the API server takes the status");
+        });
+    }
+    while let Some(written) = writes.join_next().await {
+        written.expect("no panic");
+    }
+}
+
+fn status(phase: &str, state: &Value) -> Value {
+    let container =
+        json!({"name": "trainer", "image": "localhost/trainer:perf", "imageID": "", "ready": phase == "Running", "restartCount": 0, "state": state});
+    json!({"status": {"phase": phase, "containerStatuses": [container]}})
+}
+
+fn running() -> Value {
+    status("Running", &json!({"running": {"startedAt": now()}}))
+}
+
+fn succeeded() -> Value {
+    let digest = format!("sha256:{}", "a1".repeat(32));
+    let message = json!({
+        "stage": "Finished", "step": 2000, "totalSteps": 2000, "loss": 0.125, "datasetDigest": digest, "specHash": digest,
+        "lastCheckpoint": {"step": 2000, "uri": "s3://team-a/loras/x/.checkpoints/0123456789abcdef/step-002000/", "sha256": digest, "time": now()},
+        "artifacts": [
+            {"format": "Diffusers", "uri": "s3://team-a/loras/x/pytorch_lora_weights.safetensors", "sha256": digest, "sizeBytes": 4_723_456},
+            {"format": "Kohya", "uri": "s3://team-a/loras/x/x.safetensors", "sha256": digest, "sizeBytes": 4_723_456},
+        ],
+        "result": {},
+    });
+    status("Succeeded", &json!({"terminated": {"exitCode": 0, "reason": "Completed", "message": message.to_string(), "startedAt": now(), "finishedAt": now()}}))
+}
+
+fn now() -> String {
+    let now = jiff::Timestamp::now();
+    jiff::Timestamp::from_second(now.as_second()).expect("a time").to_string()
+}
