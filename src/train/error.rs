@@ -13,6 +13,7 @@ use crate::model::layout::LayoutError;
 use crate::model::lora::LoraError;
 use crate::model::mmdit::MmditError;
 use crate::model::weights::WeightsError;
+use crate::plan::GpuTooSmall;
 use crate::store::model_source::ModelSourceError;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -22,6 +23,9 @@ pub enum TrainError {
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The job does not fit the GPU.
+    #[error("the GPU is too small for this job")]
+    TooSmall(#[from] GpuTooSmall),
     /// A store failed, or a newer attempt has taken over.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -101,6 +105,7 @@ impl TrainError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Device(_) => Reason::GPUUnavailable,
+            Self::TooSmall(_) => Reason::GPUTooSmall,
             Self::Store(error) => store_reason(error),
             Self::Dataset(error) => error.reason(),
             Self::DatasetChanged { .. } => Reason::DatasetChanged,

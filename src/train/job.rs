@@ -10,7 +10,6 @@ use tokio::task::block_in_place;
 
 use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, PREPARED, Saved, Snapshot};
 use super::comparison::{self, HeldOut};
-use super::device;
 use super::environment::JobEnvironment;
 use super::error::TrainError;
 use super::output;
@@ -21,6 +20,7 @@ use super::setup;
 use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
+use super::{device, division};
 use crate::api::Stage;
 use crate::data::dataset::Dataset;
 use crate::data::sampler::{Sampler, SamplerConfig};
@@ -31,7 +31,7 @@ use crate::model::mmdit::{Mmdit, MmditConfig};
 use crate::model::weights::Weights;
 use crate::nn::flow_matching::SigmaTable;
 use crate::optim::Param;
-use crate::plan::{GradientCheckpointing, ResumePolicy, StepPlan, TrainConfig, ValidationConfig};
+use crate::plan::{MemoryBudget, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
 use crate::store::claims::Claim;
 use crate::store::model_source::{ModelFolder, Parts};
 use crate::store::{Store, StoreErrorKind};
@@ -224,8 +224,8 @@ impl Run<'_> {
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
         let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.device)?;
         let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
-        let recompute = training.gradient_checkpointing == GradientCheckpointing::Always;
-        mmdit.set_recompute(&vec![recompute; mmdit.config().num_layers]);
+        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), MemoryBudget::Cpu)?;
+        mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = match warm {
             None => layout.init(training.seed),
             Some(mut given) => {
@@ -249,7 +249,12 @@ impl Run<'_> {
             accumulation: training.gradient_accumulation_steps,
             max_grad_norm: training.max_grad_norm,
             schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),
-            plan: ExecutionPlan { device: device::name(&self.device).to_owned(), dtype: "f32".to_owned(), micro_batch: training.batch_size, recompute },
+            plan: ExecutionPlan {
+                device: device::name(&self.device).to_owned(),
+                dtype: "f32".to_owned(),
+                micro_batch: memory.micro_batch,
+                recomputed_blocks: memory.recomputed_blocks,
+            },
             device: self.device.clone(),
         };
         let sampler = Sampler::new(SamplerConfig {

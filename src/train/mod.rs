@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod comparison;
 pub mod device;
+pub mod division;
 pub mod environment;
 pub mod error;
 pub mod evaluate;
@@ -11,6 +12,7 @@ pub mod history;
 pub mod inspect;
 pub mod interrupt;
 pub mod job;
+pub mod loss_scale;
 pub mod output;
 pub mod prepare;
 pub mod publish;

@@ -135,7 +135,7 @@ impl Trainer {
         self.layout.check(&params)?;
         let (began, now) = (&state.plan, &self.settings.plan);
         if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
-            self.model.set_recompute(&vec![began.recompute; self.model.config().num_layers]);
+            self.model.set_recompute(&vec![true; began.recomputed_blocks as usize]);
             self.settings.plan = state.plan.clone();
         } else {
             tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");

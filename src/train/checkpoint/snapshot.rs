@@ -70,8 +70,8 @@ pub struct ExecutionPlan {
     pub dtype: String,
     /// Samples per forward pass.
     pub micro_batch: u32,
-    /// Whether blocks are recomputed in the backward pass.
-    pub recompute: bool,
+    /// Blocks that are recomputed in the backward pass, from the first.
+    pub recomputed_blocks: u32,
 }
 
 /// See the module's documentation.

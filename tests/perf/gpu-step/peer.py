@@ -149,7 +149,10 @@ def training(wait, pixels, batch, mode="eager", checkpointing=False, article=Fal
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
     model = transformer(checkpointing, lora_dtype)
-    if compiled:
+    if mode == "regional":
+        torch._dynamo.config.recompile_limit = 64
+        model.compile_repeated_blocks(dynamic=False)
+    elif compiled:
         model.compile(mode=None if mode == "compile" else mode, dynamic=False)
     latents, text, pooled = inputs(pixels, batch)
     one = micro_step(model, latents, text, pooled, autocast=article)
