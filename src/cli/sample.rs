@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::device::DeviceName;
 use crate::model::ModelDir;
 use crate::model::lora::LoraState;
-use crate::sample::{Denoise, Pipeline, PipelineSettings, Sheet, SheetRow, SkipLayers, Stage, save_png};
+use crate::sample::{COLUMNS, Denoise, Pipeline, PipelineSettings, Sheet, SheetRow, SkipLayers, Stage, in_groups, save_png};
 
 /// Arguments of `finetune sample`.
 #[derive(Debug, clap::Args)]
@@ -176,20 +176,18 @@ fn draw(args: &Args, prompts: &[String], device: &Device) -> Result<Vec<Vec<RgbI
     Ok(pictures)
 }
 
-/// Rows of at most eight pictures; base above LoRA when both are drawn.
+/// One row for each variant, grouped; base above LoRA when both are drawn.
 fn rows(args: &Args, prompts: &[String], pictures: &[Vec<RgbImage>]) -> Vec<SheetRow> {
-    const COLUMNS: usize = 8;
-    let mut rows = Vec::new();
-    for first in (0..prompts.len()).step_by(COLUMNS) {
-        let range = first..prompts.len().min(first + COLUMNS);
-        for (variant, row) in pictures.iter().enumerate() {
-            let label = if args.compare { ["base", "LoRA"].get(variant).copied().unwrap_or("").to_owned() } else { String::new() };
-            let last = variant + 1 == pictures.len();
-            let caption = |i: usize| if last { prompts[i].clone() } else { String::new() };
-            rows.push(SheetRow { label, cells: range.clone().map(|i| (row[i].clone(), caption(i))).collect() });
-        }
+    let row = |(variant, pictures): (usize, &Vec<RgbImage>)| {
+        let label = if args.compare { ["base", "LoRA"].get(variant).copied().unwrap_or("").to_owned() } else { String::new() };
+        SheetRow { label, cells: pictures.iter().cloned().zip(prompts.iter().cloned()).collect(), space: 0 }
+    };
+    let mut rows: Vec<SheetRow> = pictures.iter().enumerate().map(row).collect();
+    // Captions once, below the last variant.
+    for row in rows.iter_mut().rev().skip(1) {
+        row.cells.iter_mut().for_each(|(_, caption)| caption.clear());
     }
-    rows
+    in_groups(&rows, COLUMNS)
 }
 
 #[expect(clippy::print_stdout, reason = "the command's result")]

@@ -22,7 +22,7 @@ mod sheet;
 pub use picture::{save_png, to_pictures, to_unit};
 pub use pipeline::{Pipeline, PipelineSettings, Stage};
 pub use schedule::sigmas;
-pub use sheet::{Sheet, SheetRow};
+pub use sheet::{COLUMNS, Sheet, SheetRow, in_groups};
 
 /// Why pictures could not be made.
 #[derive(Debug, thiserror::Error)]

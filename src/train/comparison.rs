@@ -13,7 +13,7 @@ use crate::data::dataset::{Dataset, DatasetError};
 use crate::data::transform::Transform;
 use crate::model::ModelDir;
 use crate::plan::{DatasetConfig, ValidationConfig};
-use crate::sample::{Sheet, SheetRow};
+use crate::sample::{COLUMNS, Sheet, SheetRow, in_groups};
 use crate::store::Store;
 
 /// Name of the picture below the output prefix.
@@ -82,15 +82,14 @@ pub fn draw(
     let row = |label: String, pictures: &[RgbImage], captions: bool| SheetRow {
         label,
         cells: pictures.iter().cloned().zip(held_out.captions.iter().map(|c| if captions { c.clone() } else { String::new() })).collect(),
+        space: 0,
     };
-    let sheet = Sheet {
-        rows: vec![
-            row("held-out pictures, never trained on".to_owned(), &held_out.truth, true),
-            row(format!("base model (distance {:.3})", comparison.base_distance), &base, false),
-            row(format!("with the LoRA, same noise (distance {:.3})", comparison.lora_distance), &lora, false),
-        ],
-        least_width: SHEET_WIDTH,
-    };
+    let rows = [
+        row("held-out pictures, never trained on".to_owned(), &held_out.truth, true),
+        row(format!("base model (distance {:.3})", comparison.base_distance), &base, false),
+        row(format!("with the LoRA, same noise (distance {:.3})", comparison.lora_distance), &lora, false),
+    ];
+    let sheet = Sheet { rows: in_groups(&rows, COLUMNS), least_width: SHEET_WIDTH };
     let mut png = Cursor::new(Vec::new());
     sheet.draw().write_to(&mut png, ImageFormat::Png)?;
     Ok(Some((comparison, png.into_inner())))
