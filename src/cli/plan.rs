@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::validate;
 use crate::api::{FineTuneJob, Reason};
-use crate::plan::{self, Facts, ModelShape, Plan};
+use crate::plan::{self, Facts, ModelShape, Plan, PriorPreservationConfig};
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
@@ -109,6 +109,10 @@ fn text(plan: &Plan, shape: &ModelShape) -> String {
         "pictures per update",
         format!("{} ({} x {})", training.batch_size * training.gradient_accumulation_steps, training.batch_size, training.gradient_accumulation_steps),
     );
+    if let Some(prior) = &training.prior_preservation {
+        let PriorPreservationConfig { images, sample_batch_size, weight, .. } = prior;
+        row("class pictures", format!("{images}, drawn {sample_batch_size} at once; as many per update as pictures, with weight {weight}"));
+    }
     row("checkpoints", config.checkpoint.uri.clone());
     row("model assumed", plan.memory.model.clone());
     let division = if plan.memory.micro_batch == training.batch_size {

@@ -4,6 +4,9 @@
 //! (a, a, b, b). The last batch of an epoch may be smaller. Gradients are applied after every `accumulation` batches and
 //! after the last batch of an epoch, where the count begins anew.
 //!
+//! With class pictures (prior preservation) every item brings one along, and an epoch is as long as the larger of the two
+//! sets: place i of the order before the permutation has copy i and class picture i, both modulo their numbers.
+//!
 //! The order is a function of `(seed, epoch)` alone, so any position can be resumed without replaying what came before.
 
 use std::sync::Arc;
@@ -20,6 +23,8 @@ pub struct SamplerConfig {
     pub samples: Arc<[Sha256Digest]>,
     /// Copies of each sample per epoch.
     pub repeats: u32,
+    /// Class pictures of prior preservation; 0: none.
+    pub class_pictures: u32,
     /// Items of a full batch.
     pub batch_size: u32,
     /// Batches per update.
@@ -34,6 +39,12 @@ pub enum SamplerError {
     /// No sample, or a count of zero.
     #[error("the sampler needs at least one sample, repeat, batch item and accumulated batch")]
     Empty,
+    /// An epoch is too long.
+    #[error("an epoch has {items} items, at most {MAX_ITEMS} are possible: lower dataset.repeats")]
+    TooMany {
+        /// Items of an epoch.
+        items: u64,
+    },
     /// The position does not exist.
     #[error("batch {batch} is beyond the {batches} batches of an epoch")]
     Position {
@@ -43,6 +54,9 @@ pub enum SamplerError {
         batches: u64,
     },
 }
+
+/// Items of an epoch at most: ordinals of class pictures lie above those of the items.
+const MAX_ITEMS: u64 = 1 << 31;
 
 /// The next batch: all that a checkpoint needs of the sampler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -64,6 +78,17 @@ pub struct Item {
     /// Which of the `repeats` copies, from 0.
     pub copy: u32,
     /// Place in the epoch's order, from 0: with the epoch it names the random numbers of this item.
+    pub ordinal: u64,
+    /// The class picture that is trained along.
+    pub class: Option<ClassItem>,
+}
+
+/// A class picture of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClassItem {
+    /// Which picture, from 0.
+    pub index: u32,
+    /// Names its random numbers, as [`Item::ordinal`]; no item has it.
     pub ordinal: u64,
 }
 
@@ -100,16 +125,24 @@ impl Sampler {
     /// If there is nothing to sample or a count is zero.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerError> {
         let counts = [config.repeats, config.batch_size, config.accumulation];
-        let copies = config.samples.len().checked_mul(config.repeats as usize).filter(|n| u32::try_from(*n).is_ok());
-        if counts.contains(&0) || copies.is_none_or(|n| n == 0) {
+        if counts.contains(&0) || config.samples.is_empty() {
             return Err(SamplerError::Empty);
         }
-        Ok(Self { config, position: Position::default(), order: None })
+        let sampler = Self { config, position: Position::default(), order: None };
+        match sampler.items_per_epoch() {
+            items if items > MAX_ITEMS => Err(SamplerError::TooMany { items }),
+            _ => Ok(sampler),
+        }
+    }
+
+    /// Copies of all samples.
+    fn copies(&self) -> u64 {
+        (self.config.samples.len() as u64).saturating_mul(u64::from(self.config.repeats))
     }
 
     /// Items per epoch.
     pub fn items_per_epoch(&self) -> u64 {
-        self.config.samples.len() as u64 * u64::from(self.config.repeats)
+        self.copies().max(u64::from(self.config.class_pictures))
     }
 
     /// Batches per epoch; the last one may be partial.
@@ -160,14 +193,16 @@ impl Sampler {
         let last_of_epoch = batch + 1 == self.batches_per_epoch();
         let accumulation = u64::from(self.config.accumulation);
         let (start, end) = (batch * size, ((batch + 1) * size).min(items));
-        let repeats = self.config.repeats;
+        let (repeats, class_pictures, copies) = (self.config.repeats, self.config.class_pictures, self.copies() as u32);
         let samples = Arc::clone(&self.config.samples);
         let order = self.order(epoch);
         let items = (start..end)
             .map(|ordinal| {
-                let copy_index = order[ordinal as usize];
+                let place = order[ordinal as usize];
+                let copy_index = place % copies;
                 let sample = (copy_index / repeats) as usize;
-                Item { sample, key: samples[sample], copy: copy_index % repeats, ordinal }
+                let class = (class_pictures > 0).then(|| ClassItem { index: place % class_pictures, ordinal: MAX_ITEMS + ordinal });
+                Item { sample, key: samples[sample], copy: copy_index % repeats, ordinal, class }
             })
             .collect();
         Batch {
@@ -206,7 +241,7 @@ mod tests {
     }
 
     fn sampler(samples: usize, repeats: u32, batch_size: u32, accumulation: u32, seed: u64) -> Sampler {
-        Sampler::new(SamplerConfig { samples: keys(samples), repeats, batch_size, accumulation, seed }).unwrap()
+        Sampler::new(SamplerConfig { samples: keys(samples), repeats, class_pictures: 0, batch_size, accumulation, seed }).unwrap()
     }
 
     #[test]
@@ -275,7 +310,7 @@ mod tests {
             for step in 0..total {
                 if step % 7 == 3 {
                     let position = sampler.position();
-                    sampler = Sampler::new(SamplerConfig { samples: keys(samples), repeats, batch_size, accumulation: 3, seed }).unwrap();
+                    sampler = self::sampler(samples, repeats, batch_size, 3, seed);
                     sampler.seek(position).unwrap();
                 }
                 for item in sampler.next_batch().items {
@@ -290,11 +325,47 @@ mod tests {
         }
     }
 
+    /// As `DreamBoothDataset` of the reference: `len = max(instances, class pictures)`, both indexed modulo.
+    #[test]
+    fn class_pictures_come_along_and_the_larger_set_decides_the_epoch() {
+        for (samples, repeats, class_pictures, items) in [(3, 2, 4, 6), (3, 2, 10, 10), (5, 1, 5, 5), (1, 1, 7, 7)] {
+            let config = SamplerConfig { samples: keys(samples), repeats, class_pictures, batch_size: 4, accumulation: 1, seed: 3 };
+            let mut sampler = Sampler::new(config).unwrap();
+            assert_eq!(sampler.items_per_epoch(), items);
+            let copies = samples as u64 * u64::from(repeats);
+            let (mut own, mut class) = (BTreeMap::<(usize, u32), u64>::new(), BTreeMap::<u32, u64>::new());
+            let mut ordinals = BTreeSet::new();
+            for _ in 0..sampler.batches_per_epoch() {
+                for item in sampler.next_batch().items {
+                    let picture = item.class.unwrap();
+                    *own.entry((item.sample, item.copy)).or_default() += 1;
+                    *class.entry(picture.index).or_default() += 1;
+                    assert!(ordinals.insert(item.ordinal) && ordinals.insert(picture.ordinal), "each names random numbers of its own");
+                    // The kernels name dropout masks by 32 bits.
+                    assert!(picture.ordinal < 1 << 32);
+                    let same_place = |i: u64| i % copies == item.sample as u64 * u64::from(repeats) + u64::from(item.copy);
+                    assert!((0..items).any(|i| same_place(i) && i % u64::from(class_pictures) == u64::from(picture.index)));
+                }
+            }
+            assert!(own.len() as u64 == copies && own.values().all(|n| (items / copies..=items.div_ceil(copies)).contains(n)), "{own:?}");
+            let number = u64::from(class_pictures);
+            assert!(class.len() as u64 == number && class.values().all(|n| (items / number..=items.div_ceil(number)).contains(n)), "{class:?}");
+        }
+        // Without class pictures the order is the same.
+        let of = |class_pictures| {
+            let config = SamplerConfig { samples: keys(9), repeats: 1, class_pictures, batch_size: 9, accumulation: 1, seed: 3 };
+            Sampler::new(config).unwrap().next_batch().items.iter().map(|i| (i.sample, i.ordinal)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(0), of(4));
+    }
+
     #[test]
     fn nothing_to_sample_is_an_error() {
         for (samples, repeats, batch_size, accumulation) in [(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)] {
-            let config = SamplerConfig { samples: keys(samples), repeats, batch_size, accumulation, seed: 0 };
+            let config = SamplerConfig { samples: keys(samples), repeats, class_pictures: 0, batch_size, accumulation, seed: 0 };
             assert_eq!(Sampler::new(config).err(), Some(SamplerError::Empty));
         }
+        let config = SamplerConfig { samples: keys(2), repeats: u32::MAX, class_pictures: 0, batch_size: 1, accumulation: 1, seed: 0 };
+        assert_eq!(Sampler::new(config).err(), Some(SamplerError::TooMany { items: 2 * u64::from(u32::MAX) }));
     }
 }

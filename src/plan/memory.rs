@@ -22,6 +22,10 @@ const KEPT: u64 = 11;
 const KEPT_DUAL: u64 = 5;
 /// Values that the block at work needs per token, in units of `D`.
 const AT_WORK: u64 = 25;
+/// Name of the stage that draws for prior preservation.
+const CLASS_STAGE: &str = "draw class pictures";
+/// Forward passes per class picture: 28 steps with guidance.
+const CLASS_PASSES: f64 = 56.0;
 /// LoRA: value, gradient and two moments in 32 bits.
 const LORA_BYTES: u64 = 16;
 
@@ -123,8 +127,12 @@ pub fn memory_plan(
         MemoryBudget::Cpu => u64::MAX,
     };
     let mut stages = sizes.preparation();
-    if validation.is_some() || training.prior_preservation.is_some() {
-        stages.push(sizes.sampling());
+    if let Some(prior) = &training.prior_preservation {
+        let value = bytes_of_a_value(prior.precision, matches!(budget, MemoryBudget::Gpu(_)));
+        stages.push(sizes.sampling(CLASS_STAGE, u64::from(prior.sample_batch_size), value));
+    }
+    if validation.is_some() {
+        stages.push(sizes.sampling("draw samples", 1, sizes.value));
     }
     let blocks: Vec<u64> = match training.gradient_checkpointing {
         GradientCheckpointing::Never => vec![0],
@@ -140,7 +148,11 @@ pub fn memory_plan(
     });
     stages.push(stage);
     if let Some(stage) = stages.iter().find(|stage| stage.bytes() > limit) {
-        let hint = if training.gradient_checkpointing == GradientCheckpointing::Never { " or set training.gradientCheckpointing: Auto" } else { "" };
+        let hint = match training.gradient_checkpointing {
+            _ if stage.name == CLASS_STAGE => " or training.priorPreservation.sampleBatchSize, or set training.priorPreservation.precision: Auto",
+            GradientCheckpointing::Never => " or set training.gradientCheckpointing: Auto",
+            _ => "",
+        };
         return Err(GpuTooSmall { stage: stage.name.clone(), needed: stage.bytes() as f64 / GIB, budget: limit as f64 / GIB, hint: hint.to_owned() });
     }
     Ok(MemoryPlan {
@@ -150,6 +162,14 @@ pub fn memory_plan(
         micro_batch: micro_batch as u32,
         stages,
     })
+}
+
+fn bytes_of_a_value(precision: Precision, gpu: bool) -> u64 {
+    match precision {
+        Precision::FP32 => 4,
+        Precision::Auto if !gpu => 4,
+        _ => 2,
+    }
 }
 
 /// What all stages need to know.
@@ -165,11 +185,7 @@ struct Sizes<'a> {
 impl<'a> Sizes<'a> {
     fn new(training: &'a TrainingConfig, shape: &'a ModelShape, budget: MemoryBudget) -> Self {
         let gpu = matches!(budget, MemoryBudget::Gpu(_));
-        let value = match training.precision {
-            Precision::FP32 => 4,
-            Precision::Auto if !gpu => 4,
-            _ => 2,
-        };
+        let value = bytes_of_a_value(training.precision, gpu);
         Self { shape, training, value, library: if gpu { LIBRARY_BYTES } else { 0 } }
     }
 
@@ -201,13 +217,14 @@ impl<'a> Sizes<'a> {
         ]
     }
 
-    /// Drawing pictures: the transformer with guidance (two passes at once), then the decoder beside it.
-    fn sampling(&self) -> Stage {
+    /// Drawing `pictures` at once: the transformer with guidance (two passes each) in values of `value` bytes, and beside it the decoder,
+    /// one picture at a time.
+    fn sampling(&self, name: &str, pictures: u64, value: u64) -> Stage {
         let encoders = &self.shape.encoders;
-        let forward = 2 * self.tokens() * AT_WORK * self.shape.hidden * self.value;
+        let forward = 2 * pictures * self.tokens() * AT_WORK * self.shape.hidden * value;
         let pixels = u64::from(self.training.resolution).pow(2);
         let decode = encoders.vae_decoder * 4 + 3 * pixels * 2 * encoders.vae_channels * 4;
-        Stage::new("draw samples", [("transformer", self.weights()), ("activations", forward.max(decode)), ("libraries", self.library)])
+        Stage::new(name, [("transformer", self.shape.parameters() * value), ("activations", forward.max(decode)), ("libraries", self.library)])
     }
 
     /// One pass over `micro` pictures, of which the first `recomputed` blocks are computed again.
@@ -241,21 +258,21 @@ impl<'a> Sizes<'a> {
     }
 }
 
-/// Floating-point operations of the whole run of `updates` updates: forward, gradients of the inputs (none of frozen weights), and the blocks
-/// computed again.
+/// Floating-point operations of the whole run of `updates` updates: forward, gradients of the inputs (none of frozen weights), the blocks
+/// computed again, and drawing class pictures.
 pub fn run_flops(training: &TrainingConfig, shape: &ModelShape, memory: &MemoryPlan, updates: u64) -> f64 {
     let (weights, attention) = shape.forward_flops(training.resolution, training.max_sequence_length);
     let again = f64::from(memory.recomputed_blocks) / shape.layers as f64;
-    let sets = if training.prior_preservation.is_some() { 2.0 } else { 1.0 };
+    let (sets, class_pictures) = training.prior_preservation.as_ref().map_or((1.0, 0.0), |prior| (2.0, f64::from(prior.images)));
     let pictures = updates as f64 * f64::from(training.gradient_accumulation_steps) * f64::from(training.batch_size) * sets;
-    pictures * ((1.0 + again) * (weights + attention) + weights + 2.5 * attention)
+    pictures * ((1.0 + again) * (weights + attention) + weights + 2.5 * attention) + class_pictures * CLASS_PASSES * (weights + attention)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::api::FineTuneJobSpec;
-    use crate::plan::{Facts, resolve};
+    use crate::plan::{Facts, PriorPreservationConfig, resolve};
 
     fn training(change: impl FnOnce(&mut TrainingConfig)) -> TrainingConfig {
         let spec: FineTuneJobSpec = serde_json::from_value(serde_json::json!({
@@ -334,6 +351,40 @@ mod tests {
         assert_eq!((never.recomputed_blocks, never.micro_batch), (0, 2));
         let always = plan(|t| t.gradient_checkpointing = GradientCheckpointing::Always, &ModelShape::SD3_MEDIUM);
         assert_eq!((always.recomputed_blocks, always.micro_batch), (24, 4));
+    }
+
+    /// Twice the pictures per pass, and a stage that draws: sixteen at once with guidance are 32 passes of 1178 tokens, 25 D of 2 bytes each.
+    #[test]
+    fn prior_preservation_counts_in_every_stage() {
+        let with = |change: fn(&mut PriorPreservationConfig)| {
+            training(|t| {
+                let mut prior =
+                    PriorPreservationConfig { class_prompt: "a dog".into(), images: 100, weight: 1.0, sample_batch_size: 16, precision: Precision::Auto };
+                change(&mut prior);
+                t.prior_preservation = Some(prior);
+            })
+        };
+        let (shape, gpu) = (&ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES));
+        let (plain, prior) = (training(|_| {}), with(|_| {}));
+        let plan = memory_plan(&prior, None, shape, gpu).unwrap();
+        let stage = |plan: &MemoryPlan, name: &str| plan.stages.iter().find(|s| s.name == name).cloned().unwrap();
+        let drawing = stage(&plan, "draw class pictures");
+        assert!((part(&drawing, "activations") * GIB - 32.0 * 1178.0 * 25.0 * 1536.0 * 2.0).abs() < 1.0, "{drawing:?}");
+        let single = Sizes::new(&plain, shape, gpu).training(4, 0);
+        assert!((part(&Sizes::new(&prior, shape, gpu).training(4, 0), "kept activations") / part(&single, "kept activations") - 2.0).abs() < 1e-9);
+        // The article's job still fits with the whole batch.
+        assert_eq!(plan.micro_batch, 4);
+        assert!(plan.peak_bytes() <= BUDGET_BYTES);
+        // 100 pictures of 56 passes and twice the work per update.
+        let flops = |training: &TrainingConfig, updates| run_flops(training, shape, &plan, updates);
+        let (weights, attention) = shape.forward_flops(512, 77);
+        assert!((flops(&prior, 0) / (5600.0 * (weights + attention)) - 1.0).abs() < 1e-9);
+        assert!(((flops(&prior, 10) - flops(&prior, 0)) / flops(&plain, 10) - 2.0).abs() < 1e-9);
+        // Too many at once: the message says what to lower.
+        let large = |t: &mut PriorPreservationConfig| (t.sample_batch_size, t.precision) = (64, Precision::FP32);
+        let error = memory_plan(&with(large), None, shape, gpu).unwrap_err();
+        assert_eq!(error.stage, "draw class pictures");
+        assert!(error.to_string().contains("training.priorPreservation.sampleBatchSize"), "{error}");
     }
 
     #[test]

@@ -260,7 +260,7 @@ fn training(spec: &api::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
         prior_preservation: spec.prior_preservation.as_ref().map(|prior| PriorPreservationConfig {
             class_prompt: prior.class_prompt.clone(),
             images: prior.images,
-            weight: reader.number("spec.training.priorPreservation.weight", &prior.weight, |v| v > 0.0),
+            weight: reader.number("spec.training.priorPreservation.weight", &prior.weight, |v| v > 0.0 && v <= 100.0),
             sample_batch_size: prior.sample_batch_size,
             precision: prior.precision,
         }),

@@ -14,6 +14,7 @@ use crate::model::lora::LoraError;
 use crate::model::mmdit::MmditError;
 use crate::model::weights::WeightsError;
 use crate::plan::GpuTooSmall;
+use crate::sample::SampleError;
 use crate::store::model_source::ModelSourceError;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -39,12 +40,6 @@ pub enum TrainError {
         expected: String,
         /// What was found.
         found: String,
-    },
-    /// The spec asks for something that this trainer cannot do.
-    #[error("{field} is not supported by this version: leave it out")]
-    Unsupported {
-        /// The field of the spec.
-        field: &'static str,
     },
     /// The model cannot be fetched.
     #[error("failed to fetch the model")]
@@ -112,13 +107,14 @@ impl TrainError {
             Self::ModelSource(error) => model_reason(error),
             Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
             Self::Mmdit(error) => mmdit_reason(error),
-            Self::Lora(_) | Self::Unsupported { .. } => Reason::InvalidConfig,
+            Self::Lora(_) => Reason::InvalidConfig,
             Self::Prepare(error) => match error {
                 PrepareError::ModelSource(error) => model_reason(error),
                 PrepareError::Store(error) => store_reason(error),
                 PrepareError::Dataset(error) => error.reason(),
                 PrepareError::Stopped => Reason::Interrupted,
                 PrepareError::Text(_) | PrepareError::Vae(_) | PrepareError::Layout(_) => Reason::ModelLoadFailed,
+                PrepareError::Draw(error) => draw_reason(error),
                 PrepareError::Cache(error) | PrepareError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
                 PrepareError::Prepared(_) | PrepareError::Tensor(_) => Reason::TrainerCrashed,
             },
@@ -172,6 +168,16 @@ fn mmdit_reason(error: &MmditError) -> Reason {
         MmditError::Device { .. } => Reason::GPUUnavailable,
         MmditError::Tensor(_) | MmditError::Input { .. } => Reason::TrainerCrashed,
         _ => Reason::ModelLoadFailed,
+    }
+}
+
+/// Drawing class pictures.
+fn draw_reason(error: &SampleError) -> Reason {
+    match error {
+        SampleError::Stopped => Reason::Interrupted,
+        SampleError::Mmdit(error) => mmdit_reason(error),
+        SampleError::Layout(_) | SampleError::Weights(_) | SampleError::Vae(_) | SampleError::Text(_) => Reason::ModelLoadFailed,
+        SampleError::Lora(_) | SampleError::Setting { .. } | SampleError::Write { .. } | SampleError::Tensor(_) => Reason::TrainerCrashed,
     }
 }
 

@@ -14,9 +14,12 @@ pub struct Record {
     pub epoch: f64,
     /// Seconds since 1970.
     pub time: f64,
-    /// Mean training loss of the update's micro-batches.
+    /// Mean training loss of the update's micro-batches; with prior preservation plus the weighted loss of the class pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
+    /// Mean loss of the class pictures, without its weight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prior_loss: Option<f64>,
     /// Learning rate of the update.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -39,6 +42,7 @@ impl Record {
     fn scalars(&self) -> Vec<(&'static str, f64)> {
         [
             ("train/loss", self.loss),
+            ("train/prior_loss", self.prior_loss),
             ("train/learning_rate", self.learning_rate),
             ("train/gradient_norm", self.gradient_norm),
             ("train/step_seconds", self.step_seconds),

@@ -62,9 +62,6 @@ impl Outcome {
 /// # Errors
 /// [`TrainError`]; its reason gives the exit code.
 pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<Outcome, TrainError> {
-    if config.training.prior_preservation.is_some() {
-        return Err(TrainError::Unsupported { field: "training.priorPreservation" });
-    }
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
     let device = device::open(config.device)?;
@@ -247,6 +244,7 @@ impl Run<'_> {
                 dropout: training.lora.dropout > 0.0,
             },
             accumulation: training.gradient_accumulation_steps,
+            prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
             max_grad_norm: training.max_grad_norm,
             schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),
             plan: ExecutionPlan {
@@ -260,6 +258,7 @@ impl Run<'_> {
         let sampler = Sampler::new(SamplerConfig {
             samples: self.dataset.samples.iter().map(|s| s.image_digest).collect(),
             repeats: self.config.dataset.repeats,
+            class_pictures: training.prior_preservation.as_ref().map_or(0, |prior| prior.images),
             batch_size: training.batch_size,
             accumulation: training.gradient_accumulation_steps,
             seed: training.seed,

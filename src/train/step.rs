@@ -127,14 +127,23 @@ impl Inputs {
 /// The outcome of a micro-batch.
 #[derive(Debug)]
 pub struct MicroBatch {
-    /// Sum of the samples' losses.
-    pub loss: f64,
+    /// Each sample's loss.
+    pub losses: Vec<f64>,
     /// Gradients of the weighted loss, aligned with the parameters.
     pub grads: Vec<Vec<f32>>,
 }
 
-/// Forward, loss and backward of one micro-batch. `ordinals` are the items' places within `epoch`; each sample's loss counts
-/// `weight` (1 / samples of the batch / batches per update) in the gradients.
+/// What each sample's loss counts in the gradients: `weight` (1 / samples of the batch / batches per update) for each of `samples`,
+/// and with prior preservation `weight · prior` for each of as many class pictures after them:
+/// `mean(samples) + prior · mean(class pictures)`, as the reference's chunked batch.
+pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64> {
+    let mut coefficients = vec![weight; samples];
+    coefficients.extend(prior.into_iter().flat_map(|prior| std::iter::repeat_n(weight * prior, samples)));
+    coefficients
+}
+
+/// Forward, loss and backward of one micro-batch. `ordinals` name the samples' random numbers within `epoch`; `coefficients` say what
+/// each sample's loss counts in the gradients.
 ///
 /// # Errors
 /// If the model refuses the inputs.
@@ -145,18 +154,16 @@ pub fn micro_batch(
     examples: &[&Example],
     epoch: u64,
     ordinals: &[u64],
-    weight: f64,
+    coefficients: &[f64],
 ) -> Result<MicroBatch, MmditError> {
     let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
     let inputs = Inputs::new(&objective.table, examples, &draws, device)?;
     let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
     let (velocity, saved) = model.forward(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref())?;
     let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-    let coefficients = vec![weight; examples.len()];
-    let loss = flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &coefficients);
-    let sum = loss.per_sample.iter().sum();
+    let loss = flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, coefficients);
     let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), device)?;
-    Ok(MicroBatch { loss: sum, grads: model.backward(saved, &d_velocity)? })
+    Ok(MicroBatch { losses: loss.per_sample, grads: model.backward(saved, &d_velocity)? })
 }
 
 /// The losses of a batch without gradients, one per sample.
@@ -213,5 +220,66 @@ mod tests {
         assert!((variance / ((-1.0_f64).exp() * 1.5305 * 1.5305) - 1.0).abs() < 0.03, "{variance}");
         let sharp = objective.draw(&self::example(10, -1000.0), 0, 0).x0;
         assert!(sharp.iter().all(|x| (x - (0.5 - 0.0609) * 1.5305).abs() < 1e-5), "{sharp:?}");
+    }
+
+    /// loss = mean(samples) + weight · mean(class pictures): its gradient is the sum of both parts' gradients, and each sample keeps the
+    /// loss that it has alone. Cosmap weighs samples by their noise level, so a weight that is taken from the other half would show.
+    #[test]
+    fn the_gradient_of_a_batch_with_class_pictures_is_the_sum_of_both_parts() {
+        use crate::model::lora::LoraSpec;
+        use crate::model::mmdit::MmditConfig;
+        use crate::model::weights::Weights;
+        use crate::optim::Param;
+
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/micro-sd3/transformer");
+        let weights = std::sync::Arc::new(Weights::open(&folder).unwrap());
+        let mut model = Mmdit::load(weights, MmditConfig::open(&folder).unwrap(), &Device::Cpu).unwrap();
+        let spec = LoraSpec { rank: 2, alpha: 2.0, dropout: 0.0, target_modules: vec!["to_q".into(), "to_v".into(), "add_k_proj".into()] };
+        let layout = model.attach_lora(&spec).unwrap().clone();
+        let random = |n: usize, index: u64| {
+            let mut values = vec![0.0; n];
+            Stream::new(1, Purpose::Noise, 9, index).fill_normal(&mut values);
+            values
+        };
+        // B is not zero, so that A has gradients too.
+        let params: Vec<Param> = layout
+            .init(4)
+            .into_iter()
+            .enumerate()
+            .map(|(i, p)| Param { value: random(p.value.len(), i as u64).iter().map(|x| 0.1 * x).collect(), ..p })
+            .collect();
+        model.set_lora(&params).unwrap();
+        let (channels, joint, pooled) = (model.config().in_channels, model.config().joint_attention_dim, model.config().pooled_projection_dim);
+        let tensor = |shape: &[usize], index| Tensor::from_vec(random(shape.iter().product(), index), shape, &Device::Cpu).unwrap();
+        let examples: Vec<Example> = (0..4)
+            .map(|i| Example {
+                mean: random(channels * 16, 100 + i),
+                logvar: vec![-1.0; channels * 16],
+                shape: [channels, 4, 4],
+                embeds: tensor(&[5, joint], 200 + i),
+                pooled: tensor(&[pooled], 300 + i),
+            })
+            .collect();
+        let objective = Objective { kind: LossKind { weighting: Weighting::Cosmap, precondition_outputs: false }, ..objective() };
+        let (weight, prior) = (0.25, 0.7);
+        let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
+            let (examples, ordinals): (Vec<&Example>, Vec<u64>) = range.map(|i| (&examples[i], i as u64)).unzip();
+            micro_batch(&model, &objective, &Device::Cpu, &examples, 3, &ordinals, coefficients).unwrap()
+        };
+        assert_eq!(coefficients(2, weight, None), [weight; 2]);
+        let mixed = run(0..4, &coefficients(2, weight, Some(prior)));
+        let (own, class) = (run(0..2, &[weight; 2]), run(2..4, &[weight; 2]));
+        let mut largest: f64 = 0.0;
+        for ((mixed, own), class) in mixed.grads.iter().zip(&own.grads).zip(&class.grads) {
+            let norm = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            for ((mixed, own), class) in mixed.iter().zip(own).zip(class) {
+                let sum = f64::from(*own) + prior * f64::from(*class);
+                assert!((f64::from(*mixed) - sum).abs() <= 1e-5 * norm, "{mixed} {sum} {norm}");
+                largest = largest.max(sum.abs());
+            }
+        }
+        assert!(largest > 1e-4, "gradients are there: {largest}");
+        let alone: Vec<f64> = own.losses.iter().chain(&class.losses).copied().collect();
+        assert!(mixed.losses.iter().zip(&alone).all(|(a, b)| (a - b).abs() <= 1e-6 * b), "{:?} {alone:?}", mixed.losses);
     }
 }

@@ -9,7 +9,7 @@ use super::history::{self, History, Record};
 use super::interrupt::Interrupt;
 use super::prepare::{Prepared, PreparedError};
 use super::step::{self, Example, Objective};
-use crate::data::sampler::{Position, Sampler, SamplerError};
+use crate::data::sampler::{Item, Position, Sampler, SamplerError};
 use crate::model::lora::{LoraError, LoraLayout};
 use crate::model::mmdit::{Mmdit, MmditError};
 use crate::optim::{self, Optimizer, Param, Schedule, StateError};
@@ -55,6 +55,8 @@ pub struct Settings {
     pub objective: Objective,
     /// Batches per update.
     pub accumulation: u32,
+    /// What the mean loss of the class pictures counts.
+    pub prior_weight: Option<f64>,
     /// Clipping threshold; 0: none.
     pub max_grad_norm: f64,
     /// Learning rates.
@@ -178,27 +180,31 @@ impl Trainer {
         let begin = Instant::now();
         let step = self.step + 1;
         let mut grads: Vec<Vec<f32>> = self.params.iter().map(|p| vec![0.0; p.value.len()]).collect();
-        let (mut loss, mut batches) = (0.0, 0_u32);
+        let (mut loss, mut prior_loss, mut batches) = (0.0, 0.0, 0_u32);
         loop {
             if interrupt.requested() {
                 self.sampler.seek(self.boundary)?;
                 return Ok(Update::Interrupted);
             }
             let batch = self.sampler.next_batch();
-            let Settings { objective, device, accumulation, plan, .. } = &self.settings;
+            let Settings { objective, device, accumulation, prior_weight, plan, .. } = &self.settings;
             let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
-            let mut batch_loss = 0.0;
+            let (mut batch_loss, mut batch_prior_loss) = (0.0, 0.0);
             for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
-                let examples: Vec<Example> = items.iter().map(|item| self.prepared.example(item.sample, item.copy)).collect::<Result<_, _>>()?;
-                let ordinals: Vec<u64> = items.iter().map(|item| item.ordinal).collect();
-                let micro = step::micro_batch(&self.model, objective, device, &examples.iter().collect::<Vec<_>>(), batch.epoch, &ordinals, weight)?;
-                finite(step, "loss", micro.loss)?;
+                let (examples, ordinals) = self.inputs(items)?;
+                let coefficients = step::coefficients(items.len(), weight, *prior_weight);
+                let micro = step::micro_batch(&self.model, objective, device, &examples.iter().collect::<Vec<_>>(), batch.epoch, &ordinals, &coefficients)?;
+                let (own, class) = micro.losses.split_at(items.len());
+                let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
+                finite(step, "loss", own + class)?;
                 for (sum, grad) in grads.iter_mut().zip(&micro.grads) {
                     sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
                 }
-                batch_loss += micro.loss;
+                batch_loss += own;
+                batch_prior_loss += class;
             }
             loss += batch_loss / batch.items.len() as f64;
+            prior_loss += batch_prior_loss / batch.items.len() as f64;
             batches += 1;
             if batch.sync {
                 break;
@@ -213,11 +219,14 @@ impl Trainer {
         self.boundary = self.sampler.position();
         let step_seconds = begin.elapsed().as_secs_f64();
         self.training_seconds += step_seconds;
+        let (loss, prior_loss) = (loss / f64::from(batches), prior_loss / f64::from(batches));
+        let prior = self.settings.prior_weight;
         let record = Record {
             step,
             epoch: self.epochs(),
             time: history::now(),
-            loss: Some(loss / f64::from(batches)),
+            loss: Some(prior.map_or(loss, |weight| loss + weight * prior_loss)),
+            prior_loss: prior.map(|_| prior_loss),
             learning_rate: Some(learning_rate),
             gradient_norm: Some(gradient_norm),
             step_seconds: Some(step_seconds),
@@ -226,6 +235,13 @@ impl Trainer {
         };
         self.history.push(record.clone());
         Ok(Update::Done(record))
+    }
+
+    /// The data of a batch's items, after them those of their class pictures, and the names of their random numbers.
+    fn inputs(&self, items: &[Item]) -> Result<(Vec<Example>, Vec<u64>), PreparedError> {
+        let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy)?, item.ordinal)));
+        let class = items.iter().filter_map(|item| item.class).map(|class| Ok((self.prepared.class_example(class.index)?, class.ordinal)));
+        own.chain(class).collect()
     }
 
     fn clip(&self, grads: &mut [Vec<f32>]) -> f64 {

@@ -11,6 +11,7 @@ use crate::model::lora::{LoraSpec, LoraState};
 use crate::model::mmdit::{Mmdit, MmditConfig};
 use crate::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
 use crate::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip_global_norm};
+use crate::train::step::coefficients;
 
 #[derive(Deserialize)]
 struct LoraSettings {
@@ -49,6 +50,7 @@ pub fn run_with(case: &Case, device: &Device, prepare: impl FnOnce(&mut Mmdit)) 
     let kind = LossKind { weighting, precondition_outputs: case.setting("precondition_outputs")? };
     let accumulation: usize = case.setting("gradient_accumulation_steps")?;
     let steps: usize = case.setting("optimizer_steps")?;
+    let prior: Option<f64> = case.setting("prior_loss_weight")?;
     let max_grad_norm: f64 = case.setting("max_grad_norm")?;
 
     let folder = case.model_dir().join("transformer");
@@ -89,7 +91,9 @@ pub fn run_with(case: &Case, device: &Device, prepare: impl FnOnce(&mut Mmdit)) 
             let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), dims, &Device::Cpu)?;
             let timesteps = Tensor::from_vec(timesteps, batch, &Device::Cpu)?;
             let (velocity, saved) = model.forward(&x_t, &timesteps, input("prompt_embeds")?, input("pooled")?, None).map_err(VerifyError::product)?;
-            let coefficients = vec![1.0 / (batch * accumulation) as f64; batch];
+            // With prior preservation the second half of the batch are class pictures.
+            let samples = if prior.is_some() { batch / 2 } else { batch };
+            let coefficients = coefficients(samples, 1.0 / (samples * accumulation) as f64, prior);
             let loss = loss(kind, &values(&velocity)?, &x0, &noise, &sigmas, &coefficients);
             let d_velocity = Tensor::from_vec(loss.d_velocity.clone(), velocity.dims(), &Device::Cpu)?;
             let gradients = model.backward(saved, &d_velocity).map_err(VerifyError::product)?;
@@ -98,7 +102,8 @@ pub fn run_with(case: &Case, device: &Device, prepare: impl FnOnce(&mut Mmdit)) 
                 Some(sum) => sum.iter_mut().flatten().zip(gradients.iter().flatten()).for_each(|(s, g)| *s += g),
             }
             compare(&mut report, case, &expected, &format!("velocity.{s}.{m}"), &velocity)?;
-            compare(&mut report, case, &expected, &format!("loss.{s}.{m}"), &Tensor::new(&[loss.mean() as f32], &Device::Cpu)?)?;
+            let objective: f64 = loss.per_sample.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
+            compare(&mut report, case, &expected, &format!("loss.{s}.{m}"), &Tensor::new(&[objective as f32], &Device::Cpu)?)?;
         }
         let mut gradients = sum.ok_or_else(|| VerifyError::Setting { key: "gradient_accumulation_steps".into() })?;
         for (param, gradient) in params.iter().zip(&gradients) {

@@ -270,6 +270,8 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.training.resolution", json!(500)),
         ("spec.training.lora.rank", json!(0)),
         ("spec.training.precision", json!("FP8")),
+        ("spec.training.priorPreservation", json!({"classPrompt": " "})),
+        ("spec.training.priorPreservation", json!({"classPrompt": "a dog", "sampleBatchSize": 65})),
         ("spec.training.optimizer.learningRate", json!(0.0001)),
         ("spec.training.optimizer.learningRate", json!("fast")),
         ("spec.training.lora.targetModules", json!(["attn.to_q", "attn.to_q"])),

@@ -21,12 +21,6 @@ fn check(output: &Output, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn what_this_version_cannot_do_is_refused_rather_than_left_out() {
-    let changes = json!({"training": {"priorPreservation": {"classPrompt": "a shape", "images": 4}}});
-    fails(&Bench::new(), &changes, 78, &["training.priorPreservation is not supported", "InvalidConfig"]);
-}
-
-#[test]
 fn every_bad_line_of_a_dataset_is_listed() {
     let bench = Bench::new();
     let lines = [
@@ -97,7 +91,12 @@ fn command_lines_and_manifests_that_cannot_be_used_end_with_64() {
     check(&finetune().args(["run", "--no-such-flag"]).output().unwrap(), 64, &["--no-such-flag"]);
     check(&finetune().args(["run", "no-such-file.yaml"]).output().unwrap(), 64, &["no-such-file.yaml"]);
     // All violations at once, with their fields.
-    fails(&bench, &json!({"training": {"batchSize": 0, "resolutoin": 64}, "output": {"uri": "ftp://x/"}}), 64, &["batchSize", "resolutoin", "spec.output.uri"]);
+    fails(
+        &bench,
+        &json!({"training": {"batchSize": 0, "resolutoin": 64, "priorPreservation": {"classPrompt": " ", "images": 0, "weight": "101"}}, "output": {"uri": "ftp://x/"}}),
+        64,
+        &["batchSize", "resolutoin", "classPrompt", "images", "weight", "spec.output.uri"],
+    );
     check(&bench.command(&json!({})).args(["--bucket", "nonsense"]).output().unwrap(), 64, &["nonsense"]);
     check(&bench.command(&json!({})).args(["--name", "other"]).output().unwrap(), 64, &["other", "micro"]);
     assert!(finetune().args(["run", "--help"]).output().unwrap().status.success());

@@ -9,6 +9,7 @@ mod existing;
 mod failures;
 mod fencing;
 mod outputs;
+mod prior;
 mod resume;
 mod s3;
 #[path = "../common/servers.rs"]

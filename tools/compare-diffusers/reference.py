@@ -18,8 +18,6 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]
-
 
 def load_pipeline(model):
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32)
@@ -77,12 +75,12 @@ def evaluation_loss(pipeline, mean, embeds, pooled, draws=8):
     return total / draws
 
 
-def train(pipeline, data, out, *, seed, steps, batch, accumulation, learning_rate, rank, schedule="linear", precondition=True, log=None):
+def train(pipeline, data, out, *, seed, steps, batch, accumulation, learning_rate, rank, targets, schedule="linear", precondition=True, log=None):
     """Trains and writes out/pytorch_lora_weights.safetensors."""
     mean, std, embeds, pooled = data
     torch.manual_seed(seed)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS))
+    pipeline.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
     parameters = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
     rate = get_scheduler(schedule, optimizer=optimizer, num_warmup_steps=0, num_training_steps=steps)

@@ -5,6 +5,7 @@ use crate::data::dataset::DatasetError;
 use crate::model::layout::LayoutError;
 use crate::model::text::TextError;
 use crate::model::vae::VaeError;
+use crate::sample::SampleError;
 use crate::store::StoreError;
 use crate::store::model_source::ModelSourceError;
 
@@ -23,6 +24,9 @@ pub enum PrepareError {
     /// Captions could not be encoded.
     #[error("failed to encode the captions")]
     Text(#[source] TextError),
+    /// Class pictures could not be drawn.
+    #[error("failed to draw the class pictures")]
+    Draw(#[source] SampleError),
     /// Pictures could not be encoded.
     #[error("failed to encode the pictures")]
     Vae(#[from] VaeError),
@@ -43,6 +47,12 @@ pub enum PrepareError {
     Stopped,
 }
 
+impl From<SampleError> for PrepareError {
+    fn from(error: SampleError) -> Self {
+        if matches!(error, SampleError::Stopped) { Self::Stopped } else { Self::Draw(error) }
+    }
+}
+
 impl From<TextError> for PrepareError {
     fn from(error: TextError) -> Self {
         if matches!(error, TextError::Stopped) { Self::Stopped } else { Self::Text(error) }
@@ -56,12 +66,12 @@ pub enum PreparedError {
     #[error("failed to read prepared data from the cache")]
     Cache(#[from] CacheError),
     /// An entry is not there.
-    #[error("the cache has lost {what} of sample {sample}: remove the cache folder and run again")]
+    #[error("the cache has lost {what} {index}: remove the cache folder and run again")]
     Missing {
         /// What is missing.
         what: &'static str,
-        /// Whose.
-        sample: usize,
+        /// Which one, from 0.
+        index: usize,
     },
     /// An entry is not as it was written.
     #[error("the cache holds {what} of an unexpected shape or type: remove the cache folder and run again")]

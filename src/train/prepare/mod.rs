@@ -4,6 +4,7 @@
 //! transform and the VAE. A sample finds its data by those keys, never by position, so that caption i is trained with
 //! picture i whatever the order. Where everything is known, neither text encoders nor VAE are fetched.
 
+mod class;
 mod error;
 mod keys;
 mod prepared;
@@ -15,8 +16,9 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use tokio::task::block_in_place;
 
+use class::ClassPainter;
 pub use error::{PrepareError, PreparedError};
-pub use keys::Keys;
+pub use keys::{Fingerprints, Keys};
 pub use prepared::Prepared;
 
 use super::environment::JobEnvironment;
@@ -24,6 +26,8 @@ use super::step::LatentScaling;
 use crate::api::Stage;
 use crate::data::cache::TensorCache;
 use crate::data::dataset::Dataset;
+use crate::data::transform::Pixels;
+use crate::digest::Sha256Digest;
 use crate::model::ModelDir;
 use crate::model::layout::Part;
 use crate::model::text::{PromptEmbedding, PromptEncoder};
@@ -34,6 +38,9 @@ use crate::store::model_source::{ModelFolder, Parts};
 
 /// Prepared latents are written at least this often: what a kill may cost.
 const WRITE_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Class pictures are written at least this often: each takes seconds, even on a GPU.
+const PICTURE_WRITE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Prepares all that `dataset` and the `held_out` captions need; what the cache or its mirror beside the checkpoints has is not made again.
 ///
@@ -50,9 +57,17 @@ pub async fn prepare(
     device: &Device,
     environment: &JobEnvironment,
 ) -> Result<Prepared, PrepareError> {
-    let encoders = folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?;
-    let vae = folder.fingerprint(Parts::VAE).await?;
-    let preparation = Preparation { config, dataset, held_out, pictures, folder, device, environment, keys: Keys::new(config, encoders, vae) };
+    let fingerprints = Fingerprints {
+        encoders: folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?,
+        vae: folder.fingerprint(Parts::VAE).await?,
+        // In a mounted volume this reads the whole file.
+        transformer: match config.training.prior_preservation {
+            Some(_) => folder.fingerprint(Parts::TRANSFORMER | Parts::SCHEDULER).await?,
+            None => [0; 32],
+        },
+        cpu: device.is_cpu(),
+    };
+    let preparation = Preparation { config, dataset, held_out, pictures, folder, device, environment, keys: Keys::new(config, &fingerprints) };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -60,7 +75,8 @@ pub async fn prepare(
         cache.flush().await?;
     }
     let scaling = prepared?;
-    Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, scaling))
+    let prior = config.training.prior_preservation.as_ref();
+    Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, prior, scaling))
 }
 
 struct Preparation<'a> {
@@ -74,9 +90,19 @@ struct Preparation<'a> {
     keys: Keys,
 }
 
+/// Where a picture to encode comes from. In the order of encoding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Source {
+    /// A sample of the dataset, and which copy.
+    Sample(usize, u32),
+    /// A class picture.
+    Class(u32),
+}
+
 impl Preparation<'_> {
     async fn all(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
         self.prompts(cache).await?;
+        self.class_pictures(cache).await?;
         self.latents(cache).await
     }
 
@@ -94,10 +120,12 @@ impl Preparation<'_> {
         if self.environment.interrupt.requested() { Err(PrepareError::Stopped) } else { Ok(()) }
     }
 
-    /// Every caption that the run needs, each once: those of the dataset and of validation, with its empty negative prompt.
+    /// Every caption that the run needs, each once: those of the dataset, of validation and of the class pictures, with the empty
+    /// negative prompt where pictures are drawn.
     fn captions(&self) -> BTreeSet<String> {
         let validation = self.config.validation.iter().flat_map(|v| v.prompts.iter().cloned().chain([String::new()]));
-        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(self.held_out.iter().cloned()).chain(validation).collect()
+        let class = self.config.training.prior_preservation.iter().flat_map(|prior| [prior.class_prompt.clone(), String::new()]);
+        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(self.held_out.iter().cloned()).chain(validation).chain(class).collect()
     }
 
     async fn prompts(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {
@@ -122,15 +150,71 @@ impl Preparation<'_> {
         })
     }
 
+    /// Draws the class pictures that are not there, neither they nor their latents.
+    async fn class_pictures(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {
+        let reporter = &self.environment.reporter;
+        let training = &self.config.training;
+        let Some(prior) = &training.prior_preservation else { return Ok(()) };
+        let known = |key: Option<Sha256Digest>| key.is_some_and(|key| cache.contains(&key));
+        let missing: Vec<u32> = (0..prior.images).filter(|i| !known(self.keys.class_latents(*i)) && !known(self.keys.class_picture(*i))).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.fetch(Parts::TRANSFORMER | Parts::SCHEDULER | Parts::VAE, "fetching the transformer").await?;
+        let model = ModelDir::open(self.folder.folder())?;
+        let embedding = |text: &str| {
+            let (embeds, pooled) = prepared::read_prompt(cache, &self.keys.prompt(text))?.ok_or(PreparedError::Malformed { what: "the class prompt" })?;
+            Ok::<_, PrepareError>(PromptEmbedding { embeds, pooled })
+        };
+        let (prompt, negative) = (embedding(&prior.class_prompt)?, embedding("")?);
+        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.device))?;
+        reporter.stage(Stage::PreparingData, "drawing class pictures", missing.len() as u64);
+        let mut written = Instant::now();
+        for indices in missing.chunks(prior.sample_batch_size.max(1) as usize) {
+            let mut on_step = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let pictures = block_in_place(|| painter.draw(indices, &mut on_step))?;
+            for (index, picture) in indices.iter().zip(&pictures) {
+                if let Some(key) = self.keys.class_picture(*index) {
+                    class::put(cache, key, picture)?;
+                }
+            }
+            reporter.advance(indices.len() as u64);
+            if written.elapsed() >= PICTURE_WRITE_INTERVAL {
+                cache.flush().await?;
+                written = Instant::now();
+            }
+        }
+        Ok(())
+    }
+
+    /// The model's input for a picture.
+    async fn pixels(&self, cache: &TensorCache, source: Source) -> Result<Pixels, PrepareError> {
+        match source {
+            Source::Sample(sample, copy) => {
+                let picture = Dataset::load(self.pictures, &self.dataset.samples[sample]).await?;
+                Ok(block_in_place(|| self.keys.transform(self.dataset, sample, copy).apply(&picture)))
+            }
+            Source::Class(index) => {
+                let key = self.keys.class_picture(index).ok_or(PreparedError::Malformed { what: "class pictures" })?;
+                Ok(self.keys.class_transform().apply(&class::get(cache, &key, index as usize)?))
+            }
+        }
+    }
+
     async fn latents(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
         let reporter = &self.environment.reporter;
-        let mut missing: BTreeMap<_, (usize, u32)> = BTreeMap::new();
+        let mut missing: BTreeMap<_, Source> = BTreeMap::new();
         for sample in 0..self.dataset.samples.len() {
             for copy in 0..self.config.dataset.repeats {
                 let key = self.keys.latents(self.dataset, sample, copy);
                 if !cache.contains(&key) {
-                    missing.entry(key).or_insert((sample, copy));
+                    missing.entry(key).or_insert(Source::Sample(sample, copy));
                 }
+            }
+        }
+        for index in 0..self.config.training.prior_preservation.as_ref().map_or(0, |prior| prior.images) {
+            if let Some(key) = self.keys.class_latents(index).filter(|key| !cache.contains(key)) {
+                missing.insert(key, Source::Class(index));
             }
         }
         if missing.is_empty()
@@ -144,17 +228,16 @@ impl Preparation<'_> {
         reporter.stage(Stage::PreparingData, "encoding pictures", missing.len() as u64);
         // In the dataset's order, so that what is written does not depend on digests.
         let mut missing: Vec<_> = missing.into_iter().collect();
-        missing.sort_by_key(|(_, place)| *place);
+        missing.sort_by_key(|(_, source)| *source);
         let mut written = Instant::now();
-        for (key, (sample, copy)) in missing {
+        for (key, source) in missing {
             self.stop_if_asked()?;
             if written.elapsed() >= WRITE_INTERVAL {
                 cache.flush().await?;
                 written = Instant::now();
             }
-            let picture = Dataset::load(self.pictures, &self.dataset.samples[sample]).await?;
+            let pixels = self.pixels(cache, source).await?;
             block_in_place(|| {
-                let pixels = self.keys.transform(self.dataset, sample, copy).apply(&picture);
                 let side = pixels.resolution as usize;
                 let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), self.device)?)?;
                 let host = |t: &Tensor| t.squeeze(0)?.to_device(&Device::Cpu);
