@@ -45,6 +45,12 @@ cluster-down: ## Stop it and delete its state
 bench: ## The training step, alone and beside PyTorch where it is installed (docs/performance.md)
 	cargo bench --bench step
 
+.PHONY: cuda
+cuda: ## Build with GPU kernels (fetches NVIDIA's compiler from PyPI into the cache folder; needs no GPU)
+	tools/cuda/toolkit
+	cargo build --release --features cuda
+	cp "$$(ls -t target/release/build/finetune-operator-*/out/kernels.log | head -n 1)" target/release/kernels.log
+
 .PHONY: tools
 tools: ## Install the servers that the tests start (into the cache folder)
 	tests/tools/install-servers

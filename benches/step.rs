@@ -69,7 +69,7 @@ fn main() -> Result<()> {
     let folder = options.model.join("transformer");
     let config = MmditConfig::open(&folder)?;
     let started = Instant::now();
-    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &Device::Cpu)?;
+    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &finetune::kernels::Engine::cpu())?;
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: options.targets.clone() };
     let layout = model.attach_lora(&spec)?.clone();
     model.set_recompute(&vec![options.recompute; config.num_layers]);

@@ -82,6 +82,12 @@ impl Stream {
         Self { key: [key as u32, (key >> 32) as u32], counter, buffer: [0; 4], used: 4, spare_normal: None }
     }
 
+    /// Its name in the form that other implementations want: the key, and the three words of the counter after the block number.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn words(&self) -> [u32; 5] {
+        [self.key[0], self.key[1], self.counter[1], self.counter[2], self.counter[3]]
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {

@@ -133,7 +133,7 @@ fn choose(choice: DeviceChoice, asked: DeviceRequest) -> DeviceRequest {
     match (choice, asked) {
         (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, DeviceRequest::Cpu) => DeviceRequest::Cpu,
         (DeviceChoice::Cuda, _) => DeviceRequest::Gpu,
-        (DeviceChoice::Auto, DeviceRequest::Gpu) if device::open(DeviceRequest::Gpu).is_ok() => DeviceRequest::Gpu,
+        (DeviceChoice::Auto, DeviceRequest::Gpu) if device::gpu_is_usable() => DeviceRequest::Gpu,
         (DeviceChoice::Auto, DeviceRequest::Gpu) => {
             let why = if device::has_gpu_code() { "none can be used here" } else { "this build has no GPU code" };
             notice(&format!("the manifest asks for a GPU and {why}: training on the CPU"));

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use candle_core::Device;
 use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::device::DeviceName;
+use super::device::{DeviceName, PrecisionName};
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::lora::LoraState;
 use crate::sample::{COLUMNS, Denoise, Pipeline, PipelineSettings, Sheet, SheetRow, SkipLayers, Stage, in_groups, save_png};
@@ -81,6 +81,10 @@ pub(super) struct Args {
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceName,
+
+    /// What the GPU computes in.
+    #[arg(long, value_enum, default_value = "bf16")]
+    precision: PrecisionName,
 }
 
 fn parse_size(text: &str) -> Result<(u32, u32), String> {
@@ -93,7 +97,7 @@ fn parse_size(text: &str) -> Result<(u32, u32), String> {
 
 /// Draws the pictures and prints what was written.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let device = args.device.open()?;
+    let engine = args.device.open(args.precision)?;
     let mut prompts = args.prompt.clone();
     if let Some(file) = &args.prompts {
         let text = std::fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
@@ -102,7 +106,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if prompts.is_empty() {
         bail!("no prompt: give --prompt or a file with --prompts");
     }
-    let pictures = draw(args, &prompts, &device)?;
+    let pictures = draw(args, &prompts, &engine)?;
     let rows = rows(args, &prompts, &pictures);
     let sheet = Sheet { rows, least_width: 128 }.draw();
     if args.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) {
@@ -143,9 +147,9 @@ fn names(args: &Args) -> Vec<&'static str> {
     }
 }
 
-fn draw(args: &Args, prompts: &[String], device: &Device) -> Result<Vec<Vec<RgbImage>>> {
+fn draw(args: &Args, prompts: &[String], engine: &Engine) -> Result<Vec<Vec<RgbImage>>> {
     let model = ModelDir::open(&args.model)?;
-    let mut pipeline = Pipeline::open(&model, device)?;
+    let mut pipeline = Pipeline::open(&model, engine)?;
     if let Some(path) = &args.lora {
         pipeline = pipeline.with_lora(LoraState::open(path)?);
     }

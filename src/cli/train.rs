@@ -83,7 +83,7 @@ fn parse(text: &str) -> Result<TrainConfig, String> {
 
 /// The configuration, with the CPU in place of a GPU that cannot be used, where that is allowed.
 fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
-    if allowed && config.device == DeviceRequest::Gpu && device::open(DeviceRequest::Gpu).is_err() {
+    if allowed && config.device == DeviceRequest::Gpu && !device::gpu_is_usable() {
         tracing::warn!("no GPU can be used: training on the CPU, as --allow-cpu-fallback says");
         config.device = DeviceRequest::Cpu;
     }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
-use super::device::DeviceName;
+use super::device::{DeviceName, PrecisionName};
 use crate::verify::{self, Case, Report};
 
 /// Arguments of `finetune verify`.
@@ -18,6 +18,10 @@ pub(super) struct Args {
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceName,
 
+    /// What the GPU computes in.
+    #[arg(long, value_enum, default_value = "fp32")]
+    precision: PrecisionName,
+
     /// Only cases of this kind (train, encode_prompt, encode_image, preprocess, sample).
     #[arg(long)]
     kind: Option<String>,
@@ -29,7 +33,7 @@ pub(super) struct Args {
 
 /// Exit code 0 when every tensor of every case is within its tolerance, 1 otherwise.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let device = args.device.open()?;
+    let engine = args.device.open(args.precision)?;
     let mut cases = Case::find(&args.dir)?;
     if let Some(kind) = &args.kind {
         cases.retain(|case| case.kind() == kind);
@@ -39,7 +43,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     let mut failed = 0;
     for case in &cases {
-        match verify::run(case, &device) {
+        match verify::run(case, &engine) {
             Ok(report) => {
                 print(case, &report, args.quiet);
                 failed += usize::from(!report.passed());

@@ -9,6 +9,9 @@
 //! on the batch around it.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod device;
 mod engine;
 mod pool;
 #[cfg(test)]
@@ -16,5 +19,8 @@ mod tests;
 
 pub use cpu::conv::{ConvShape, conv2d};
 pub use cpu::group_norm::group_norm_silu;
-pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix, UnsupportedDevice};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaError, Timer};
+pub use device::{DeviceError, Precision, catch};
+pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix};
 pub use pool::Buffer;

@@ -24,40 +24,86 @@ impl Pool {
     }
 }
 
-/// Memory of the engine's device: f32 values. Returns to its engine's pool when dropped.
+/// Memory of the engine's device: f32 values on the CPU, the engine's precision (or f32) on a GPU. Returns to its engine's
+/// pool when dropped.
 #[derive(Debug)]
 pub struct Buffer {
-    data: Vec<f32>,
-    pool: Arc<Pool>,
+    storage: Storage,
+}
+
+#[derive(Debug)]
+enum Storage {
+    Host(HostMemory),
+    #[cfg(feature = "cuda")]
+    Device(super::cuda::Memory),
 }
 
 impl Buffer {
-    /// `len` values, of any content.
+    /// `len` values on the host, of any content.
     pub(super) fn new(pool: &Arc<Pool>, len: usize) -> Self {
         let data = pool.take(len).unwrap_or_else(|| vec![0.0; len]);
-        Self { data, pool: Arc::clone(pool) }
+        Self { storage: Storage::Host(HostMemory { data, pool: Arc::clone(pool) }) }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn on_device(memory: super::cuda::Memory) -> Self {
+        Self { storage: Storage::Device(memory) }
     }
 
     /// Number of values.
     pub fn len(&self) -> usize {
-        self.data.len()
+        match &self.storage {
+            Storage::Host(memory) => memory.data.len(),
+            #[cfg(feature = "cuda")]
+            Storage::Device(memory) => memory.len(),
+        }
     }
 
     /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
-        self.data.is_empty()
+        self.len() == 0
     }
 
     pub(super) fn host(&self) -> &[f32] {
-        &self.data
+        match &self.storage {
+            Storage::Host(memory) => &memory.data,
+            #[cfg(feature = "cuda")]
+            Storage::Device(_) => unreachable!("a GPU's buffer in an operation of the CPU"),
+        }
     }
 
     pub(super) fn host_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        match &mut self.storage {
+            Storage::Host(memory) => &mut memory.data,
+            #[cfg(feature = "cuda")]
+            Storage::Device(_) => unreachable!("a GPU's buffer in an operation of the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn device(&self) -> &super::cuda::Memory {
+        match &self.storage {
+            Storage::Device(memory) => memory,
+            Storage::Host(_) => unreachable!("a CPU's buffer in an operation of the GPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn into_device(self) -> super::cuda::Memory {
+        match self.storage {
+            Storage::Device(memory) => memory,
+            Storage::Host(_) => unreachable!("a CPU's buffer in an operation of the GPU"),
+        }
     }
 }
 
-impl Drop for Buffer {
+#[derive(Debug)]
+struct HostMemory {
+    data: Vec<f32>,
+    pool: Arc<Pool>,
+}
+
+impl Drop for HostMemory {
     fn drop(&mut self) {
         if !self.data.is_empty() {
             self.pool.give(std::mem::take(&mut self.data));

@@ -1,12 +1,10 @@
 //! Every operation against its formula in f64, and its backward against central differences of that formula.
 
-use candle_core::Device;
-
 use super::*;
 use crate::rng::{Purpose, Stream};
 
 fn engine() -> Engine {
-    Engine::new(&Device::Cpu).unwrap()
+    Engine::cpu()
 }
 
 fn random(len: usize, seed: u64) -> Vec<f32> {

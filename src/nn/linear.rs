@@ -12,7 +12,7 @@ pub struct Gradients {
 impl Gradients {
     /// Zeros for parameters of these lengths.
     pub fn zeros(engine: &Engine, lengths: impl Iterator<Item = usize>) -> Self {
-        Self { values: lengths.map(|len| engine.zeros(len)).collect() }
+        Self { values: lengths.map(|len| engine.zeros_f32(len)).collect() }
     }
 
     /// On the host, in order.

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use image::RgbImage;
 
 use super::{Denoise, PromptBatch, SampleError, denoise, initial_latents, to_pictures};
+use crate::kernels::Engine;
 use crate::model::layout::{ModelDir, Part};
 use crate::model::lora::LoraState;
 use crate::model::mmdit::{Mmdit, MmditConfig};
@@ -56,7 +57,7 @@ pub enum Stage {
 #[derive(Debug)]
 pub struct Pipeline {
     model: ModelDir,
-    device: Device,
+    engine: Engine,
     transformer: MmditConfig,
     vae: VaeConfig,
     lora: Option<LoraState>,
@@ -67,9 +68,9 @@ impl Pipeline {
     ///
     /// # Errors
     /// If a part is missing or not supported.
-    pub fn open(model: &ModelDir, device: &Device) -> Result<Self, SampleError> {
+    pub fn open(model: &ModelDir, engine: &Engine) -> Result<Self, SampleError> {
         let transformer = MmditConfig::open(&model.path(Part::Transformer))?;
-        Ok(Self { model: model.clone(), device: device.clone(), vae: VaeConfig::read(model)?, transformer, lora: None })
+        Ok(Self { model: model.clone(), engine: engine.clone(), vae: VaeConfig::read(model)?, transformer, lora: None })
     }
 
     /// Adds a LoRA; its scale is given with each variant.
@@ -102,11 +103,11 @@ impl Pipeline {
         }
         let mut captions = prompts.to_vec();
         captions.push(settings.negative_prompt.clone());
-        let encoder = PromptEncoder::open(&self.model, settings.max_sequence_length, &self.device)?;
+        let encoder = PromptEncoder::open(&self.model, settings.max_sequence_length, &Device::Cpu)?;
         let mut embeddings = encoder.encode(&captions, &mut |progress| on_stage(Stage::Encoding(progress)))?;
         drop(encoder);
         let Some(negative) = embeddings.pop() else { return Ok(Vec::new()) };
-        let negative = PromptBatch::stack(&[&negative], &self.device)?;
+        let negative = PromptBatch::stack(&[&negative], &Device::Cpu)?;
 
         let transformer = self.load_transformer()?;
         let scheduler = self.model.scheduler()?;
@@ -118,8 +119,8 @@ impl Pipeline {
             let mut row = Vec::with_capacity(prompts.len());
             for (index, prompt) in embeddings.iter().enumerate() {
                 let before = (variant * prompts.len() + index) * steps;
-                let noise = initial_latents(settings.seed, index as u64, self.transformer.in_channels, height, width, &self.device)?;
-                let prompt = PromptBatch::stack(&[prompt], &self.device)?;
+                let noise = initial_latents(settings.seed, index as u64, self.transformer.in_channels, height, width, &Device::Cpu)?;
+                let prompt = PromptBatch::stack(&[prompt], &Device::Cpu)?;
                 row.push(denoise(&transformer, &scheduler, &noise, &prompt, &negative, &how, &mut |done| {
                     on_stage(Stage::Sampling { done: before + done, total })
                 })?);
@@ -128,7 +129,7 @@ impl Pipeline {
         }
         drop(transformer);
 
-        let decoder = VaeDecoder::load(&self.model, &self.device)?;
+        let decoder = VaeDecoder::load(&self.model, &Device::Cpu)?;
         let total = prompts.len() * variants.len();
         let mut done = 0;
         let mut pictures = Vec::with_capacity(variants.len());
@@ -148,7 +149,7 @@ impl Pipeline {
 
     fn load_transformer(&self) -> Result<Mmdit, SampleError> {
         let weights = Weights::open(&self.model.path(Part::Transformer))?;
-        let mut transformer = Mmdit::load(Arc::new(weights), self.transformer.clone(), &self.device)?;
+        let mut transformer = Mmdit::load(Arc::new(weights), self.transformer.clone(), &self.engine)?;
         if let Some(lora) = &self.lora {
             let (layout, params) = lora.resolve(&self.transformer.linear_sites())?;
             transformer.attach_layout(layout)?;

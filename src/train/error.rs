@@ -1,7 +1,6 @@
 //! Why a run ended without a result, and what that means for exit code and condition.
 
 use super::checkpoint::{CheckpointError, IdentityError, Saved};
-use super::device::DeviceError;
 use super::prepare::{PrepareError, PreparedError};
 use super::publish::PublishError;
 use super::trainer::TrainerError;
@@ -9,6 +8,7 @@ use super::validation::ValidationError;
 use crate::api::Reason;
 use crate::data::cache::CacheError;
 use crate::data::dataset::DatasetError;
+use crate::kernels::DeviceError;
 use crate::model::layout::LayoutError;
 use crate::model::lora::LoraError;
 use crate::model::mmdit::MmditError;

@@ -24,6 +24,7 @@ use super::{device, division};
 use crate::api::Stage;
 use crate::data::dataset::Dataset;
 use crate::data::sampler::{Sampler, SamplerConfig};
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::layout::Part;
 use crate::model::lora::LoraLayout;
@@ -64,7 +65,7 @@ impl Outcome {
 pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<Outcome, TrainError> {
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
-    let device = device::open(config.device)?;
+    let engine = device::open(config.device, config.training.precision)?;
     let output = environment.open(&config.output.uri, config)?;
 
     let found = publish::look(&output, &config.spec_hash).await?;
@@ -88,7 +89,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
         ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
     };
     let held_out = held_out(config, environment).await?;
-    let run = Run { config, environment, device, dataset, held_out, checkpoints };
+    let run = Run { config, environment, engine, dataset, held_out, checkpoints };
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
     let result = run.publish(&output, &trainer, &model).await?;
@@ -140,7 +141,7 @@ async fn unless_interrupted<T>(environment: &JobEnvironment, work: impl Future<O
 struct Run<'a> {
     config: &'a TrainConfig,
     environment: &'a JobEnvironment,
-    device: Device,
+    engine: Engine,
     dataset: Dataset,
     held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
@@ -149,7 +150,7 @@ struct Run<'a> {
 impl Run<'_> {
     /// Prepares data, loads the transformer and restores the newest checkpoint.
     async fn load(&self) -> Result<(Trainer, ModelDir), TrainError> {
-        let Self { config, environment, device, dataset, held_out, checkpoints } = self;
+        let Self { config, environment, dataset, held_out, checkpoints, .. } = self;
         let reporter = &environment.reporter;
         reporter.stage(Stage::RestoringCheckpoint, "looking for a checkpoint", 0);
         let snapshot = self.snapshot().await?;
@@ -173,7 +174,7 @@ impl Run<'_> {
             &dataset_store,
             &folder,
             &prepared_store,
-            device,
+            &self.engine,
             environment,
         )
         .await
@@ -219,7 +220,7 @@ impl Run<'_> {
         let training = &self.config.training;
         let scheduler = model.scheduler()?;
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
-        let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.device)?;
+        let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.engine)?;
         let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
         let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), MemoryBudget::Cpu)?;
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
@@ -248,12 +249,12 @@ impl Run<'_> {
             max_grad_norm: training.max_grad_norm,
             schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),
             plan: ExecutionPlan {
-                device: device::name(&self.device).to_owned(),
-                dtype: "f32".to_owned(),
+                device: device::name(&self.engine).to_owned(),
+                dtype: self.engine.precision().to_string(),
                 micro_batch: memory.micro_batch,
                 recomputed_blocks: memory.recomputed_blocks,
             },
-            device: self.device.clone(),
+            device: Device::Cpu,
         };
         let sampler = Sampler::new(SamplerConfig {
             samples: self.dataset.samples.iter().map(|s| s.image_digest).collect(),
@@ -330,7 +331,7 @@ impl Run<'_> {
             return Ok(true);
         }
         let resolution = self.config.training.resolution;
-        let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &self.device, &self.environment.interrupt))?;
+        let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &Device::Cpu, &self.environment.interrupt))?;
         let Some(pictures) = drawn else { return Ok(false) };
         validation::keep(&self.checkpoints, &pictures).await?;
         Ok(true)
@@ -358,10 +359,10 @@ impl Run<'_> {
     async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<RunResult, TrainError> {
         self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
-        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.device)?;
+        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.engine)?;
         if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
             let resolution = self.config.training.resolution;
-            let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.device, &self.environment.interrupt))?;
+            let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &Device::Cpu, &self.environment.interrupt))?;
             let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
             result.comparison = Some(comparison);
             result.files.insert(comparison::FILE_NAME.to_owned(), FileDigest::of(&png));

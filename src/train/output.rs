@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use candle_core::Device;
 use jiff::Timestamp;
 
 use super::checkpoint::Checkpoints;
@@ -15,6 +14,7 @@ use super::result::{Artifact, Evaluation, FileDigest, LoraSummary, LossSummary, 
 use super::tensor_file::{self, Entry};
 use super::trainer::Trainer;
 use crate::data::dataset::Dataset;
+use crate::kernels::Engine;
 use crate::model::lora::{LoraLayout, kohya, metadata_json};
 use crate::optim::Param;
 use crate::plan::{LoraConfig, OutputFormat, TrainConfig};
@@ -71,7 +71,7 @@ pub fn make(
     checkpoints: &Checkpoints,
     trainer: &Trainer,
     pictures: &[Picture],
-    compute: &Device,
+    compute: &Engine,
 ) -> Result<(RunResult, BTreeMap<String, Bytes>), TrainError> {
     let lora = &config.training.lora;
     let mut files = BTreeMap::new();

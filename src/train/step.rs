@@ -233,7 +233,7 @@ mod tests {
 
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/micro-sd3/transformer");
         let weights = std::sync::Arc::new(Weights::open(&folder).unwrap());
-        let mut model = Mmdit::load(weights, MmditConfig::open(&folder).unwrap(), &Device::Cpu).unwrap();
+        let mut model = Mmdit::load(weights, MmditConfig::open(&folder).unwrap(), &crate::kernels::Engine::cpu()).unwrap();
         let spec = LoraSpec { rank: 2, alpha: 2.0, dropout: 0.0, target_modules: vec!["to_q".into(), "to_v".into(), "add_k_proj".into()] };
         let layout = model.attach_lora(&spec).unwrap().clone();
         let random = |n: usize, index: u64| {

@@ -3,6 +3,7 @@
 use candle_core::Device;
 
 use super::{Case, Report, VerifyError};
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::vae::{VaeDecoder, VaeEncoder};
 
@@ -10,7 +11,8 @@ use crate::model::vae::{VaeDecoder, VaeEncoder};
 ///
 /// # Errors
 /// If the case is malformed or the autoencoder fails.
-pub(super) fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
+pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> {
+    let device = &Device::Cpu;
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
     let encoder = VaeEncoder::load(&model, device).map_err(VerifyError::product)?;
     let posterior = encoder.encode(case.inputs(device)?.get("pixels")?).map_err(VerifyError::product)?;

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use candle_core::{Device, Tensor};
 
 use super::{Case, Report, VerifyError};
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::text::PromptEncoder;
 
@@ -12,7 +13,8 @@ use crate::model::text::PromptEncoder;
 ///
 /// # Errors
 /// If the case is malformed or encoding fails.
-pub(super) fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
+pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> {
+    let device = &Device::Cpu;
     let captions: Vec<String> = case.setting("captions")?;
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
     let encoder = PromptEncoder::open(&model, case.setting("max_sequence_length")?, device).map_err(VerifyError::product)?;

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::kernels::Engine;
+
 mod encode_image;
 mod encode_prompt;
 mod preprocess;
@@ -257,7 +259,7 @@ fn relative_error(got: &[f64], want: &[f64]) -> f64 {
 ///
 /// # Errors
 /// If the case is malformed, its kind unknown, or the product's code fails on it.
-pub fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
+pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let kinds: &[(&str, RunKind)] = &[
         ("encode_image", encode_image::run),
         ("encode_prompt", encode_prompt::run),
@@ -266,12 +268,12 @@ pub fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
         ("train", train::run),
     ];
     let (_, run) = kinds.iter().find(|(kind, _)| *kind == case.kind()).ok_or_else(|| VerifyError::UnknownKind(case.kind().to_owned()))?;
-    let mut report = run(case, device)?;
+    let mut report = run(case, engine)?;
     report.require_all(case, &case.expected()?);
     Ok(report)
 }
 
-type RunKind = fn(&Case, &Device) -> Result<Report, VerifyError>;
+type RunKind = fn(&Case, &Engine) -> Result<Report, VerifyError>;
 
 #[cfg(test)]
 mod tests {

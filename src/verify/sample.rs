@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::{Case, Report, VerifyError};
+use crate::kernels::Engine;
 use crate::model::layout::{ModelDir, Part};
 use crate::model::lora::LoraState;
 use crate::model::mmdit::{Mmdit, MmditConfig};
@@ -17,12 +18,13 @@ use crate::sample::{Denoise, PromptBatch, SkipLayers, denoise, sigmas, to_unit};
 ///
 /// # Errors
 /// If the case is malformed or sampling fails.
-pub(super) fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
+pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
+    let device = &Device::Cpu;
     let inputs = case.inputs(device)?;
     let config = MmditConfig::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
     let weights = Weights::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
-    let mut transformer = Mmdit::load(Arc::new(weights), config.clone(), device).map_err(VerifyError::product)?;
+    let mut transformer = Mmdit::load(Arc::new(weights), config.clone(), engine).map_err(VerifyError::product)?;
 
     // The reference loads the LoRA from a file without metadata, where alpha is the rank.
     let mut lora = Vec::new();

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::{Case, Report, Tensors, VerifyError};
+use crate::kernels::Engine;
 use crate::model::Weights;
 use crate::model::lora::{LoraSpec, LoraState};
 use crate::model::mmdit::{Mmdit, MmditConfig};
@@ -33,15 +34,15 @@ struct OptimizerSettings {
 ///
 /// # Errors
 /// If the case is malformed or the product's code fails on it.
-pub fn run(case: &Case, device: &Device) -> Result<Report, VerifyError> {
-    run_with(case, device, |_| {})
+pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
+    run_with(case, engine, |_| {})
 }
 
 /// As [`run`], after `prepare` has changed the model (which blocks are recomputed).
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with(case: &Case, device: &Device, prepare: impl FnOnce(&mut Mmdit)) -> Result<Report, VerifyError> {
+pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) -> Result<Report, VerifyError> {
     let (inputs, expected) = (case.inputs(&Device::Cpu)?, case.expected()?);
     let lora: LoraSettings = case.setting("lora")?;
     let settings: OptimizerSettings = case.setting("optimizer")?;
@@ -56,7 +57,7 @@ pub fn run_with(case: &Case, device: &Device, prepare: impl FnOnce(&mut Mmdit)) 
     let folder = case.model_dir().join("transformer");
     let weights = Weights::open(&folder).map_err(VerifyError::product)?;
     let config = MmditConfig::open(&folder).map_err(VerifyError::product)?;
-    let mut model = Mmdit::load(Arc::new(weights), config, device).map_err(VerifyError::product)?;
+    let mut model = Mmdit::load(Arc::new(weights), config, engine).map_err(VerifyError::product)?;
     let spec = LoraSpec { rank: lora.rank, alpha: lora.alpha, dropout: 0.0, target_modules: lora.target_modules };
     let layout = model.attach_lora(&spec).map_err(VerifyError::product)?.clone();
     let mut params = parameters(&inputs, &layout.parameters())?;

@@ -15,8 +15,6 @@ mod tests;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::Device;
-
 use self::block::{Block, Needs};
 pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
 use self::embed::{Embedder, Positions};
@@ -24,7 +22,7 @@ pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
-use crate::kernels::{Engine, UnsupportedDevice};
+use crate::kernels::{DeviceError, Engine};
 use crate::nn::Linear;
 use crate::optim::Param;
 
@@ -80,9 +78,9 @@ pub enum MmditError {
     /// The LoRA does not fit.
     #[error(transparent)]
     Lora(#[from] LoraError),
-    /// A device without kernels in this build.
+    /// The device cannot be used, or stopped.
     #[error(transparent)]
-    Device(#[from] UnsupportedDevice),
+    Device(#[from] DeviceError),
     /// A weight is missing or has another shape.
     #[error(transparent)]
     Weights(Box<WeightsError>),
@@ -121,11 +119,11 @@ impl Mmdit {
     /// passing.
     ///
     /// # Errors
-    /// If a weight is missing or does not fit the configuration, or the device has no kernels.
+    /// If a weight is missing or does not fit the configuration, or the device fails.
     #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
-    pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &Device) -> Result<Self, MmditError> {
+    pub fn load(weights: Arc<Weights>, config: MmditConfig, engine: &Engine) -> Result<Self, MmditError> {
         let convert = load::converts_once(&config);
-        load::load(&weights, config, Engine::new(device)?, convert)
+        crate::kernels::catch(|| load::load(&weights, config, engine.clone(), convert))?
     }
 
     /// The configuration.
@@ -176,12 +174,15 @@ impl Mmdit {
         let layout = std::mem::take(&mut self.layout);
         let mut slots = vec![None; self.config.linear_sites().len()];
         layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
-        self.each_linear(&mut |engine, linear| {
-            if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
-                linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
-            }
+        let set = crate::kernels::catch(|| {
+            self.each_linear(&mut |engine, linear| {
+                if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
+                    linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
+                }
+            });
         });
         self.layout = layout;
+        set?;
         Ok(())
     }
 

@@ -81,7 +81,7 @@ impl Mmdit {
         if let Some(key) = dropout.filter(|k| k.samples.len() != x.dims().first().copied().unwrap_or(0)) {
             return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
         }
-        self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train)
+        crate::kernels::catch(|| self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train))?
     }
 
     /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
@@ -98,7 +98,7 @@ impl Mmdit {
         lora_scale: f64,
         skip_blocks: &[usize],
     ) -> Result<Tensor, MmditError> {
-        Ok(self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks })?.0)
+        Ok(crate::kernels::catch(|| self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks }))??.0)
     }
 
     fn sizes(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Sizes, MmditError> {
@@ -249,7 +249,11 @@ impl Mmdit {
     ///
     /// # Errors
     /// If `d_velocity` does not fit.
-    pub fn backward(&self, mut saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
+    pub fn backward(&self, saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
+        crate::kernels::catch(|| self.backward_operations(saved, d_velocity))?
+    }
+
+    fn backward_operations(&self, mut saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
         let (config, engine) = (&self.config, &self.engine);
         let Sizes { batch, pixels, patches, context } = saved.sizes;
         let channels = config.out_channels();

@@ -92,7 +92,7 @@ const EVERYTHING: [&str; 15] = [
 
 fn model(config: &MmditConfig, spec: &LoraSpec) -> (tempfile::TempDir, Mmdit, Vec<Param>) {
     let (dir, weights) = weights(config, false);
-    let mut model = Mmdit::load(weights, config.clone(), &Device::Cpu).unwrap();
+    let mut model = Mmdit::load(weights, config.clone(), &Engine::cpu()).unwrap();
     let mut params = model.attach_lora(spec).unwrap().init(1);
     for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
         param.value = random(param.value.len(), 1000 + i as u64, 0.05);
@@ -190,7 +190,7 @@ fn stored_weights_give_the_same_bits_as_converted_ones() {
     let (_dir, weights) = weights(&config, true);
     let batch = batch(&config, 2);
     let run = |convert| {
-        let mut model = load(&weights, config.clone(), Engine::new(&Device::Cpu).unwrap(), convert).unwrap();
+        let mut model = load(&weights, config.clone(), Engine::cpu(), convert).unwrap();
         let params = model.attach_lora(&spec(&ATTENTION, 0.0)).unwrap().init(3);
         model.set_lora(&params).unwrap();
         batch.step(&model)
@@ -295,7 +295,7 @@ fn sampling_scales_lora_and_skips_blocks() {
 fn what_does_not_fit_is_named() {
     let config = config(&[]);
     let (dir, weights) = weights(&config, false);
-    let model = Mmdit::load(Arc::clone(&weights), config.clone(), &Device::Cpu).unwrap();
+    let model = Mmdit::load(Arc::clone(&weights), config.clone(), &Engine::cpu()).unwrap();
     let good = batch(&config, 2);
     let error = |x: &Tensor, t: &Tensor, e: &Tensor, p: &Tensor| model.forward_only(x, t, e, p, 1.0, &[]).unwrap_err().to_string();
     let odd = good.x.narrow(2, 0, 5).unwrap();
@@ -306,6 +306,6 @@ fn what_does_not_fit_is_named() {
     assert!(error(&good.x, &good.timestep, &good.prompt.narrow(2, 0, 3).unwrap(), &good.pooled).contains("prompt"));
     assert!(error(&good.x, &good.timestep, &good.prompt, &good.prompt).contains("pooled"));
     let other = MmditConfig { num_layers: 4, ..config };
-    assert!(Mmdit::load(weights, other, &Device::Cpu).unwrap_err().to_string().contains("transformer_blocks.2.norm1_context"));
+    assert!(Mmdit::load(weights, other, &Engine::cpu()).unwrap_err().to_string().contains("transformer_blocks.2.norm1_context"));
     drop(dir);
 }

@@ -13,6 +13,7 @@ use super::{PreparedError, prepared};
 use crate::data::cache::TensorCache;
 use crate::data::image::RgbImage;
 use crate::digest::Sha256Digest;
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::layout::{Part, SchedulerConfig};
 use crate::model::mmdit::{Mmdit, MmditConfig};
@@ -39,7 +40,6 @@ pub(super) struct ClassPainter {
     negative: PromptEmbedding,
     seed: u64,
     resolution: u32,
-    device: Device,
 }
 
 impl ClassPainter {
@@ -50,18 +50,17 @@ impl ClassPainter {
         negative: PromptEmbedding,
         seed: u64,
         resolution: u32,
-        device: &Device,
+        engine: &Engine,
     ) -> Result<Self, SampleError> {
         let folder = model.path(Part::Transformer);
         Ok(Self {
-            transformer: Mmdit::load(Arc::new(Weights::open(&folder)?), MmditConfig::open(&folder)?, device)?,
-            decoder: VaeDecoder::load(model, device)?,
+            transformer: Mmdit::load(Arc::new(Weights::open(&folder)?), MmditConfig::open(&folder)?, engine)?,
+            decoder: VaeDecoder::load(model, &Device::Cpu)?,
             scheduler: model.scheduler()?,
             prompt,
             negative,
             seed,
             resolution,
-            device: device.clone(),
         })
     }
 
@@ -72,9 +71,9 @@ impl ClassPainter {
         for (values, index) in noise.chunks_mut(channels * side * side).zip(indices) {
             Stream::new(self.seed, Purpose::PriorPictures, u64::from(*index), 0).fill_normal(values);
         }
-        let noise = Tensor::from_vec(noise, (indices.len(), channels, side, side), &self.device)?;
-        let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()], &self.device)?;
-        let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()], &self.device)?;
+        let noise = Tensor::from_vec(noise, (indices.len(), channels, side, side), &Device::Cpu)?;
+        let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()], &Device::Cpu)?;
+        let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()], &Device::Cpu)?;
         let latents = denoise(&self.transformer, &self.scheduler, &noise, &prompts, &negatives, &settings(), on_step)?;
         let mut pictures = Vec::with_capacity(indices.len());
         for i in 0..indices.len() {

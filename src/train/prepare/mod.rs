@@ -28,6 +28,7 @@ use crate::data::cache::TensorCache;
 use crate::data::dataset::Dataset;
 use crate::data::transform::Pixels;
 use crate::digest::Sha256Digest;
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::layout::Part;
 use crate::model::text::{PromptEmbedding, PromptEncoder};
@@ -54,7 +55,7 @@ pub async fn prepare(
     pictures: &Store,
     folder: &ModelFolder,
     mirror: &Store,
-    device: &Device,
+    engine: &Engine,
     environment: &JobEnvironment,
 ) -> Result<Prepared, PrepareError> {
     let fingerprints = Fingerprints {
@@ -65,9 +66,9 @@ pub async fn prepare(
             Some(_) => folder.fingerprint(Parts::TRANSFORMER | Parts::SCHEDULER).await?,
             None => [0; 32],
         },
-        cpu: device.is_cpu(),
+        cpu: !engine.is_cuda(),
     };
-    let preparation = Preparation { config, dataset, held_out, pictures, folder, device, environment, keys: Keys::new(config, &fingerprints) };
+    let preparation = Preparation { config, dataset, held_out, pictures, folder, engine, environment, keys: Keys::new(config, &fingerprints) };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -85,7 +86,7 @@ struct Preparation<'a> {
     held_out: &'a [String],
     pictures: &'a Store,
     folder: &'a ModelFolder,
-    device: &'a Device,
+    engine: &'a Engine,
     environment: &'a JobEnvironment,
     keys: Keys,
 }
@@ -141,7 +142,7 @@ impl Preparation<'_> {
             self.fetch(Parts::TRANSFORMER, "fetching the transformer").await?;
         }
         block_in_place(|| {
-            let encoder = PromptEncoder::open(&model, self.config.training.max_sequence_length as usize, self.device)?;
+            let encoder = PromptEncoder::open(&model, self.config.training.max_sequence_length as usize, &Device::Cpu)?;
             reporter.stage(Stage::PreparingData, "encoding captions", 0);
             let mut progress = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             encoder.encode_each::<PrepareError>(&missing, &mut progress, &mut |caption, PromptEmbedding { embeds, pooled }| {
@@ -167,7 +168,7 @@ impl Preparation<'_> {
             Ok::<_, PrepareError>(PromptEmbedding { embeds, pooled })
         };
         let (prompt, negative) = (embedding(&prior.class_prompt)?, embedding("")?);
-        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.device))?;
+        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.engine))?;
         reporter.stage(Stage::PreparingData, "drawing class pictures", missing.len() as u64);
         let mut written = Instant::now();
         for indices in missing.chunks(prior.sample_batch_size.max(1) as usize) {
@@ -224,7 +225,7 @@ impl Preparation<'_> {
         }
         self.fetch(Parts::VAE, "fetching the VAE").await?;
         let model = ModelDir::open(self.folder.folder())?;
-        let encoder = block_in_place(|| VaeEncoder::load(&model, self.device))?;
+        let encoder = block_in_place(|| VaeEncoder::load(&model, &Device::Cpu))?;
         reporter.stage(Stage::PreparingData, "encoding pictures", missing.len() as u64);
         // In the dataset's order, so that what is written does not depend on digests.
         let mut missing: Vec<_> = missing.into_iter().collect();
@@ -239,7 +240,7 @@ impl Preparation<'_> {
             let pixels = self.pixels(cache, source).await?;
             block_in_place(|| {
                 let side = pixels.resolution as usize;
-                let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), self.device)?)?;
+                let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), &Device::Cpu)?)?;
                 let host = |t: &Tensor| t.squeeze(0)?.to_device(&Device::Cpu);
                 Ok::<_, PrepareError>(cache.put(key, &[("mean", &host(&posterior.mean)?), ("logvar", &host(&posterior.logvar)?)])?)
             })?;

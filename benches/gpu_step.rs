@@ -1,0 +1,215 @@
+//! Time and memory of one micro-step (forward, loss, backward) of Stable Diffusion 3 Medium on a GPU, with random weights.
+//!
+//! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24] SIZE/BATCH...`
+//! with sizes in pixels, as 512/4; prints one JSON line per shape. `--profile` adds the time by kind of kernel.
+#![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
+
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use candle_core::{Device, Tensor};
+use finetune::kernels::{Engine, Precision};
+use finetune::model::Weights;
+use finetune::model::lora::LoraSpec;
+use finetune::model::mmdit::{Mmdit, MmditConfig};
+use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
+use finetune::rng::{Purpose, Stream};
+use rayon::prelude::*;
+
+/// Stable Diffusion 3 Medium.
+fn config(layers: usize) -> MmditConfig {
+    MmditConfig {
+        patch_size: 2,
+        in_channels: 16,
+        num_layers: layers,
+        attention_head_dim: 64,
+        num_attention_heads: 24,
+        joint_attention_dim: 4096,
+        caption_projection_dim: 1536,
+        pooled_projection_dim: 2048,
+        out_channels: None,
+        pos_embed_max_size: 192,
+        qk_norm: None,
+        dual_attention_layers: Vec::new(),
+    }
+}
+
+/// Writes f16 weights, uniform with the variance that keeps activations in range, as a safetensors file.
+fn write_weights(config: &MmditConfig, folder: &Path) -> Result<()> {
+    let (d, p) = (config.width(), config.patch_size);
+    let mut tensors: Vec<(String, Vec<usize>, f32)> = Vec::new();
+    for site in config.linear_sites() {
+        tensors.push((format!("{}.weight", site.name), vec![site.out_features, site.in_features], (3.0 / site.in_features as f32).sqrt()));
+        tensors.push((format!("{}.bias", site.name), vec![site.out_features], 0.02));
+    }
+    tensors.push(("pos_embed.proj.weight".into(), vec![d, config.in_channels, p, p], 0.2));
+    tensors.push(("pos_embed.proj.bias".into(), vec![d], 0.02));
+    tensors.push(("pos_embed.pos_embed".into(), vec![1, config.pos_embed_max_size.pow(2), d], 0.5));
+    let (mut header, mut offset) = (serde_json::Map::new(), 0);
+    for (name, shape, _) in &tensors {
+        let end = offset + 2 * shape.iter().product::<usize>();
+        header.insert(name.clone(), serde_json::json!({"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}));
+        offset = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(folder.join("diffusion_pytorch_model.safetensors"))?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    for (i, (_, shape, range)) in tensors.iter().enumerate() {
+        let mut bytes = vec![0_u8; 2 * shape.iter().product::<usize>()];
+        bytes.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, bytes)| {
+            let mut state = (i as u64) << 32 | chunk as u64 | 1;
+            for pair in bytes.chunks_exact_mut(2) {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let uniform = (state >> 40) as f32 / 8_388_608.0 - 1.0;
+                pair.copy_from_slice(&half::f16::from_f32(uniform * range).to_le_bytes());
+            }
+        });
+        file.write_all(&bytes)?;
+    }
+    Ok(file.flush()?)
+}
+
+fn random(stream: &mut Stream, shape: &[usize]) -> Result<Tensor> {
+    let mut values = vec![0.0; shape.iter().product()];
+    stream.fill_normal(&mut values);
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+struct Options {
+    precision: Precision,
+    steps: usize,
+    layers: usize,
+    rank: usize,
+    recompute: bool,
+    profile: bool,
+    /// (pixels, batch)
+    shapes: Vec<(usize, usize)>,
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let mut options = Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: false, profile: false, shapes: Vec::new() };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
+            match arg.as_str() {
+                "--precision" => {
+                    options.precision = match value()?.as_str() {
+                        "fp32" => Precision::F32,
+                        "fp16" => Precision::F16,
+                        "bf16" => Precision::Bf16,
+                        other => bail!("unknown precision {other}"),
+                    }
+                }
+                "--steps" => options.steps = value()?.parse()?,
+                "--layers" => options.layers = value()?.parse()?,
+                "--rank" => options.rank = value()?.parse()?,
+                "--recompute" => options.recompute = true,
+                "--profile" => options.profile = true,
+                "--bench" => {}
+                shape => {
+                    let (pixels, batch) = shape.split_once('/').with_context(|| format!("{shape} is not a shape such as 512/4"))?;
+                    options.shapes.push((pixels.parse()?, batch.parse()?));
+                }
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse()?;
+    let config = config(options.layers);
+    let folder = tempfile::tempdir()?;
+    let started = Instant::now();
+    write_weights(&config, folder.path())?;
+    println!("weights written in {:.1} s", started.elapsed().as_secs_f64());
+    let started = Instant::now();
+    let engine = Engine::cuda(0, options.precision)?;
+    println!("{:?} opened in {:.2} s, free and total memory {:?}", engine.describe(), started.elapsed().as_secs_f64(), engine.device_memory());
+    let started = Instant::now();
+    let mut model = Mmdit::load(Arc::new(Weights::open(folder.path())?), config.clone(), &engine)?;
+    let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(str::to_owned).to_vec();
+    let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: targets };
+    let mut params = model.attach_lora(&spec)?.init(1);
+    for param in params.iter_mut().filter(|p| p.name.contains("lora_B")) {
+        Stream::new(2, Purpose::Noise, 0, 0).fill_normal(&mut param.value);
+        param.value.iter_mut().for_each(|v| *v *= 0.01);
+    }
+    model.set_lora(&params)?;
+    model.set_recompute(&vec![options.recompute; config.num_layers]);
+    engine.synchronize();
+    println!(
+        "model loaded in {:.2} s, {} LoRA parameters, free memory {:?}",
+        started.elapsed().as_secs_f64(),
+        params.iter().map(|p| p.value.len()).sum::<usize>(),
+        engine.device_memory()
+    );
+    for &(pixels, batch) in &options.shapes {
+        shape(&options, &engine, &model, &config, pixels, batch)?;
+    }
+    Ok(())
+}
+
+fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig, pixels: usize, batch: usize) -> Result<()> {
+    let mut stream = Stream::new(1, Purpose::Noise, 0, 0);
+    let latents = [batch, config.in_channels, pixels / 8, pixels / 8];
+    let prompt = random(&mut stream, &[batch, 154, config.joint_attention_dim])?;
+    let pooled = random(&mut stream, &[batch, config.pooled_projection_dim])?;
+    let x0: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+    let noise: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+    let table = SigmaTable::default();
+    let kind = LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true };
+    let (mut steps, mut forwards, mut backwards, mut last) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
+    let mut profile = Vec::new();
+    for step in 0..options.steps + 3 {
+        let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
+        let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
+        let timesteps = Tensor::from_vec(indices.iter().map(|&i| table.timestep(i)).collect::<Vec<_>>(), batch, &Device::Cpu)?;
+        let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu)?;
+        engine.synchronize();
+        let last_step = options.profile && step == options.steps + 2;
+        if last_step {
+            engine.start_profile();
+        }
+        let started = Instant::now();
+        let (velocity, saved) = model.forward(&x_t, &timesteps, &prompt, &pooled, None)?;
+        let velocity: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
+        let forward = started.elapsed().as_secs_f64() * 1e3;
+        let loss = loss(kind, &velocity, &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
+        last = loss.mean();
+        let d_velocity = Tensor::from_vec(loss.d_velocity, &latents, &Device::Cpu)?;
+        let before = started.elapsed().as_secs_f64() * 1e3;
+        model.backward(saved, &d_velocity)?;
+        let whole = started.elapsed().as_secs_f64() * 1e3;
+        if last_step {
+            profile = engine.end_profile();
+        } else if step >= 3 {
+            steps.push(whole);
+            forwards.push(forward);
+            backwards.push(whole - before);
+        }
+    }
+    let (free, total) = engine.device_memory().unwrap_or_default();
+    let report = serde_json::json!({
+        "shape": format!("{pixels}/{batch}"), "precision": options.precision.to_string(), "recompute": options.recompute,
+        "step_ms": median(steps), "forward_ms": median(forwards), "backward_ms": median(backwards), "loss": last,
+        "pool_peak_gib": engine.peak_memory() as f64 / f64::powi(1024.0, 3), "card_used_gib": (total - free) as f64 / f64::powi(1024.0, 3),
+    });
+    println!("{report}");
+    let sum: f64 = profile.iter().map(|(_, _, ms)| ms).sum();
+    for (name, count, ms) in &profile {
+        println!("  {ms:8.3} ms {:5.1} % {count:5} x {:8.1} us  {name}", 100.0 * ms / sum, 1e3 * ms / *count as f64);
+    }
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! Linear layers with frozen weights and LoRA.
+
+use super::driver::arguments;
+use super::gemm::{Finish, Operand, Product};
+use super::{BLOCK, Device, Kind, Memory, any};
+use crate::kernels::Buffer;
+
+/// A frozen weight [outputs, inputs] in the engine's precision.
+#[derive(Debug)]
+pub(in crate::kernels) struct DeviceWeight {
+    pub(super) values: Memory,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+}
+
+/// LoRA factors in the engine's precision, the rank padded with zeros.
+#[derive(Debug)]
+pub(in crate::kernels) struct DeviceLora {
+    pub(in crate::kernels) rank: usize,
+    pub(super) padded: usize,
+    inputs: usize,
+    outputs: usize,
+    /// A [padded, inputs].
+    pub(super) a: Memory,
+    /// scale · B [outputs, padded].
+    pub(super) b: Memory,
+}
+
+/// Ranks are padded to a multiple of this: rows of 16 bytes in half precision.
+const RANK: usize = 8;
+
+impl Operand {
+    /// A matrix as it is stored, with rows of `width` values.
+    pub(super) fn stored(memory: &Memory, width: usize) -> Self {
+        let (pointer, stride) = memory.rows(width);
+        Self { pointer, stride, transposed: false, kind: memory.kind() }
+    }
+
+    /// The transpose of a matrix that is stored with rows of `width` values.
+    pub(super) fn transposed(memory: &Memory, width: usize) -> Self {
+        Self { transposed: true, ..Self::stored(memory, width) }
+    }
+}
+
+impl Device {
+    pub(in crate::kernels) fn weight(&self, outputs: usize, inputs: usize, values: Buffer) -> DeviceWeight {
+        assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
+        DeviceWeight { values: values.into_device(), outputs, inputs }
+    }
+
+    pub(in crate::kernels) fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> DeviceLora {
+        let padded = rank.next_multiple_of(RANK);
+        assert!(a.len() == rank * inputs && b.len() == outputs * rank, "should be [rank, inputs] and [outputs, rank]");
+        let pad = |values: &[f32], (from, to), len, factor: f32| {
+            let (source, target) = (self.upload_f32(values), self.memory_of(len, self.precision));
+            let (y, x, count, from, to) = (target.pointer(), source.pointer(), len as i64, from as i32, to as i32);
+            // SAFETY: the target has `count` values in rows of `to`, the source rows of `from`.
+            unsafe { self.driver.launch(("pad", any(self.precision)), (len.div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![y, x, count, from, to, factor]) };
+            target
+        };
+        // Rows that are missing at the end are columns that are missing in one long row.
+        let a = pad(a, (rank * inputs, padded * inputs), padded * inputs, 1.0);
+        let b = pad(b, (rank, padded), outputs * padded, scale);
+        DeviceLora { rank, padded, inputs, outputs, a, b }
+    }
+
+    /// Puts a product on the stream, with a bias where one is given.
+    pub(super) fn product(&self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand, (alpha, beta): (f32, f32), bias: Option<&Memory>) {
+        let finish = if bias.is_some() { Finish::Bias } else { Finish::None };
+        let product = Product { m, n, k, a, b, c, alpha, beta, finish, bias: bias.map_or(0, Memory::pointer), pre: 0 };
+        // SAFETY: callers check lengths; results are buffers of their own.
+        unsafe { self.blas.run(&product) };
+    }
+
+    /// See [`crate::kernels::Engine::linear`]; t has the padded rank.
+    pub(in crate::kernels) fn linear(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        w: &DeviceWeight,
+        bias: Option<&Buffer>,
+        lora: Option<(&DeviceLora, Option<&Buffer>, f32)>,
+        y: &mut Buffer,
+    ) -> Option<Buffer> {
+        let (x, y) = (x.device(), y.device());
+        let (k, n) = (w.inputs, w.outputs);
+        assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, inputs] and [rows, outputs]");
+        assert!(bias.is_none_or(|b| b.len() == n), "should be [outputs]");
+        self.product((rows, n, k), Operand::stored(x, k), Operand::transposed(&w.values, k), Operand::stored(y, n), (1.0, 0.0), bias.map(Buffer::device));
+        lora.map(|(lora, dropped, scale)| {
+            let (r, source) = (lora.padded, dropped.map_or(x, Buffer::device));
+            assert!(source.len() == rows * k && (lora.inputs, lora.outputs) == (k, n), "should fit the layer");
+            let t = self.memory_of(rows * r, self.precision);
+            self.product((rows, r, k), Operand::stored(source, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (scale, 0.0), None);
+            self.product((rows, n, r), Operand::stored(&t, r), Operand::transposed(&lora.b, r), Operand::stored(y, n), (1.0, 1.0), None);
+            Buffer::on_device(t)
+        })
+    }
+
+    /// See [`crate::kernels::Engine::linear_backward`]; dt has the padded rank.
+    pub(in crate::kernels) fn linear_backward(
+        &self,
+        rows: usize,
+        dy: &Buffer,
+        w: &DeviceWeight,
+        lora: Option<(&DeviceLora, Option<&Buffer>)>,
+        dx: Option<(&mut Buffer, bool)>,
+    ) -> Option<Buffer> {
+        let dy = dy.device();
+        let (n, k) = (w.inputs, w.outputs);
+        assert_eq!(dy.len(), rows * k, "should be [rows, outputs]");
+        let dt = lora.map(|(lora, _)| {
+            let r = lora.padded;
+            let dt = self.memory_of(rows * r, self.precision);
+            self.product((rows, r, k), Operand::stored(dy, k), Operand::stored(&lora.b, r), Operand::stored(&dt, r), (1.0, 0.0), None);
+            dt
+        });
+        if let Some((dx, accumulate)) = dx {
+            assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
+            let beta = if accumulate { 1.0 } else { 0.0 };
+            self.product((rows, n, k), Operand::stored(dy, k), Operand::stored(&w.values, n), Operand::stored(dx.device(), n), (1.0, beta), None);
+            if let (Some((lora, mask)), Some(dt)) = (lora, &dt) {
+                let r = lora.padded;
+                if let Some(mask) = mask {
+                    let mut through = self.alloc(rows * n);
+                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(through.device(), n), (1.0, 0.0), None);
+                    self.multiply(&mut through, mask);
+                    self.add(dx, &through);
+                } else {
+                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(dx.device(), n), (1.0, 1.0), None);
+                }
+            }
+        }
+        dt.map(Buffer::on_device)
+    }
+
+    /// See [`crate::kernels::Engine::lora_gradient`]; the gradients are f32.
+    #[expect(clippy::too_many_arguments, reason = "four operands, two results and their sizes")]
+    pub(in crate::kernels) fn lora_gradient(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        dy: &Buffer,
+        t: &Buffer,
+        dt: &Buffer,
+        scale: f32,
+        da: &mut Buffer,
+        db: &mut Buffer,
+    ) {
+        let (inputs, outputs, padded) = (x.len() / rows, dy.len() / rows, t.len() / rows);
+        let rank = da.len() / inputs;
+        assert!(da.device().kind() == Kind::F32 && db.device().kind() == Kind::F32 && db.len() == outputs * rank, "should be f32");
+        let (x, dy, t, dt) = (x.device(), dy.device(), t.device(), dt.device());
+        self.product((rank, inputs, rows), Operand::transposed(dt, padded), Operand::stored(x, inputs), Operand::stored(da.device(), inputs), (1.0, 1.0), None);
+        self.product(
+            (outputs, rank, rows),
+            Operand::transposed(dy, outputs),
+            Operand::stored(t, padded),
+            Operand::stored(db.device(), rank),
+            (scale, 1.0),
+            None,
+        );
+    }
+}

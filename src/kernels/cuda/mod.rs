@@ -1,0 +1,251 @@
+//! The engine on an NVIDIA GPU: cuBLASLt's products and own kernels on one stream, memory from one pool.
+//!
+//! Activations and frozen weights have the engine's precision; statistics, sums and LoRA's gradients are f32. No result
+//! depends on the order in which threads happen to run: there are no atomic additions. Nothing waits for the device
+//! but [`Device::download`].
+#![expect(unsafe_code, reason = "calls of the driver, of cuBLASLt and of kernels")]
+
+mod attention;
+mod driver;
+mod error;
+mod gemm;
+mod linear;
+mod ops;
+mod pool;
+mod stack;
+mod timer;
+
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+pub use error::CudaError;
+pub(super) use linear::{DeviceLora, DeviceWeight};
+pub(super) use pool::Memory;
+pub(super) use stack::{DeviceStack, DeviceStackLora};
+pub use timer::Timer;
+
+use self::driver::{Driver, arguments, check};
+use self::error::must;
+use self::gemm::Blas;
+use self::pool::DevicePool;
+use super::{Buffer, Precision};
+
+/// Type of values on the device.
+pub(super) type Kind = Precision;
+
+/// Threads per block of the kernels in `pointwise.cu` and `norm.cu`.
+const BLOCK: usize = 256;
+
+/// A GPU.
+#[derive(Debug)]
+pub(super) struct Device {
+    driver: Arc<Driver>,
+    pool: Arc<DevicePool>,
+    blas: Blas,
+    precision: Precision,
+}
+
+impl Device {
+    /// Opens GPU `ordinal`.
+    pub(super) fn open(ordinal: i32, precision: Precision) -> Result<Self, CudaError> {
+        let driver = Arc::new(Driver::open(ordinal)?);
+        if precision == Precision::Bf16 && driver.capability < (8, 0) {
+            return Err(CudaError::Precision { precision, device: driver.name.clone(), capability: driver.capability });
+        }
+        let pool = Arc::new(DevicePool::new(Arc::clone(&driver)));
+        let blas = Blas::open(Arc::clone(&driver))?;
+        Ok(Self { driver, pool, blas, precision })
+    }
+
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Name and compute capability.
+    pub(super) fn describe(&self) -> (String, (i32, i32)) {
+        (self.driver.name.clone(), self.driver.capability)
+    }
+
+    pub(super) fn set_cap(&self, bytes: usize) {
+        self.pool.set_cap(bytes);
+    }
+
+    pub(super) fn peak(&self) -> usize {
+        self.pool.peak()
+    }
+
+    pub(super) fn trim(&self) {
+        self.pool.trim();
+    }
+
+    /// Bytes (free, total) of the card.
+    pub(super) fn memory(&self) -> (usize, usize) {
+        self.driver.bind();
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both outlive the call.
+        must(check("ask for free memory", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) }));
+        (free, total)
+    }
+
+    /// This point on the stream.
+    pub(super) fn timer(&self) -> Timer {
+        Timer::now(&self.driver)
+    }
+
+    pub(super) fn start_profile(&self) {
+        self.driver.start_profile();
+    }
+
+    pub(super) fn end_profile(&self) -> Vec<(String, usize, f64)> {
+        self.driver.end_profile()
+    }
+
+    pub(super) fn synchronize(&self) {
+        self.driver.synchronize();
+    }
+
+    fn memory_of(&self, len: usize, kind: Kind) -> Memory {
+        Memory::new(&self.pool, len, kind)
+    }
+
+    /// `len` values of any content in the engine's precision.
+    pub(super) fn alloc(&self, len: usize) -> Buffer {
+        Buffer::on_device(self.memory_of(len, self.precision))
+    }
+
+    /// `len` f32 values of any content.
+    pub(super) fn alloc_f32(&self, len: usize) -> Buffer {
+        Buffer::on_device(self.memory_of(len, Kind::F32))
+    }
+
+    /// Zeros (all bits are).
+    pub(super) fn fill_zero(&self, buffer: &mut Buffer) {
+        self.fill_memory(buffer.device());
+    }
+
+    fn fill_memory(&self, memory: &Memory) {
+        if memory.len() == 0 {
+            return;
+        }
+        self.driver.bind();
+        let bytes = memory.len() * memory.kind().bytes();
+        // SAFETY: the memory is this buffer's own.
+        must(check("fill memory", unsafe { sys::cuMemsetD8Async(memory.pointer(), 0, bytes, self.driver.stream()) }));
+    }
+
+    /// Bytes of the host in new memory of `len` values of this kind.
+    fn upload_bytes(&self, bytes: &[u8], len: usize, kind: Kind) -> Memory {
+        let memory = self.memory_of(len, kind);
+        assert_eq!(bytes.len(), len * kind.bytes(), "should be the values' bytes");
+        if len > 0 {
+            self.driver.bind();
+            // SAFETY: the memory has room for the bytes. From pageable memory the copy returns when the bytes are read.
+            let result = unsafe { sys::cuMemcpyHtoDAsync_v2(memory.pointer(), bytes.as_ptr().cast(), bytes.len(), self.driver.stream()) };
+            must(check("copy to the device", result));
+        }
+        memory
+    }
+
+    fn upload_f32(&self, values: &[f32]) -> Memory {
+        // SAFETY: f32 has no padding; as many bytes as the slice has.
+        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+        self.upload_bytes(bytes, values.len(), Kind::F32)
+    }
+
+    /// Host values in this kind.
+    fn upload_as(&self, values: &[f32], kind: Kind) -> Memory {
+        let source = self.upload_f32(values);
+        self.convert(source, kind)
+    }
+
+    /// Host values in the engine's precision.
+    pub(super) fn upload(&self, values: &[f32]) -> Buffer {
+        Buffer::on_device(self.upload_as(values, self.precision))
+    }
+
+    /// Values stored as f32, f16 or bf16 in the engine's precision.
+    pub(super) fn upload_stored(&self, bytes: &[u8], kind: Kind) -> Buffer {
+        let source = self.upload_bytes(bytes, bytes.len() / kind.bytes(), kind);
+        Buffer::on_device(self.convert(source, self.precision))
+    }
+
+    /// The values as this kind.
+    fn convert(&self, source: Memory, kind: Kind) -> Memory {
+        if source.kind() == kind {
+            return source;
+        }
+        let target = self.memory_of(source.len(), kind);
+        let (to, from, count, tag) = (target.pointer(), source.pointer(), source.len() as i64, source.kind().tag());
+        // SAFETY: both have `count` values.
+        unsafe { self.driver.launch(("convert", any(kind)), (source.len().div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, tag]) };
+        target
+    }
+
+    /// The values on the host; waits for the device.
+    pub(super) fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        let memory = buffer.device();
+        let mut values = vec![0.0_f32; memory.len()];
+        if values.is_empty() {
+            return values;
+        }
+        let converted;
+        let source = if memory.kind() == Kind::F32 {
+            memory
+        } else {
+            converted = self.memory_of(memory.len(), Kind::F32);
+            let (to, from, count, tag) = (converted.pointer(), memory.pointer(), memory.len() as i64, memory.kind().tag());
+            // SAFETY: both have `count` values.
+            unsafe { self.driver.launch(("convert", any(Kind::F32)), (memory.len().div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, tag]) };
+            &converted
+        };
+        self.driver.bind();
+        // SAFETY: `values` has room for as many f32 as the source has, and is not touched before the copy is done.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), source.pointer(), size_of_val(values.as_slice()), self.driver.stream()) };
+        must(check("copy to the host", result));
+        self.driver.synchronize();
+        values
+    }
+
+    /// A copy on the device.
+    pub(super) fn copy(&self, buffer: &Buffer) -> Buffer {
+        let source = buffer.device();
+        let target = self.memory_of(source.len(), source.kind());
+        self.copy_into(&target, source);
+        Buffer::on_device(target)
+    }
+
+    fn copy_into(&self, target: &Memory, source: &Memory) {
+        assert!(target.len() == source.len() && target.kind() == source.kind(), "should be alike");
+        if source.len() > 0 {
+            self.driver.bind();
+            let bytes = source.len() * source.kind().bytes();
+            // SAFETY: both have as many bytes.
+            must(check("copy", unsafe { sys::cuMemcpyDtoDAsync_v2(target.pointer(), source.pointer(), bytes, self.driver.stream()) }));
+        }
+    }
+}
+
+/// The suffix of kernels with single accesses.
+fn any(kind: Kind) -> &'static str {
+    match kind {
+        Kind::F32 => "f32_any",
+        Kind::F16 => "f16_any",
+        Kind::Bf16 => "bf16_any",
+    }
+}
+
+/// The suffix of kernels with accesses of 16 bytes, and how many values these are, if every one of these lengths and
+/// distances is a multiple of that many; else of those with single accesses.
+fn widest(kind: Kind, lengths: &[usize]) -> (&'static str, usize) {
+    let values = 16 / kind.bytes();
+    if lengths.iter().any(|len| !len.is_multiple_of(values)) {
+        return (any(kind), 1);
+    }
+    let suffix = match kind {
+        Kind::F32 => "f32",
+        Kind::F16 => "f16",
+        Kind::Bf16 => "bf16",
+    };
+    (suffix, values)
+}

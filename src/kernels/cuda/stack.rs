@@ -1,0 +1,207 @@
+//! Linear layers with one input as one product: their weights lie below each other, their results beside each other.
+
+use cudarc::driver::sys::{self, CUDA_MEMCPY2D_st, CUmemorytype};
+
+use super::driver::{arguments, check};
+use super::error::must;
+use super::gemm::{Finish, Operand, Product};
+use super::linear::DeviceLora;
+use super::{BLOCK, Device, DeviceWeight, Kind, Memory};
+use crate::kernels::Buffer;
+
+/// Weights [Σ outputs, inputs] and biases [Σ outputs] of layers that have the same input.
+#[derive(Debug)]
+pub(in crate::kernels) struct DeviceStack {
+    weight: Memory,
+    bias: Memory,
+    inputs: usize,
+    /// Of each layer.
+    outputs: Vec<usize>,
+}
+
+/// LoRA of a stack: A [Σ ranks, inputs] and the block-diagonal B [Σ outputs, Σ ranks].
+#[derive(Debug)]
+pub(in crate::kernels) struct DeviceStackLora {
+    a: Memory,
+    b: Memory,
+    ranks: usize,
+    /// Per layer with LoRA: its place in `outputs`, its first row in B, its first row in A, its rank.
+    layers: Vec<(usize, usize, usize, usize)>,
+}
+
+/// `Layer` of `lora.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Scatter {
+    da: u64,
+    db: u64,
+    first_output: i32,
+    outputs: i32,
+    first_rank: i32,
+    rank: i32,
+    scale: f32,
+    padding: i32,
+}
+
+/// Most layers of a stack.
+const LAYERS: usize = 4;
+
+impl Device {
+    /// Lays weights and biases of layers with the same input together; the layers then share this memory.
+    pub(in crate::kernels) fn stack(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceStack> {
+        let inputs = weights.first()?.inputs;
+        if weights.len() > LAYERS || weights.iter().any(|w| w.inputs != inputs) || biases.len() != weights.len() {
+            return None;
+        }
+        let outputs: Vec<usize> = weights.iter().map(|w| w.outputs).collect();
+        let total: usize = outputs.iter().sum();
+        let (weight, bias) = (self.memory_of(total * inputs, self.precision), self.memory_of(total, self.precision));
+        let mut first = 0;
+        for ((w, b), &rows) in weights.iter_mut().zip(biases).zip(&outputs) {
+            let (to, to_bias) = (weight.part(first * inputs, rows * inputs), bias.part(first, rows));
+            self.copy_into(&to, &w.values);
+            self.copy_into(&to_bias, b.device());
+            w.values = to;
+            **b = Buffer::on_device(to_bias);
+            first += rows;
+        }
+        Some(DeviceStack { weight, bias, inputs, outputs })
+    }
+
+    /// Lays the factors of the layers (those that have any) together.
+    pub(in crate::kernels) fn stack_lora(&self, stack: &DeviceStack, layers: &[Option<&DeviceLora>]) -> Option<DeviceStackLora> {
+        let ranks: usize = layers.iter().flatten().map(|l| l.padded).sum();
+        let total: usize = stack.outputs.iter().sum();
+        if ranks == 0 {
+            return None;
+        }
+        let (a, b) = (self.memory_of(ranks * stack.inputs, self.precision), self.memory_of(total * ranks, self.precision));
+        let mut places = Vec::new();
+        let (mut first_rank, mut first_output) = (0, 0);
+        self.fill_memory(&b);
+        for (i, (lora, &outputs)) in layers.iter().zip(&stack.outputs).enumerate() {
+            if let Some(lora) = lora {
+                self.copy_into(&a.part(first_rank * stack.inputs, lora.padded * stack.inputs), &lora.a);
+                self.copy_rows(b.at(first_output * ranks + first_rank), ranks, lora.b.pointer(), lora.padded, outputs, lora.padded);
+                places.push((i, first_output, first_rank, lora.rank));
+                first_rank += lora.padded;
+            }
+            first_output += outputs;
+        }
+        Some(DeviceStackLora { a, b, ranks, layers: places })
+    }
+
+    /// Rows of `width` values of the engine's precision.
+    fn copy_rows(&self, to: u64, to_stride: usize, from: u64, from_stride: usize, rows: usize, width: usize) {
+        let bytes = self.precision.bytes();
+        let copy = CUDA_MEMCPY2D_st {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: from_stride * bytes,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: to,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: to_stride * bytes,
+            WidthInBytes: width * bytes,
+            Height: rows,
+        };
+        self.driver.bind();
+        // SAFETY: both matrices have this many rows at their strides; callers lay them out.
+        must(check("copy rows", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.driver.stream()) }));
+    }
+
+    /// `y = x Wᵀ + bias + t Bᵀ` with `t = x Aᵀ`: the layers' results as columns of one matrix, and t.
+    pub(in crate::kernels) fn stack_forward(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        stack: &DeviceStack,
+        lora: Option<&DeviceStackLora>,
+    ) -> (Vec<Buffer>, Option<Buffer>) {
+        let (x, k, n) = (x.device(), stack.inputs, stack.outputs.iter().sum::<usize>());
+        assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
+        let y = self.memory_of(rows * n, self.precision);
+        let (weight, bias) = (&stack.weight, Some(&stack.bias));
+        self.product((rows, n, k), Operand::stored(x, k), Operand::transposed(weight, k), Operand::stored(&y, n), (1.0, 0.0), bias);
+        let t = lora.map(|lora| {
+            let r = lora.ranks;
+            let t = self.memory_of(rows * r, self.precision);
+            self.product((rows, r, k), Operand::stored(x, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (1.0, 0.0), None);
+            self.product((rows, n, r), Operand::stored(&t, r), Operand::transposed(&lora.b, r), Operand::stored(&y, n), (1.0, 1.0), None);
+            Buffer::on_device(t)
+        });
+        let mut first = 0;
+        let mut parts = Vec::with_capacity(stack.outputs.len());
+        for &outputs in &stack.outputs {
+            parts.push(Buffer::on_device(y.columns(first, outputs, n)));
+            first += outputs;
+        }
+        (parts, t)
+    }
+
+    /// The backward of [`Device::stack_forward`]: `dy` is any of the gradients of the parts, which are columns of one matrix.
+    /// Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
+    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
+    pub(in crate::kernels) fn stack_backward(
+        &self,
+        rows: usize,
+        dy: &Buffer,
+        stack: &DeviceStack,
+        lora: Option<(&DeviceStackLora, &Buffer, &Buffer)>,
+        dx: Option<&mut Buffer>,
+        gradients: &[(&Buffer, &Buffer, f32)],
+    ) {
+        let (n, k) = (stack.inputs, stack.outputs.iter().sum::<usize>());
+        let dy = dy.device().whole(rows, k);
+        if let Some(dx) = &dx {
+            assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
+            let (dx, weight) = (dx.device(), &stack.weight);
+            self.product((rows, n, k), Operand::stored(&dy, k), Operand::stored(weight, n), Operand::stored(dx, n), (1.0, 0.0), None);
+        }
+        let Some((lora, x, t)) = lora else { return };
+        let (r, x, t) = (lora.ranks, x.device(), t.device());
+        let dt = self.memory_of(rows * r, self.precision);
+        self.product((rows, r, k), Operand::stored(&dy, k), Operand::stored(&lora.b, r), Operand::stored(&dt, r), (1.0, 0.0), None);
+        if let Some(dx) = dx {
+            let dx = dx.device();
+            self.product((rows, n, r), Operand::stored(&dt, r), Operand::stored(&lora.a, n), Operand::stored(dx, n), (1.0, 1.0), None);
+        }
+        let (da, db) = (self.memory_of(r * n, Kind::F32), self.memory_of(k * r, Kind::F32));
+        self.product((r, n, rows), Operand::transposed(&dt, r), Operand::stored(x, n), Operand::stored(&da, n), (1.0, 0.0), None);
+        self.product((k, r, rows), Operand::transposed(&dy, k), Operand::stored(t, r), Operand::stored(&db, r), (1.0, 0.0), None);
+        self.scatter(stack, lora, &da, &db, gradients);
+    }
+
+    /// Adds what belongs to each layer to its gradients.
+    fn scatter(&self, stack: &DeviceStack, lora: &DeviceStackLora, da: &Memory, db: &Memory, gradients: &[(&Buffer, &Buffer, f32)]) {
+        assert_eq!(gradients.len(), lora.layers.len(), "should be those of the layers with LoRA");
+        let mut layers = [Scatter::default(); LAYERS];
+        let mut most = 0;
+        for ((layer, &(place, first_output, first_rank, rank)), (to_a, to_b, scale)) in layers.iter_mut().zip(&lora.layers).zip(gradients) {
+            let outputs = stack.outputs[place];
+            assert!(to_a.len() == rank * stack.inputs && to_b.len() == rank * outputs, "should be [rank, inputs] and [outputs, rank]");
+            *layer = Scatter {
+                da: to_a.device().pointer(),
+                db: to_b.device().pointer(),
+                first_output: first_output as i32,
+                outputs: outputs as i32,
+                first_rank: first_rank as i32,
+                rank: rank as i32,
+                scale: *scale,
+                padding: 0,
+            };
+            most = most.max(rank * stack.inputs.max(outputs));
+        }
+        let (from_a, from_b, inputs, ranks) = (da.pointer(), db.pointer(), stack.inputs as i32, lora.ranks as i32);
+        let grid = (most.div_ceil(BLOCK), 2, lora.layers.len());
+        // SAFETY: `layers` has the kernel's layout and is as long as the grid is deep; lengths were checked.
+        unsafe { self.driver.launch(("lora_scatter", ""), grid, BLOCK, 0, arguments![layers, from_a, from_b, inputs, ranks]) };
+    }
+}

@@ -1,0 +1,83 @@
+//! Times on the device, between events on the stream.
+
+use std::collections::BTreeMap;
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUevent};
+
+use super::driver::{Driver, check};
+use super::error::must;
+
+/// A point on the stream.
+#[derive(Debug)]
+pub struct Timer {
+    driver: Arc<Driver>,
+    event: Event,
+}
+
+impl Timer {
+    pub(super) fn now(driver: &Arc<Driver>) -> Self {
+        Self { driver: Arc::clone(driver), event: Event::now(driver) }
+    }
+
+    /// Milliseconds from this point to a later one; waits for both.
+    pub fn milliseconds_to(&self, later: &Self) -> f32 {
+        self.driver.synchronize();
+        self.event.milliseconds_to(&later.event)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Event(CUevent);
+
+// SAFETY: the driver's handle may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    pub(super) fn now(driver: &Driver) -> Self {
+        driver.bind();
+        let mut event = null_mut();
+        // SAFETY: `event` outlives the call.
+        must(check("make an event", unsafe { sys::cuEventCreate(&raw mut event, 0) }));
+        // SAFETY: event and stream are valid.
+        must(check("record an event", unsafe { sys::cuEventRecord(event, driver.stream()) }));
+        Self(event)
+    }
+
+    fn milliseconds_to(&self, later: &Self) -> f32 {
+        let mut milliseconds = 0.0;
+        // SAFETY: both events were recorded and have passed.
+        must(check("read a time", unsafe { sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.0, later.0) }));
+        milliseconds
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `now`, used no more.
+        unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+/// What ran, between which events.
+#[derive(Debug, Default)]
+pub(super) struct Profile(Vec<(String, Event, Event)>);
+
+impl Profile {
+    pub(super) fn add(&mut self, name: String, before: Event, after: Event) {
+        self.0.push((name, before, after));
+    }
+
+    /// (name, calls, milliseconds), longest first. The stream must have passed all events.
+    pub(super) fn sums(self) -> Vec<(String, usize, f64)> {
+        let mut sums: BTreeMap<String, (usize, f64)> = BTreeMap::new();
+        for (name, before, after) in self.0 {
+            let sum = sums.entry(name).or_default();
+            *sum = (sum.0 + 1, sum.1 + f64::from(before.milliseconds_to(&after)));
+        }
+        let mut sums: Vec<_> = sums.into_iter().map(|(name, (calls, time))| (name, calls, time)).collect();
+        sums.sort_by(|a, b| b.2.total_cmp(&a.2));
+        sums
+    }
+}

@@ -1,0 +1,160 @@
+//! The whole transformer on both devices: velocity and every gradient.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use finetune::kernels::{Engine, Precision};
+use finetune::model::Weights;
+use finetune::model::lora::LoraSpec;
+use finetune::model::mmdit::{Mmdit, MmditConfig};
+use finetune::nn::DropoutKey;
+
+use crate::support::{poison, random, relative};
+
+fn config(heads: usize, head_dim: usize, dual: &[usize]) -> MmditConfig {
+    MmditConfig {
+        patch_size: 2,
+        in_channels: 4,
+        num_layers: 3,
+        attention_head_dim: head_dim,
+        num_attention_heads: heads,
+        joint_attention_dim: 20,
+        caption_projection_dim: heads * head_dim,
+        pooled_projection_dim: 10,
+        out_channels: None,
+        pos_embed_max_size: 12,
+        qk_norm: (!dual.is_empty()).then(|| "rms_norm".to_owned()),
+        dual_attention_layers: dual.to_vec(),
+    }
+}
+
+fn weights(config: &MmditConfig) -> (tempfile::TempDir, Arc<Weights>) {
+    let (d, p) = (config.width(), config.patch_size);
+    let mut tensors: HashMap<String, Tensor> = HashMap::new();
+    let mut add = |name: String, shape: &[usize], scale: f64, offset: f64| {
+        let values = random(shape.iter().product(), tensors.len() as u64);
+        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap().affine(scale, offset).unwrap());
+    };
+    for site in config.linear_sites() {
+        add(format!("{}.weight", site.name), &[site.out_features, site.in_features], 1.0 / (site.in_features as f64).sqrt(), 0.0);
+        add(format!("{}.bias", site.name), &[site.out_features], 0.1, 0.0);
+    }
+    add("pos_embed.proj.weight".into(), &[d, config.in_channels, p, p], 0.2, 0.0);
+    add("pos_embed.proj.bias".into(), &[d], 0.1, 0.0);
+    add("pos_embed.pos_embed".into(), &[1, config.pos_embed_max_size.pow(2), d], 0.5, 0.0);
+    for layer in 0..config.num_layers {
+        let attentions = if config.is_dual(layer) { vec!["attn", "attn2"] } else { vec!["attn"] };
+        for attention in attentions.iter().filter(|_| config.qk_norm.is_some()) {
+            for norm in ["norm_q", "norm_k", "norm_added_q", "norm_added_k"] {
+                add(format!("transformer_blocks.{layer}.{attention}.{norm}.weight"), &[config.attention_head_dim], 0.1, 1.0);
+            }
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    candle_core::safetensors::save(&tensors, dir.path().join("diffusion_pytorch_model.safetensors")).unwrap();
+    let weights = Arc::new(Weights::open(dir.path()).unwrap());
+    (dir, weights)
+}
+
+const ATTENTION: [&str; 8] = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"];
+const EVERYTHING: [&str; 15] = [
+    "linear_1",
+    "linear_2",
+    "context_embedder",
+    "linear",
+    "to_q",
+    "to_k",
+    "to_v",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_out.0",
+    "to_add_out",
+    "net.0.proj",
+    "net.2",
+    "proj_out",
+];
+
+struct Step {
+    velocity: Vec<f32>,
+    names: Vec<String>,
+    gradients: Vec<Vec<f32>>,
+}
+
+fn step(engine: &Engine, config: &MmditConfig, weights: &Arc<Weights>, targets: &[&str], dropout: f64, recompute: &[bool]) -> Step {
+    let mut model = Mmdit::load(Arc::clone(weights), config.clone(), engine).unwrap();
+    let spec = LoraSpec { rank: 3, alpha: 6.0, dropout, target_modules: targets.iter().map(|t| (*t).to_owned()).collect() };
+    let mut params = model.attach_lora(&spec).unwrap().init(1);
+    for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
+        param.value = random(param.value.len(), 1000 + i as u64).iter().map(|v| v * 0.05).collect();
+    }
+    model.set_lora(&params).unwrap();
+    model.set_recompute(recompute);
+    let size = 3;
+    let tensor = |shape: &[usize], seed| Tensor::from_vec(random(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
+    let latents = [size, config.in_channels, 18, 14];
+    let key = DropoutKey { seed: 9, samples: (0..size as u64).map(|b| (2, b + 10)).collect() };
+    let timestep = Tensor::from_vec((0..size).map(|b| 100.0 + 250.5 * b as f32).collect::<Vec<_>>(), size, &Device::Cpu).unwrap();
+    let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], 51), tensor(&[size, config.pooled_projection_dim], 52));
+    let run = || {
+        let (velocity, saved) = model.forward(&tensor(&latents, 50), &timestep, &prompt, &pooled, Some(&key)).unwrap();
+        (velocity.flatten_all().unwrap().to_vec1().unwrap(), model.backward(saved, &tensor(&latents, 53)).unwrap())
+    };
+    let (velocity, gradients) = run();
+    assert!((velocity.clone(), gradients.clone()) == run(), "the second time gives other bits");
+    Step { velocity, names: params.into_iter().map(|p| p.name).collect(), gradients }
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().max(1e-30)
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn the_transformer_computes_the_same_on_both_devices() {
+    let mut failures = Vec::new();
+    for (heads, head_dim, dual, targets, dropout) in [
+        (3, 12, &[][..], &ATTENTION[..], 0.0),
+        (3, 12, &[0, 2], &EVERYTHING, 0.3),
+        (2, 64, &[], &ATTENTION, 0.0),
+        (2, 64, &[0, 1], &EVERYTHING, 0.2),
+        (2, 64, &[], &["ff_context.net.0.proj"], 0.0),
+    ] {
+        let config = config(heads, head_dim, dual);
+        let (_dir, weights) = weights(&config);
+        let want = step(&Engine::cpu(), &config, &weights, targets, dropout, &[]);
+        for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::F16, 1e-2), (Precision::Bf16, 8e-2)] {
+            let gpu = Engine::cuda(0, precision).unwrap();
+            poison(&gpu);
+            let got = step(&gpu, &config, &weights, targets, dropout, &[]);
+            let again = step(&gpu, &config, &weights, targets, dropout, &[true, false, true]);
+            assert!(got.velocity == again.velocity && got.gradients == again.gradients, "{precision}: recomputed blocks give other bits");
+            let mut worst = (relative(&got.velocity, &want.velocity), String::from("velocity"), 1.0);
+            for ((name, got), want) in want.names.iter().zip(&got.gradients).zip(&want.gradients) {
+                if want.iter().all(|v| *v == 0.0) {
+                    assert!(got.iter().all(|v| *v == 0.0), "{name}");
+                    continue;
+                }
+                let error = relative(got, want);
+                if error > worst.0 {
+                    worst = (error, name.clone(), cosine(got, want));
+                }
+            }
+            let line = format!(
+                "{precision} {heads}x{head_dim} {dual:?} {} targets: worst {:.2e} at {} (cosine {:.6}), velocity {:.2e}",
+                targets.len(),
+                worst.0,
+                worst.1,
+                worst.2,
+                relative(&got.velocity, &want.velocity)
+            );
+            println!("{line}");
+            if worst.0 > tolerance {
+                failures.push(line);
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
