@@ -1,0 +1,142 @@
+// Attention forward on tensor cores, head width 64.
+//
+//   attention_forward_{f16,bf16}_d64      out, lse
+//
+// bf16 needs sm_80. Block 128, grid (⌈queries / 128⌉, heads, batch), 49152 bytes of dynamic shared memory. Pointers are
+// 16-byte aligned, strides multiples of 8. Scores, softmax and sums in f32; probabilities are rounded before the second product.
+//
+// A block has 128 queries, a warp 32 of them, and walks over the keys 64 at a time; keys and values of the next 64 are
+// copied while these are worked on.
+
+#include "attention_mma.cuh"
+
+namespace attention {
+
+template <int MT_, int WARPS_, int KEYS_, int BLOCKS_>
+struct ForwardTile {
+  static constexpr int MT = MT_;         // 16-row pieces of a warp
+  static constexpr int WARPS = WARPS_;
+  static constexpr int KEYS = KEYS_;     // keys per step
+  static constexpr int BLOCKS = BLOCKS_; // blocks per multiprocessor that registers must allow
+  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int QUERIES = 16 * MT * WARPS;
+  static constexpr int SHARED = (QUERIES + 4 * KEYS) * kRowBytes;
+};
+
+template <typename T, typename S>
+__device__ __forceinline__ void forward_mma(const AttentionParameters& p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const uint32_t q_tile = shared_address(memory);
+  const auto k_tile = [&](int j) { return q_tile + (S::QUERIES + (j & 1) * 2 * S::KEYS) * kRowBytes; };
+  const auto v_tile = [&](int j) { return q_tile + (S::QUERIES + (j & 1) * 2 * S::KEYS + S::KEYS) * kRowBytes; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = blockIdx.x * S::QUERIES, head = blockIdx.y, batch = blockIdx.z;
+  const int keys = p.image + p.context;
+  const int steps = (keys + S::KEYS - 1) / S::KEYS;
+  const Rows<T> k_rows(p.k, p, batch, head), v_rows(p.v, p, batch, head);
+  const Lane rows_first = Lane::rows_first(), chunks_first = Lane::chunks_first();
+
+  load_tile<S::QUERIES, S::THREADS>(q_tile, Rows<T>(p.q, p, batch, head), first, p.queries);
+  commit_copies();
+  load_tile<S::KEYS, S::THREADS>(k_tile(0), k_rows, 0, keys);
+  load_tile<S::KEYS, S::THREADS>(v_tile(0), v_rows, 0, keys);
+  commit_copies();
+  wait_copies<1>();
+  __syncthreads();
+  uint32_t q[S::MT][4][4];
+  load_fragments<S::MT>(q, q_tile, 16 * S::MT * warp, rows_first);
+
+  const float factor = p.scale * kLog2e;
+  float out[S::MT][8][4] = {}, largest[S::MT][2], total[S::MT][2] = {};
+#pragma unroll
+  for (int m = 0; m < S::MT; ++m) largest[m][0] = largest[m][1] = -INFINITY;
+
+  for (int j = 0; j < steps; ++j) {
+    wait_copies<0>();
+    __syncthreads();  // step j has arrived; every warp is done with step j - 1, whose place the next copies take
+    if (j + 1 < steps) {
+      load_tile<S::KEYS, S::THREADS>(k_tile(j + 1), k_rows, (j + 1) * S::KEYS, keys);
+      load_tile<S::KEYS, S::THREADS>(v_tile(j + 1), v_rows, (j + 1) * S::KEYS, keys);
+      commit_copies();
+    }
+    float s[S::MT][S::KEYS / 8][4] = {};
+    multiply_rows<T>(s, q, k_tile(j), 0, chunks_first);
+    if ((j + 1) * S::KEYS > keys) {
+#pragma unroll
+      for (int n = 0; n < S::KEYS / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (j * S::KEYS + 8 * n + 2 * (lane % 4) + e % 2 >= keys)
+#pragma unroll
+            for (int m = 0; m < S::MT; ++m) s[m][n][e] = -INFINITY;
+    }
+#pragma unroll
+    for (int m = 0; m < S::MT; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // rows g and g + 8: spread over the four lanes of equal g
+        float most = largest[m][h];
+#pragma unroll
+        for (int n = 0; n < S::KEYS / 8; ++n) most = fmaxf(most, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+        const float shift = most * factor, shrink = exp2_approx(largest[m][h] * factor - shift);
+        largest[m][h] = most;
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < S::KEYS / 8; ++n)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            s[m][n][e] = exp2_approx(fmaf(s[m][n][e], factor, -shift));
+            sum += s[m][n][e];
+          }
+        total[m][h] = fmaf(total[m][h], shrink, sum);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          out[m][n][2 * h] *= shrink;
+          out[m][n][2 * h + 1] *= shrink;
+        }
+      }
+    multiply_accumulator<T>(out, s, v_tile(j), 0, rows_first);
+  }
+
+  float* lse = p.lse + row_of(p, batch, head);
+#pragma unroll
+  for (int m = 0; m < S::MT; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = total[m][h];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const int token = first + 16 * (S::MT * warp + m) + 8 * h + lane / 4;
+      if (lane % 4 == 0 && token < p.queries) lse[token] = largest[m][h] * p.scale + logf(sum);
+      total[m][h] = 1.0f / sum;
+    }
+  // A warp's queries are in its registers, so their place in shared memory is free.
+  store_tile<T>(Rows<T>(p.out, p, batch, head), out, total, q_tile, 16 * S::MT * warp, first + 16 * S::MT * warp, p.queries);
+}
+
+}  // namespace attention
+
+#define ATTENTION_FORWARD(type, name, suffix, ...)                                                                              \
+  extern "C" __global__ void __launch_bounds__(attention::ForwardTile<__VA_ARGS__>::THREADS, attention::ForwardTile<__VA_ARGS__>::BLOCKS) \
+      attention_forward_##name##_d64##suffix(const __grid_constant__ AttentionParameters p) {                                  \
+    attention::forward_mma<type, attention::ForwardTile<__VA_ARGS__>>(p);                                                      \
+  }
+
+#ifdef ATTENTION_VARIANTS
+#define ATTENTION_FORWARD_BOTH(suffix, ...)                  \
+  ATTENTION_FORWARD(__half, f16, suffix, __VA_ARGS__)        \
+  ATTENTION_FORWARD(__nv_bfloat16, bf16, suffix, __VA_ARGS__)
+ATTENTION_FORWARD_BOTH(_m2w4k64b2, 2, 4, 64, 2)
+ATTENTION_FORWARD_BOTH(_m2w4k32b2, 2, 4, 32, 2)
+ATTENTION_FORWARD_BOTH(_m2w4k32b3, 2, 4, 32, 3)
+ATTENTION_FORWARD_BOTH(_m1w4k64b3, 1, 4, 64, 3)
+ATTENTION_FORWARD_BOTH(_m1w4k64b4, 1, 4, 64, 4)
+ATTENTION_FORWARD_BOTH(_m1w4k128b2, 1, 4, 128, 2)
+ATTENTION_FORWARD_BOTH(_m1w8k64b2, 1, 8, 64, 2)
+ATTENTION_FORWARD_BOTH(_m2w8k64b1, 2, 8, 64, 1)
+ATTENTION_FORWARD_BOTH(_m2w4k128b2, 2, 4, 128, 2)
+#else
+ATTENTION_FORWARD(__half, f16, , 2, 4, 64, 2)
+ATTENTION_FORWARD(__nv_bfloat16, bf16, , 2, 4, 64, 2)
+#endif
