@@ -3,7 +3,7 @@
 //   attention_backward_q_{f16,bf16}_d64       d_q, rows      (reads q, k, v, out, d_out, lse)
 //   attention_backward_kv_{f16,bf16}_d64      d_k, d_v       (reads q, k, v, d_out, rows: after backward_q)
 //
-// bf16 needs sm_80. Block 128. Grid (⌈queries / 128⌉, heads, batch) with 49152 bytes of dynamic shared memory for backward_q;
+// bf16 needs sm_80. Block 128. Grid (⌈queries / 128⌉, heads, batch) with 32768 bytes of dynamic shared memory for backward_q;
 // grid (⌈keys / 64⌉, heads, batch) with 33792 bytes for backward_kv. Pointers are 16-byte aligned, strides multiples of 8.
 // Both compute the scores again: no scores in memory, no atomics, one order of every sum. Accumulation in f32;
 // probabilities and the scores' gradients are rounded before the products that use them.
@@ -21,7 +21,7 @@ struct BackwardQTile {
   static constexpr int BLOCKS = BLOCKS_;  // blocks per multiprocessor that registers must allow
   static constexpr int THREADS = 32 * WARPS;
   static constexpr int QUERIES = 16 * MT * WARPS;
-  static constexpr int SHARED = (3 * QUERIES > 4 * KEYS ? 3 * QUERIES : 4 * KEYS) * kRowBytes;
+  static constexpr int SHARED = (QUERIES > 2 * KEYS ? 2 * QUERIES : 4 * KEYS) * kRowBytes;
 };
 
 template <typename T, typename S>
@@ -44,25 +44,24 @@ __device__ __forceinline__ void backward_q_mma(const AttentionParameters& p) {
     constexpr int kTile = S::QUERIES * kRowBytes;
     load_tile<S::QUERIES, S::THREADS>(base, Rows<T>(p.q, p, batch, head), first, p.queries);
     load_tile<S::QUERIES, S::THREADS>(base + kTile, Rows<T>(p.d_out, p, batch, head), first, p.queries);
-    load_tile<S::QUERIES, S::THREADS>(base + 2 * kTile, Rows<T>(p.out, p, batch, head), first, p.queries);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
     load_fragments<S::MT>(q, base, own, rows_first);
     load_fragments<S::MT>(d_out, base + kTile, own, rows_first);
     const int64_t row = row_of(p, batch, head);
+    const Rows<T> out_rows(p.out, p, batch, head);
 #pragma unroll
     for (int m = 0; m < S::MT; ++m) {
+      uint32_t out[4][4];
+      read_fragments<T>(out, out_rows, first + own + 16 * m + lane / 4, p.queries);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t out[4];
-        ldmatrix(out, rows_first.address(base + 2 * kTile, own + 16 * m, 2 * k));
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // elements 0 and 2 are of row g, 1 and 3 of row g + 8
-          const float2 a = unpack<T>(out[e]), b = unpack<T>(d_out[m][k][e]);
+          const float2 a = unpack<T>(out[k][e]), b = unpack<T>(d_out[m][k][e]);
           delta[m][e % 2] = fmaf(a.x, b.x, fmaf(a.y, b.y, delta[m][e % 2]));
         }
-      }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         delta[m][h] += __shfl_xor_sync(0xffffffffu, delta[m][h], 1);
@@ -241,6 +240,8 @@ ATTENTION_BACKWARD_KV_BOTH(_m2w4q64s16b2, 2, 4, 64, 16, 2)
 ATTENTION_BACKWARD_KV_BOTH(_m1w8q64s32b1, 1, 8, 64, 32, 1)
 ATTENTION_BACKWARD_KV_BOTH(_m1w8q64s64b1, 1, 8, 64, 64, 1)
 ATTENTION_BACKWARD_KV_BOTH(_m2w8q64s16b1, 2, 8, 64, 16, 1)
+ATTENTION_BACKWARD_KV_BOTH(_m1w4q32s32b2, 1, 4, 32, 32, 2)
+ATTENTION_BACKWARD_KV_BOTH(_m1w4q32s32b3, 1, 4, 32, 32, 3)
 #else
 ATTENTION_BACKWARD_Q(__half, f16, , 2, 4, 64, 32, 2)
 ATTENTION_BACKWARD_Q(__nv_bfloat16, bf16, , 2, 4, 64, 32, 2)

@@ -2,7 +2,7 @@
 //
 //   attention_forward_{f16,bf16}_d64      out, lse
 //
-// bf16 needs sm_80. Block 128, grid (⌈queries / 128⌉, heads, batch), 49152 bytes of dynamic shared memory. Pointers are
+// bf16 needs sm_80. Block 128, grid (⌈queries / 128⌉, heads, batch), 32768 bytes of dynamic shared memory. Pointers are
 // 16-byte aligned, strides multiples of 8. Scores, softmax and sums in f32; probabilities are rounded before the second product.
 //
 // A block has 128 queries, a warp 32 of them, and walks over the keys 64 at a time; keys and values of the next 64 are
@@ -20,15 +20,16 @@ struct ForwardTile {
   static constexpr int BLOCKS = BLOCKS_; // blocks per multiprocessor that registers must allow
   static constexpr int THREADS = 32 * WARPS;
   static constexpr int QUERIES = 16 * MT * WARPS;
-  static constexpr int SHARED = (QUERIES + 4 * KEYS) * kRowBytes;
+  // Two stages of keys and values. The queries come by way of the second and the output leaves by it.
+  static constexpr int SHARED = (QUERIES > 2 * KEYS ? QUERIES + 2 * KEYS : 4 * KEYS) * kRowBytes;
 };
 
 template <typename T, typename S>
 __device__ __forceinline__ void forward_mma(const AttentionParameters& p) {
   extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t q_tile = shared_address(memory);
-  const auto k_tile = [&](int j) { return q_tile + (S::QUERIES + (j & 1) * 2 * S::KEYS) * kRowBytes; };
-  const auto v_tile = [&](int j) { return q_tile + (S::QUERIES + (j & 1) * 2 * S::KEYS + S::KEYS) * kRowBytes; };
+  const uint32_t base = shared_address(memory), q_tile = base + 2 * S::KEYS * kRowBytes;
+  const auto k_tile = [&](int j) { return base + (j & 1) * 2 * S::KEYS * kRowBytes; };
+  const auto v_tile = [&](int j) { return base + ((j & 1) * 2 + 1) * S::KEYS * kRowBytes; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = blockIdx.x * S::QUERIES, head = blockIdx.y, batch = blockIdx.z;
   const int keys = p.image + p.context;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void forward_mma(const AttentionParameters& p) {
       if (lane % 4 == 0 && token < p.queries) lse[token] = largest[m][h] * p.scale + logf(sum);
       total[m][h] = 1.0f / sum;
     }
-  // A warp's queries are in its registers, so their place in shared memory is free.
+  __syncthreads();
   store_tile<T>(Rows<T>(p.out, p, batch, head), out, total, q_tile, 16 * S::MT * warp, first + 16 * S::MT * warp, p.queries);
 }
 

@@ -128,21 +128,6 @@ __device__ __forceinline__ void round_fragments(uint32_t (&a)[N / 2][4], const f
   }
 }
 
-// Rows token, token + 8 (this lane's g and g + 8) as the left operand; zeros past `limit`.
-template <typename T>
-__device__ __forceinline__ void read_fragments(uint32_t (&a)[4][4], const Rows<T>& from, int token, int limit) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const bool valid = token + 8 * h < limit;
-    const uint32_t* row = reinterpret_cast<const uint32_t*>(valid ? from.at(token + 8 * h) : from.image) + threadIdx.x % 4;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      a[k][h] = valid ? row[8 * k] : 0;
-      a[k][h + 2] = valid ? row[8 * k + 4] : 0;
-    }
-  }
-}
-
 // An accumulator's rows token, token + 8, times factors, rounded. Four lanes exchange so that each stores 16 bytes.
 template <typename T>
 __device__ __forceinline__ void write_rows(const Rows<T>& to, const float (&c)[8][4], const float (&factor)[2], int token, int limit) {

@@ -227,6 +227,21 @@ __device__ __forceinline__ void load_fragments(uint32_t (&a)[MT][4][4], uint32_t
     for (int k = 0; k < 4; ++k) ldmatrix(a[m][k], lane.address(tile, first + 16 * m, 2 * k));
 }
 
+// Rows token, token + 8 (this lane's g and g + 8) as A, from global memory; zeros past `limit`.
+template <typename T>
+__device__ __forceinline__ void read_fragments(uint32_t (&a)[4][4], const Rows<T>& from, int token, int limit) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const bool valid = token + 8 * h < limit;
+    const uint32_t* row = reinterpret_cast<const uint32_t*>(valid ? from.at(token + 8 * h) : from.image) + threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      a[k][h] = valid ? row[8 * k] : 0;
+      a[k][h + 2] = valid ? row[8 * k + 4] : 0;
+    }
+  }
+}
+
 // A warp's 16·MT rows of an accumulator, times factor[m][0] (row g) or [1] (row g + 8), rounded, by way of its own rows
 // [row, row + 16·MT) of a tile nobody else uses, to tokens [first, first + 16·MT) below `limit`.
 template <typename T, int MT>

@@ -26,17 +26,17 @@ def plain(folder, dtype, head_dim):
 
 FORWARD = [(2, 4, 64, 2), (2, 4, 32, 2), (2, 4, 32, 3), (1, 4, 64, 3), (1, 4, 64, 4), (1, 4, 128, 2), (1, 8, 64, 2), (2, 8, 64, 1), (2, 4, 128, 2)]
 BACKWARD_Q = [(2, 4, 64, 32, 2), (2, 4, 64, 16, 2), (1, 4, 64, 64, 3), (1, 4, 64, 32, 4), (1, 8, 64, 32, 2), (2, 8, 64, 32, 1)]
-BACKWARD_KV = [(1, 4, 64, 64, 2), (1, 4, 64, 32, 3), (2, 4, 64, 16, 2), (1, 8, 64, 32, 1), (1, 8, 64, 64, 1), (2, 8, 64, 16, 1)]
+BACKWARD_KV = [(1, 4, 64, 64, 2), (1, 4, 64, 32, 3), (2, 4, 64, 16, 2), (1, 8, 64, 32, 1), (1, 8, 64, 64, 1), (2, 8, 64, 16, 1), (1, 4, 32, 32, 2), (1, 4, 32, 32, 3)]
 
 
 def forward_tile(m, name, mt, warps, keys, blocks):
     rows = 16 * mt * warps
-    return Kernel(m, name, rows, 32 * warps, (rows + 4 * keys) * 128)
+    return Kernel(m, name, rows, 32 * warps, max(4 * keys, 2 * keys + rows) * 128)
 
 
 def backward_q_tile(m, name, mt, warps, keys, step, blocks):
     rows = 16 * mt * warps
-    return Kernel(m, name, rows, 32 * warps, max(3 * rows, 4 * keys) * 128)
+    return Kernel(m, name, rows, 32 * warps, max(2 * rows, 4 * keys) * 128)
 
 
 def backward_kv_tile(m, name, mt, warps, queries, step, blocks):
