@@ -3,8 +3,9 @@
 //   attention_backward_q_{f16,bf16}_d64       d_q, rows      (reads q, k, v, out, d_out, lse)
 //   attention_backward_kv_{f16,bf16}_d64      d_k, d_v       (reads q, k, v, d_out, rows: after backward_q)
 //
-// bf16 needs sm_80. Block 128. Grid (⌈queries / 128⌉, heads, batch) with 32768 bytes of dynamic shared memory for backward_q;
-// grid (⌈keys / 64⌉, heads, batch) with 33792 bytes for backward_kv. Pointers are 16-byte aligned, strides multiples of 8.
+// bf16 needs sm_80. Block 128. Grid (⌈queries / 64⌉, heads, batch) with 32768 bytes of dynamic shared memory for backward_q
+// (16384 before sm_80), grid (⌈keys / 64⌉, heads, batch) with 33792 bytes for backward_kv (16896 before sm_80). Pointers are
+// 16-byte aligned, strides multiples of 8.
 // Both compute the scores again: no scores in memory, no atomics, one order of every sum. Accumulation in f32;
 // probabilities and the scores' gradients are rounded before the products that use them.
 
@@ -208,43 +209,22 @@ __device__ __forceinline__ void backward_kv_mma(const AttentionParameters& p) {
   store_tile<T>(Rows<T>(p.d_v, p, batch, head), d_v, factors, base + S::KEYS * kRowBytes, own, first + own, keys);
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+using BackwardQ = BackwardQTile<1, 4, 32, 32, 4>;  // half the shared memory; plain copies want more blocks
+using BackwardKv = BackwardKvTile<1, 4, 32, 32, 3>;
+#else
+using BackwardQ = BackwardQTile<1, 4, 64, 32, 4>;
+using BackwardKv = BackwardKvTile<1, 4, 64, 32, 3>;
+#endif
+
 }  // namespace attention
 
-#define ATTENTION_BACKWARD_Q(type, name, suffix, ...)                                                                             \
-  extern "C" __global__ void __launch_bounds__(attention::BackwardQTile<__VA_ARGS__>::THREADS, attention::BackwardQTile<__VA_ARGS__>::BLOCKS) \
-      attention_backward_q_##name##_d64##suffix(const __grid_constant__ AttentionParameters p) {                                 \
-    attention::backward_q_mma<type, attention::BackwardQTile<__VA_ARGS__>>(p);                                                   \
+#define ATTENTION_BACKWARD(part, function, type, name, tile)                                                      \
+  extern "C" __global__ void __launch_bounds__(attention::tile::THREADS, attention::tile::BLOCKS)                 \
+      attention_##part##_##name(const __grid_constant__ AttentionParameters p) {                                 \
+    attention::function<type, attention::tile>(p);                                                               \
   }
-#define ATTENTION_BACKWARD_KV(type, name, suffix, ...)                                                                              \
-  extern "C" __global__ void __launch_bounds__(attention::BackwardKvTile<__VA_ARGS__>::THREADS, attention::BackwardKvTile<__VA_ARGS__>::BLOCKS) \
-      attention_backward_kv_##name##_d64##suffix(const __grid_constant__ AttentionParameters p) {                                  \
-    attention::backward_kv_mma<type, attention::BackwardKvTile<__VA_ARGS__>>(p);                                                   \
-  }
-
-#ifdef ATTENTION_VARIANTS
-#define ATTENTION_BACKWARD_Q_BOTH(suffix, ...)             \
-  ATTENTION_BACKWARD_Q(__half, f16, suffix, __VA_ARGS__)   \
-  ATTENTION_BACKWARD_Q(__nv_bfloat16, bf16, suffix, __VA_ARGS__)
-#define ATTENTION_BACKWARD_KV_BOTH(suffix, ...)            \
-  ATTENTION_BACKWARD_KV(__half, f16, suffix, __VA_ARGS__)  \
-  ATTENTION_BACKWARD_KV(__nv_bfloat16, bf16, suffix, __VA_ARGS__)
-ATTENTION_BACKWARD_Q_BOTH(_m2w4k64s32b2, 2, 4, 64, 32, 2)
-ATTENTION_BACKWARD_Q_BOTH(_m2w4k64s16b2, 2, 4, 64, 16, 2)
-ATTENTION_BACKWARD_Q_BOTH(_m1w4k64s64b3, 1, 4, 64, 64, 3)
-ATTENTION_BACKWARD_Q_BOTH(_m1w4k64s32b4, 1, 4, 64, 32, 4)
-ATTENTION_BACKWARD_Q_BOTH(_m1w8k64s32b2, 1, 8, 64, 32, 2)
-ATTENTION_BACKWARD_Q_BOTH(_m2w8k64s32b1, 2, 8, 64, 32, 1)
-ATTENTION_BACKWARD_KV_BOTH(_m1w4q64s64b2, 1, 4, 64, 64, 2)
-ATTENTION_BACKWARD_KV_BOTH(_m1w4q64s32b3, 1, 4, 64, 32, 3)
-ATTENTION_BACKWARD_KV_BOTH(_m2w4q64s16b2, 2, 4, 64, 16, 2)
-ATTENTION_BACKWARD_KV_BOTH(_m1w8q64s32b1, 1, 8, 64, 32, 1)
-ATTENTION_BACKWARD_KV_BOTH(_m1w8q64s64b1, 1, 8, 64, 64, 1)
-ATTENTION_BACKWARD_KV_BOTH(_m2w8q64s16b1, 2, 8, 64, 16, 1)
-ATTENTION_BACKWARD_KV_BOTH(_m1w4q32s32b2, 1, 4, 32, 32, 2)
-ATTENTION_BACKWARD_KV_BOTH(_m1w4q32s32b3, 1, 4, 32, 32, 3)
-#else
-ATTENTION_BACKWARD_Q(__half, f16, , 2, 4, 64, 32, 2)
-ATTENTION_BACKWARD_Q(__nv_bfloat16, bf16, , 2, 4, 64, 32, 2)
-ATTENTION_BACKWARD_KV(__half, f16, , 1, 4, 64, 64, 2)
-ATTENTION_BACKWARD_KV(__nv_bfloat16, bf16, , 1, 4, 64, 64, 2)
-#endif
+ATTENTION_BACKWARD(backward_q, backward_q_mma, __half, f16_d64, BackwardQ)
+ATTENTION_BACKWARD(backward_q, backward_q_mma, __nv_bfloat16, bf16_d64, BackwardQ)
+ATTENTION_BACKWARD(backward_kv, backward_kv_mma, __half, f16_d64, BackwardKv)
+ATTENTION_BACKWARD(backward_kv, backward_kv_mma, __nv_bfloat16, bf16_d64, BackwardKv)

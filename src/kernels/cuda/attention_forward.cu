@@ -2,11 +2,12 @@
 //
 //   attention_forward_{f16,bf16}_d64      out, lse
 //
-// bf16 needs sm_80. Block 128, grid (⌈queries / 128⌉, heads, batch), 32768 bytes of dynamic shared memory. Pointers are
-// 16-byte aligned, strides multiples of 8. Scores, softmax and sums in f32; probabilities are rounded before the second product.
+// bf16 needs sm_80. Block 128, grid (⌈queries / 64⌉, heads, batch), 32768 bytes of dynamic shared memory (16384 before sm_80).
+// Pointers are 16-byte aligned, strides multiples of 8. Scores, softmax and sums in f32; probabilities are rounded before the
+// second product.
 //
-// A block has 128 queries, a warp 32 of them, and walks over the keys 64 at a time; keys and values of the next 64 are
-// copied while these are worked on.
+// A warp has 16 queries in its registers and walks over the keys 64 at a time; keys and values of the next 64 are copied
+// while these are worked on. 128 registers and four blocks per multiprocessor beat 32 queries per warp with two blocks.
 
 #include "attention_mma.cuh"
 
@@ -91,10 +92,12 @@ __device__ __forceinline__ void forward_mma(const AttentionParameters& p) {
             sum += s[m][n][e];
           }
         total[m][h] = fmaf(total[m][h], shrink, sum);
+        if (__any_sync(0xffffffffu, shrink != 1.0f)) {  // the maximum soon stays
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          out[m][n][2 * h] *= shrink;
-          out[m][n][2 * h + 1] *= shrink;
+          for (int n = 0; n < 8; ++n) {
+            out[m][n][2 * h] *= shrink;
+            out[m][n][2 * h + 1] *= shrink;
+          }
         }
       }
     multiply_accumulator<T>(out, s, v_tile(j), 0, rows_first);
@@ -116,28 +119,18 @@ __device__ __forceinline__ void forward_mma(const AttentionParameters& p) {
   store_tile<T>(Rows<T>(p.out, p, batch, head), out, total, q_tile, 16 * S::MT * warp, first + 16 * S::MT * warp, p.queries);
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+using Forward = ForwardTile<1, 4, 32, 4>;  // half the shared memory; plain copies want more blocks
+#else
+using Forward = ForwardTile<1, 4, 64, 4>;
+#endif
+
 }  // namespace attention
 
-#define ATTENTION_FORWARD(type, name, suffix, ...)                                                                              \
-  extern "C" __global__ void __launch_bounds__(attention::ForwardTile<__VA_ARGS__>::THREADS, attention::ForwardTile<__VA_ARGS__>::BLOCKS) \
-      attention_forward_##name##_d64##suffix(const __grid_constant__ AttentionParameters p) {                                  \
-    attention::forward_mma<type, attention::ForwardTile<__VA_ARGS__>>(p);                                                      \
+#define ATTENTION_FORWARD(type, name, tile)                                                                       \
+  extern "C" __global__ void __launch_bounds__(attention::tile::THREADS, attention::tile::BLOCKS)                 \
+      attention_forward_##name(const __grid_constant__ AttentionParameters p) {                                  \
+    attention::forward_mma<type, attention::tile>(p);                                                            \
   }
-
-#ifdef ATTENTION_VARIANTS
-#define ATTENTION_FORWARD_BOTH(suffix, ...)                  \
-  ATTENTION_FORWARD(__half, f16, suffix, __VA_ARGS__)        \
-  ATTENTION_FORWARD(__nv_bfloat16, bf16, suffix, __VA_ARGS__)
-ATTENTION_FORWARD_BOTH(_m2w4k64b2, 2, 4, 64, 2)
-ATTENTION_FORWARD_BOTH(_m2w4k32b2, 2, 4, 32, 2)
-ATTENTION_FORWARD_BOTH(_m2w4k32b3, 2, 4, 32, 3)
-ATTENTION_FORWARD_BOTH(_m1w4k64b3, 1, 4, 64, 3)
-ATTENTION_FORWARD_BOTH(_m1w4k64b4, 1, 4, 64, 4)
-ATTENTION_FORWARD_BOTH(_m1w4k128b2, 1, 4, 128, 2)
-ATTENTION_FORWARD_BOTH(_m1w8k64b2, 1, 8, 64, 2)
-ATTENTION_FORWARD_BOTH(_m2w8k64b1, 2, 8, 64, 1)
-ATTENTION_FORWARD_BOTH(_m2w4k128b2, 2, 4, 128, 2)
-#else
-ATTENTION_FORWARD(__half, f16, , 2, 4, 64, 2)
-ATTENTION_FORWARD(__nv_bfloat16, bf16, , 2, 4, 64, 2)
-#endif
+ATTENTION_FORWARD(__half, f16_d64, Forward)
+ATTENTION_FORWARD(__nv_bfloat16, bf16_d64, Forward)

@@ -1,15 +1,11 @@
-// Attention on Hopper (sm_90a), head width 64: warpgroup products (wgmma) fed by a copying warp.
-//
-//   attention_forward_{f16,bf16}_d64_hopper        out, lse
-//   attention_backward_q_{f16,bf16}_d64_hopper     d_q, rows      (reads q, k, v, out, d_out, lse)
-//   attention_backward_kv_{f16,bf16}_d64_hopper    d_k, d_v       (reads q, k, v, d_out, rows: after backward_q)
-//
-// Pointers are 16-byte aligned, strides multiples of 8. No scores in memory, no atomics, one order of every sum.
+// What the attention kernels for Hopper (sm_90a) have in common: warpgroup products (wgmma) fed by a copying warpgroup.
 //
 // A warpgroup has 64 rows (queries, or keys in backward_kv), whose operands stay in registers, and walks over the other
-// side's tiles in shared memory. One more warpgroup copies these tiles, several steps ahead; the two kinds wait for
-// each other by barriers `full` and `empty` of each stage. The warpgroups of a block run freely, so that one's
-// exponentials meet another's products.
+// side's tiles in shared memory. One more warpgroup copies these tiles, several steps ahead; the two kinds wait for each
+// other by barriers `full` and `empty` of each stage. The warpgroups of a block run freely, so that one's exponentials meet
+// another's products.
+
+#pragma once
 
 #include "attention_mma.cuh"
 
@@ -38,6 +34,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
       "}" ::"r"(barrier), "r"(parity)
       : "memory");
 }
+
+// Waits for the other threads of this warpgroup.
+__device__ __forceinline__ void warpgroup_barrier() { asm volatile("bar.sync %0, 128;" ::"r"(1 + int(threadIdx.x) / 128) : "memory"); }
 
 // What ordinary accesses wrote before, the tensor cores see after.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -84,6 +83,15 @@ struct Product;
           : ATTENTION_C32(c, 0)                                                                                                           \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                                        \
     }                                                                                                                                     \
+    __device__ __forceinline__ static void add(float (&c)[8][4], uint64_t a, uint64_t b, int accumulate) {                                \
+      asm volatile(                                                                                                                       \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                                                    \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                                                     \
+          " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
+          "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, %35;\n}"                                                                       \
+          : ATTENTION_C32(c, 0)                                                                                                           \
+          : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                                                                            \
+    }                                                                                                                                     \
     __device__ __forceinline__ static void add(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, int accumulate) {                  \
       asm volatile(                                                                                                                       \
           "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                                                    \
@@ -104,6 +112,15 @@ __device__ __forceinline__ void begin_rows(float (&c)[N][4], const uint32_t (&a)
   const uint64_t b = operand(tile);
 #pragma unroll
   for (int k = 0; k < 4; ++k) Product<T, 0>::add(c, a[k], b + k * (32 >> 4), k > 0);
+  products_commit();
+}
+
+// The same with 64 rows of another tile for a.
+template <typename T>
+__device__ __forceinline__ void begin_rows(float (&c)[8][4], uint32_t a_tile, uint32_t tile) {
+  const uint64_t a = operand(a_tile), b = operand(tile);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) Product<T, 0>::add(c, a + k * (32 >> 4), b + k * (32 >> 4), k > 0);
   products_commit();
 }
 
@@ -188,20 +205,25 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-template <int WARPGROUPS_, int STEP_, int STAGES_, int BLOCKS_>
+template <int WARPGROUPS_, int STEP_, int STAGES_, int BLOCKS_, bool AHEAD_, bool OWN_SHARED_>
 struct HopperTile {
   static constexpr int WARPGROUPS = WARPGROUPS_;
   static constexpr int STEP = STEP_;      // rows of the other side per step
   static constexpr int STAGES = STAGES_;  // steps in shared memory
   static constexpr int BLOCKS = BLOCKS_;  // blocks per multiprocessor that registers must allow
+  static constexpr bool AHEAD = AHEAD_;   // the scores of the next step are computed while this one's are used
+  static constexpr bool OWN_SHARED = OWN_SHARED_;  // a block's own rows stay in shared memory, else in registers
   static constexpr int ROWS = 64 * WARPGROUPS;
   static constexpr int THREADS = 128 * (WARPGROUPS + 1);
   // Registers per thread move from the copying warpgroup to the others: no more than THREADS · BLOCKS threads would have.
-  static constexpr int REGISTERS = WARPGROUPS == 3 ? 152 : BLOCKS == 2 ? 104 : 232;
-  static constexpr int COPY_REGISTERS = WARPGROUPS == 3 ? 56 : BLOCKS == 2 ? 32 : 40;
+  static constexpr int SHARE = 65536 / 128 / BLOCKS / (WARPGROUPS + 1) / 8 * 8 * (WARPGROUPS + 1);
+  static constexpr int COPY_REGISTERS = (WARPGROUPS == 2 && BLOCKS == 2) || WARPGROUPS == 4 ? 48 : WARPGROUPS == 3 ? 56 : 40;
+  static constexpr int REGISTERS = (SHARE - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
   static_assert(BLOCKS * 128 * (WARPGROUPS * REGISTERS + COPY_REGISTERS) <= 65536);
-  static constexpr int TILES = 2 * STEP * kRowBytes;                                   // two tiles per stage
-  static constexpr int SHARED = 1024 + STAGES * (TILES + STEP * 8) + 16 * STAGES;      // alignment, stages, their rows' numbers, barriers
+  static constexpr int TILES = 2 * STEP * kRowBytes;  // two tiles per stage
+  // Stages and their rows' numbers, barriers; the block's own rows of two operands; room to align all.
+  static constexpr int OWN = (STAGES * (TILES + STEP * 8 + 16) + 1023) / 1024 * 1024;
+  static constexpr int SHARED = OWN + (OWN_SHARED ? 2 * ROWS * kRowBytes : 0) + 1024;
 };
 
 // Where a block's stages and barriers lie.
@@ -224,6 +246,35 @@ struct Stages {
   __device__ __forceinline__ uint32_t numbers(int stage) const { return base + S::STAGES * S::TILES + stage * S::STEP * 8; }
   __device__ __forceinline__ uint32_t full(int stage) const { return base + S::STAGES * (S::TILES + S::STEP * 8) + 16 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 8; }
+};
+
+// The 64 rows of a warpgroup, left operand of products with the tiles of the stages. `index`: which of the block's operands.
+template <typename T, typename S>
+struct OwnRows {
+  uint32_t fragments[4][4];
+  uint32_t tile;
+
+  __device__ __forceinline__ OwnRows(const Stages<S>& stages, int index, const Rows<T>& from, int limit) {
+    const int first = blockIdx.x * S::ROWS + threadIdx.x / 128 * 64;
+    if constexpr (S::OWN_SHARED) {
+      tile = stages.base + S::OWN + (index * S::WARPGROUPS + threadIdx.x / 128) * 64 * kRowBytes;
+      copy_tile<64>(tile, from, first, limit);
+      commit_copies();
+      wait_copies<0>();
+      proxy_fence();
+      warpgroup_barrier();
+    } else {
+      read_fragments<T>(fragments, from, first + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, limit);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void begin(float (&c)[N][4], uint32_t other) const {
+    if constexpr (S::OWN_SHARED)
+      begin_rows<T>(c, tile, other);
+    else
+      begin_rows<T>(c, fragments, other);
+  }
 };
 
 // A stage and the parity of its use.
@@ -279,269 +330,10 @@ __device__ __forceinline__ void mask_columns(float (&s)[N][4], int first, int li
       if (first + 8 * n + 2 * (int(threadIdx.x) % 4) + e % 2 >= limit) s[n][e] = -INFINITY;
 }
 
-template <typename T, typename S>
-__device__ __forceinline__ void forward_hopper(const AttentionParameters& p) {
-  const Stages<S> stages;
-  const int head = blockIdx.y, batch = blockIdx.z, keys = p.image + p.context;
-  if (threadIdx.x >= 128 * S::WARPGROUPS) {
-    copy_all<T, S>(stages, Rows<T>(p.k, p, batch, head), Rows<T>(p.v, p, batch, head), nullptr, keys);
-    return;
-  }
-  take_registers<S::REGISTERS>();
-  const int lane = threadIdx.x % 32;
-  const int token = blockIdx.x * S::ROWS + threadIdx.x / 32 * 16 + lane / 4;  // and token + 8
-  const float factor = p.scale * kLog2e;
-  uint32_t q[4][4];
-  read_fragments<T>(q, Rows<T>(p.q, p, batch, head), token, p.queries);
-
-  constexpr int N = S::STEP / 8;
-  float out[8][4] = {}, s[N][4], largest[2] = {-INFINITY, -INFINITY}, total[2] = {}, shrink[2];
-  uint32_t probabilities[N / 2][4];
-  // s becomes probabilities · total; the running maximum and sum move on.
-  const auto softmax = [&](int first) {
-    mask_columns(s, first, keys);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float most = largest[h];
-#pragma unroll
-      for (int n = 0; n < N; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float shift = most * factor;
-      shrink[h] = exp2_approx(largest[h] * factor - shift);
-      largest[h] = most;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          s[n][e] = exp2_approx(fmaf(s[n][e], factor, -shift));
-          sum += s[n][e];
-        }
-      total[h] = fmaf(total[h], shrink[h], sum);
-    }
-  };
-
-  Turn<S::STAGES> turn;
-  wait_full<S>(stages, turn);
-  products_begin();
-  begin_rows<T>(s, q, stages.first_tile(turn.stage));
-  products_wait<0>();
-  pin(s);
-  softmax(0);
-  round_fragments<T>(probabilities, s);
-  for (int first = S::STEP; first < keys; first += S::STEP) {
-    // The scores of this step and the output of the one before, together; the softmax of this step meets the latter.
-    const Turn<S::STAGES> before = turn;
-    turn.next();
-    wait_full<S>(stages, turn);
-    pin(s);
-    pin(out);
-    products_begin();
-    begin_rows<T>(s, q, stages.first_tile(turn.stage));
-    begin_columns<T>(out, probabilities, stages.second_tile(before.stage));
-    products_wait<1>();
-    pin(s);
-    softmax(first);
-    products_wait<0>();
-    pin(out);
-    release<S>(stages, before);
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
-    round_fragments<T>(probabilities, s);
-  }
-  pin(out);
-  products_begin();
-  begin_columns<T>(out, probabilities, stages.second_tile(turn.stage));
-  products_wait<0>();
-  pin(out);
-
-  float* lse = p.lse + row_of(p, batch, head);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float sum = total[h];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane % 4 == 0 && token + 8 * h < p.queries) lse[token + 8 * h] = largest[h] * p.scale + logf(sum);
-    total[h] = 1.0f / sum;
-  }
-  write_rows<T>(Rows<T>(p.out, p, batch, head), out, total, token, p.queries);
-}
-
-template <typename T, typename S>
-__device__ __forceinline__ void backward_q_hopper(const AttentionParameters& p) {
-  static_assert(S::STEP == 64);
-  const Stages<S> stages;
-  const int head = blockIdx.y, batch = blockIdx.z, keys = p.image + p.context;
-  if (threadIdx.x >= 128 * S::WARPGROUPS) {
-    copy_all<T, S>(stages, Rows<T>(p.k, p, batch, head), Rows<T>(p.v, p, batch, head), nullptr, keys);
-    return;
-  }
-  take_registers<S::REGISTERS>();
-  const int lane = threadIdx.x % 32;
-  const int token = blockIdx.x * S::ROWS + threadIdx.x / 32 * 16 + lane / 4;  // and token + 8
-  const float factor = p.scale * kLog2e;
-  uint32_t q[4][4], d_out[4][4];
-  float lse[2], delta[2] = {};
-  read_fragments<T>(q, Rows<T>(p.q, p, batch, head), token, p.queries);
-  read_fragments<T>(d_out, Rows<T>(p.d_out, p, batch, head), token, p.queries);
-  {
-    uint32_t out[4][4];
-    read_fragments<T>(out, Rows<T>(p.out, p, batch, head), token, p.queries);
-    const int64_t row = row_of(p, batch, head);
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {  // elements 0 and 2 are of row g, 1 and 3 of row g + 8
-        const float2 a = unpack<T>(out[k][e]), b = unpack<T>(d_out[k][e]);
-        delta[e % 2] = fmaf(a.x, b.x, fmaf(a.y, b.y, delta[e % 2]));
-      }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      delta[h] += __shfl_xor_sync(0xffffffffu, delta[h], 1);
-      delta[h] += __shfl_xor_sync(0xffffffffu, delta[h], 2);
-      const bool valid = token + 8 * h < p.queries;
-      lse[h] = valid ? p.lse[row + token + 8 * h] * kLog2e : 0.0f;
-      if (lane % 4 == 0 && valid) p.rows[row + token + 8 * h] = make_float2(lse[h], delta[h]);
-    }
-  }
-
-  float d_q[8][4] = {}, s[8][4], d_p[8][4];
-  uint32_t d_s[4][4];
-  Turn<S::STAGES> turn, before;
-  for (int first = 0; first < keys; first += S::STEP) {
-    wait_full<S>(stages, turn);
-    pin(s);
-    pin(d_p);
-    products_begin();
-    begin_rows<T>(s, q, stages.first_tile(turn.stage));
-    begin_rows<T>(d_p, d_out, stages.second_tile(turn.stage));
-    if (first) {
-      products_wait<2>();  // d_q of the step before
-      release<S>(stages, before);
-    }
-    products_wait<1>();
-    pin(s);
-    mask_columns(s, first, keys);
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], factor, -lse[e / 2]));
-    products_wait<0>();
-    pin(d_p);
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) d_p[n][e] = s[n][e] * (d_p[n][e] - delta[e / 2]);
-    round_fragments<T>(d_s, d_p);
-    pin(d_q);
-    products_begin();
-    begin_columns<T>(d_q, d_s, stages.first_tile(turn.stage));
-    before = turn;
-    turn.next();
-  }
-  products_wait<0>();
-  pin(d_q);
-  const float scale[2] = {p.scale, p.scale};
-  write_rows<T>(Rows<T>(p.d_q, p, batch, head), d_q, scale, token, p.queries);
-}
-
-// Products here are transposed: rows are keys, columns are queries.
-template <typename T, typename S>
-__device__ __forceinline__ void backward_kv_hopper(const AttentionParameters& p) {
-  static_assert(S::STEP == 64);
-  const Stages<S> stages;
-  const int head = blockIdx.y, batch = blockIdx.z, keys = p.image + p.context;
-  if (threadIdx.x >= 128 * S::WARPGROUPS) {
-    // A query past the end has q = d_out = 0 and both numbers 0, so it adds 0.
-    copy_all<T, S>(stages, Rows<T>(p.q, p, batch, head), Rows<T>(p.d_out, p, batch, head), p.rows + row_of(p, batch, head), p.queries);
-    return;
-  }
-  take_registers<S::REGISTERS>();
-  const int lane = threadIdx.x % 32;
-  const int token = blockIdx.x * S::ROWS + threadIdx.x / 32 * 16 + lane / 4;  // and token + 8
-  const float factor = p.scale * kLog2e;
-  uint32_t k[4][4], v[4][4];
-  read_fragments<T>(k, Rows<T>(p.k, p, batch, head), token, keys);
-  read_fragments<T>(v, Rows<T>(p.v, p, batch, head), token, keys);
-
-  float d_k[8][4] = {}, d_v[8][4] = {}, s[8][4], d_p[8][4];
-  uint32_t probabilities[4][4], d_s[4][4];
-  Turn<S::STAGES> turn, before;
-  for (int first = 0; first < p.queries; first += S::STEP) {
-    wait_full<S>(stages, turn);
-    pin(s);
-    pin(d_p);
-    products_begin();
-    begin_rows<T>(s, k, stages.first_tile(turn.stage));
-    begin_rows<T>(d_p, v, stages.second_tile(turn.stage));
-    if (first) {
-      products_wait<2>();  // d_v and d_k of the step before
-      release<S>(stages, before);
-    }
-    products_wait<1>();
-    pin(s);
-    float delta[8][2];
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      float lse[2];
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(lse[0]), "=f"(delta[n][0]), "=f"(lse[1]), "=f"(delta[n][1])
-                   : "r"(stages.numbers(turn.stage) + 8 * (8 * n + 2 * (lane % 4)))
-                   : "memory");
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], factor, -lse[e % 2]));
-    }
-    round_fragments<T>(probabilities, s);
-    pin(d_v);
-    products_begin();
-    begin_columns<T>(d_v, probabilities, stages.second_tile(turn.stage));
-    products_wait<1>();
-    pin(d_p);
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) d_p[n][e] = s[n][e] * (d_p[n][e] - delta[n][e % 2]);
-    round_fragments<T>(d_s, d_p);
-    pin(d_k);
-    products_begin();
-    begin_columns<T>(d_k, d_s, stages.first_tile(turn.stage));
-    before = turn;
-    turn.next();
-  }
-  products_wait<0>();
-  pin(d_k);
-  pin(d_v);
-  const float scale[2] = {p.scale, p.scale}, one[2] = {1.0f, 1.0f};
-  write_rows<T>(Rows<T>(p.d_k, p, batch, head), d_k, scale, token, keys);
-  write_rows<T>(Rows<T>(p.d_v, p, batch, head), d_v, one, token, keys);
-}
-
 }  // namespace attention
 
-#define ATTENTION_HOPPER(part, type, name, suffix, ...)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(attention::HopperTile<__VA_ARGS__>::THREADS, attention::HopperTile<__VA_ARGS__>::BLOCKS)   \
-      attention_##part##_##name##_d64_hopper##suffix(const __grid_constant__ AttentionParameters p) {                                    \
-    attention::part##_hopper<type, attention::HopperTile<__VA_ARGS__>>(p);                                                               \
+#define ATTENTION_HOPPER(part, type, name, tile)                                                                  \
+  extern "C" __global__ void __launch_bounds__(attention::tile::THREADS, attention::tile::BLOCKS)                 \
+      attention_##part##_##name(const __grid_constant__ AttentionParameters p) {                                 \
+    attention::part##_hopper<type, attention::tile>(p);                                                          \
   }
-#define ATTENTION_HOPPER_BOTH(part, suffix, ...)              \
-  ATTENTION_HOPPER(part, __half, f16, suffix, __VA_ARGS__)    \
-  ATTENTION_HOPPER(part, __nv_bfloat16, bf16, suffix, __VA_ARGS__)
-
-#ifdef ATTENTION_VARIANTS
-ATTENTION_HOPPER_BOTH(forward, _g2k64s4b2, 2, 64, 4, 2)
-ATTENTION_HOPPER_BOTH(forward, _g3k64s4b1, 3, 64, 4, 1)
-ATTENTION_HOPPER_BOTH(forward, _g2k128s3b1, 2, 128, 3, 1)
-ATTENTION_HOPPER_BOTH(forward, _g3k128s3b1, 3, 128, 3, 1)
-ATTENTION_HOPPER_BOTH(forward, _g2k64s4b1, 2, 64, 4, 1)
-ATTENTION_HOPPER_BOTH(backward_q, _g2k64s4b1, 2, 64, 4, 1)
-ATTENTION_HOPPER_BOTH(backward_q, _g3k64s4b1, 3, 64, 4, 1)
-ATTENTION_HOPPER_BOTH(backward_kv, _g2k64s3b1, 2, 64, 3, 1)
-ATTENTION_HOPPER_BOTH(backward_kv, _g2k64s4b1, 2, 64, 4, 1)
-#else
-ATTENTION_HOPPER_BOTH(forward, , 2, 64, 4, 2)
-ATTENTION_HOPPER_BOTH(backward_q, , 2, 64, 4, 1)
-ATTENTION_HOPPER_BOTH(backward_kv, , 2, 64, 4, 1)
-#endif
