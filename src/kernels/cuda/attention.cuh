@@ -12,7 +12,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-// One operand of both streams; strides in elements. `context` is not read where the context takes no part.
+// One operand of both streams; strides in elements, below 2³¹. `context` is not read where the context takes no part.
 struct AttentionOperand {
   void* image;
   void* context;
@@ -51,20 +51,20 @@ template <typename T>
 struct Rows {
   T* image;
   T* context;
-  int64_t image_stride;
-  int64_t context_stride;
+  int image_stride;
+  int context_stride;
   int image_tokens;
 
   __device__ __forceinline__ Rows(const AttentionOperand& o, const AttentionParameters& p, int batch, int head)
       : image(static_cast<T*>(o.image) + int64_t(batch) * p.image * o.image_stride + int64_t(head) * p.head_dim),
         context(static_cast<T*>(o.context) + int64_t(batch) * p.context * o.context_stride + int64_t(head) * p.head_dim),
-        image_stride(o.image_stride),
-        context_stride(o.context_stride),
+        image_stride(int(o.image_stride)),
+        context_stride(int(o.context_stride)),
         image_tokens(p.image) {}
 
   // The row of a token that exists.
   __device__ __forceinline__ T* at(int token) const {
-    return token < image_tokens ? image + token * image_stride : context + (token - image_tokens) * context_stride;
+    return token < image_tokens ? image + int64_t(token) * image_stride : context + int64_t(token - image_tokens) * context_stride;
   }
 };
 

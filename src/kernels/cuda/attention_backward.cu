@@ -211,7 +211,7 @@ __device__ __forceinline__ void backward_kv_mma(const AttentionParameters& p) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 using BackwardQ = BackwardQTile<1, 4, 32, 32, 4>;  // half the shared memory; plain copies want more blocks
-using BackwardKv = BackwardKvTile<1, 4, 32, 32, 3>;
+using BackwardKv = BackwardKvTile<1, 4, 32, 16, 3>;
 #else
 using BackwardQ = BackwardQTile<1, 4, 64, 32, 4>;
 using BackwardKv = BackwardKvTile<1, 4, 64, 32, 3>;

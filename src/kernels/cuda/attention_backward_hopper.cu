@@ -114,10 +114,8 @@ __device__ __forceinline__ void backward_q_hopper(const AttentionParameters& p) 
       products_begin();
       q.begin(s, stages.first_tile(turn.stage));
       d_out.begin(d_p, stages.second_tile(turn.stage));
-      if (first) {
-        products_wait<2>();  // d_q of the step before
-        release<S>(stages, before);
-      }
+      products_wait<2>();  // d_q of the step before
+      if (first) release<S>(stages, before);
       products_wait<1>();
       pin(s);
       exponentials(s, first);
@@ -234,10 +232,8 @@ __device__ __forceinline__ void backward_kv_hopper(const AttentionParameters& p)
       products_begin();
       k.begin(s, stages.first_tile(turn.stage));
       v.begin(d_p, stages.second_tile(turn.stage));
-      if (first) {
-        products_wait<2>();  // d_v and d_k of the step before
-        release<S>(stages, before);
-      }
+      products_wait<2>();  // d_v and d_k of the step before
+      if (first) release<S>(stages, before);
       products_wait<1>();
       pin(s);
       exponentials(s);

@@ -180,11 +180,11 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const Rows<T>& from, in
   const int chunk = threadIdx.x % 8, row = threadIdx.x % 128 / 8;
   const uint32_t to = tile + chunk_offset(row, chunk);
   if (first + R <= min(from.image_tokens, limit)) {
-    const T* source = from.image + (first + row) * from.image_stride + chunk * 8;
+    const T* source = from.image + int64_t(first + row) * from.image_stride + chunk * 8;
 #pragma unroll
     for (int i = 0; i < R / 16; ++i) {
       copy16(to + i * 16 * kRowBytes, source, true);
-      source += 16 * from.image_stride;
+      source += int64_t(16) * from.image_stride;
     }
   } else {
 #pragma unroll 1
@@ -217,7 +217,7 @@ struct HopperTile {
   static constexpr int THREADS = 128 * (WARPGROUPS + 1);
   // Registers per thread move from the copying warpgroup to the others: no more than THREADS · BLOCKS threads would have.
   static constexpr int SHARE = 65536 / 128 / BLOCKS / (WARPGROUPS + 1) / 8 * 8 * (WARPGROUPS + 1);
-  static constexpr int COPY_REGISTERS = (WARPGROUPS == 2 && BLOCKS == 2) || WARPGROUPS == 4 ? 48 : WARPGROUPS == 3 ? 56 : 40;
+  static constexpr int COPY_REGISTERS = (WARPGROUPS == 2 && BLOCKS == 2) || WARPGROUPS == 4 ? 48 : WARPGROUPS == 3 ? 56 : WARPGROUPS == 1 ? 32 : 40;
   static constexpr int REGISTERS = (SHARE - COPY_REGISTERS) / WARPGROUPS / 8 * 8;
   static_assert(BLOCKS * 128 * (WARPGROUPS * REGISTERS + COPY_REGISTERS) <= 65536);
   static constexpr int TILES = 2 * STEP * kRowBytes;  // two tiles per stage

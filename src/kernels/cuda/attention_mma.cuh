@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Rows<T>& from, in
   static_assert(kStep % 8 == 0);  // so that the swizzle is the same in every step
   const uint32_t to = tile + chunk_offset(row, chunk);
   if (first + R <= min(from.image_tokens, limit)) {
-    const T* source = from.image + (first + row) * from.image_stride + chunk * 8;
-    const int64_t step = kStep * from.image_stride;
+    const T* source = from.image + int64_t(first + row) * from.image_stride + chunk * 8;
+    const int64_t step = int64_t(kStep) * from.image_stride;
 #pragma unroll
     for (int i = 0; i < R / kStep; ++i) copy16(to + i * kStep * kRowBytes, source + i * step, true);
   } else {
