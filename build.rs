@@ -72,7 +72,7 @@ fn changed(path: &Path) -> std::time::SystemTime {
 fn run(nvcc: &Path, source: &Path, image: &Path, log: &Path, chosen: &str) -> Result<(), String> {
     let architectures = if chosen.is_empty() { ARCHITECTURES } else { chosen };
     let mut command = Command::new(nvcc);
-    command.args(["-fatbin", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2"]);
+    command.args(["-fatbin", "--compress-mode=size", "-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2"]);
     let hopper = source.file_stem().is_some_and(|n| n.to_string_lossy().ends_with(HOPPER));
     if hopper {
         command.arg("-gencode=arch=compute_90a,code=sm_90a");

@@ -1,5 +1,7 @@
 //! Attention by the kernels of `attention_*.cu`, whose headers state what they want.
 
+use std::sync::LazyLock;
+
 use super::driver::arguments;
 use super::{Device, Kind, Memory};
 use crate::kernels::{AttentionShape, Buffer, Joint};
@@ -36,17 +38,26 @@ struct Parameters {
     scale: f32,
 }
 
+/// The cards whose own kernels exist beside those for all cards.
+const HOPPER: (i32, i32) = (9, 0);
+
+/// `FINETUNE_PORTABLE_KERNELS` set: a Hopper card takes the kernels of the others, to measure and to compare.
+static PORTABLE: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FINETUNE_PORTABLE_KERNELS").is_some());
+
 /// Queries or keys per block, threads, shared memory.
 type Launch = (usize, usize, usize);
 
 /// The suffix of the kernels for a head width (on tensor cores, or for any width) and how forward, backward_q and
 /// backward_kv are launched.
 fn kernels(kind: Kind, head_dim: usize, capability: (i32, i32)) -> (&'static str, [Launch; 3]) {
+    let hopper = [(192, 512, 69632), (128, 384, 69632), (128, 384, 69632)];
     let any = |tile, forward, backward| [(tile, 256, forward), (tile, 256, backward), (tile, 256, backward)];
     let (upto32, upto64, upto128) = (any(64, 41984, 50944), any(64, 41728, 58624), any(32, 35200, 51840));
     let tensor_cores =
         if capability < (8, 0) { [(64, 128, 16384), (64, 128, 16384), (64, 128, 16896)] } else { [(64, 128, 32768), (64, 128, 32768), (64, 128, 33792)] };
     match (kind, head_dim) {
+        (Kind::F16, 64) if capability == HOPPER => ("f16_d64_hopper", hopper),
+        (Kind::Bf16, 64) if capability == HOPPER => ("bf16_d64_hopper", hopper),
         (Kind::F16, 64) => ("f16_d64", tensor_cores),
         (Kind::Bf16, 64) => ("bf16_d64", tensor_cores),
         (Kind::F32, 0..=32) => ("f32_upto32", upto32),
@@ -102,6 +113,11 @@ impl Device {
         }
     }
 
+    /// The compute capability whose kernels are taken.
+    fn generation(&self) -> (i32, i32) {
+        if *PORTABLE { (8, 0) } else { self.driver.capability }
+    }
+
     fn attend(&self, name: (&'static str, &'static str), (tile, threads, shared): Launch, shape: &AttentionShape, tokens: usize, parameters: Parameters) {
         let grid = (tokens.div_ceil(tile), shape.heads, shape.batch);
         // SAFETY: `parameters` has the kernel's layout; its operands were checked against the shape.
@@ -114,7 +130,7 @@ impl Device {
         let out = Joint { image: like(&q.image), context: q.context.as_ref().map(like) };
         let lse = self.memory_of(shape.batch * shape.heads * shape.keys(), Kind::F32);
         let parameters = Self::parameters(shape, q, k, v, &out, &lse);
-        let (suffix, [launch, ..]) = kernels(kind, shape.head_dim, self.driver.capability);
+        let (suffix, [launch, ..]) = kernels(kind, shape.head_dim, self.generation());
         self.attend(("attention_forward", suffix), launch, shape, parameters.queries as usize, parameters);
         (out, Buffer::on_device(lse))
     }
@@ -152,7 +168,7 @@ impl Device {
             rows: rows.pointer(),
             ..Self::parameters(shape, q, k, v, out, lse.device())
         };
-        let (suffix, [_, by_queries, by_keys]) = kernels(kind, shape.head_dim, self.driver.capability);
+        let (suffix, [_, by_queries, by_keys]) = kernels(kind, shape.head_dim, self.generation());
         self.attend(("attention_backward_q", suffix), by_queries, shape, parameters.queries as usize, parameters);
         self.attend(("attention_backward_kv", suffix), by_keys, shape, shape.keys(), parameters);
         (dq, dk, dv)
