@@ -281,7 +281,8 @@ pub struct LoraSpec {
 #[serde(rename_all = "camelCase")]
 pub struct PriorPreservationSpec {
     /// Prompt for the class pictures, for example "a photo of a dog".
-    #[schemars(length(min = 1, max = 2000), regex(pattern = r"\S"))]
+    #[schemars(length(min = 1, max = 2000))]
+    #[x_kube(validation = Rule::new("self.matches('[^[:space:]]')").message("must not be blank"))]
     pub class_prompt: String,
     /// How many class pictures to draw. They are drawn once and kept in the cache; more than the dataset's make an epoch longer.
     #[serde(default = "class_images")]

@@ -102,6 +102,13 @@ fn cases() -> Vec<Case> {
             accepted: json!({"type": "Cosine", "cycles": "0.5"}),
         },
         Case {
+            rule: "spec.training.priorPreservation.classPrompt",
+            message: "must not be blank",
+            at: "spec.training.priorPreservation",
+            refused: json!({"classPrompt": " "}),
+            accepted: json!({"classPrompt": "a dog"}),
+        },
+        Case {
             rule: "spec.training.priorPreservation.weight",
             message: "must be greater than 0 and at most 100",
             at: "spec.training.priorPreservation",
@@ -270,7 +277,6 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.training.resolution", json!(500)),
         ("spec.training.lora.rank", json!(0)),
         ("spec.training.precision", json!("FP8")),
-        ("spec.training.priorPreservation", json!({"classPrompt": " "})),
         ("spec.training.priorPreservation", json!({"classPrompt": "a dog", "sampleBatchSize": 65})),
         ("spec.training.optimizer.learningRate", json!(0.0001)),
         ("spec.training.optimizer.learningRate", json!("fast")),

@@ -133,7 +133,8 @@ def main():
     parser.add_argument("--bucket", type=pathlib.Path, default=ROOT / "examples/quickstart/bucket")
     parser.add_argument("--finetune", type=pathlib.Path, default=ROOT / "target/release/finetune")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    # The model is small: threads would spend their time waiting for each other.
+    torch.set_num_threads(1)
     settings = Settings(yaml.safe_load(args.job.read_text()), args.steps)
     args.work.mkdir(parents=True, exist_ok=True)
     pipeline = reference.load_pipeline(args.bucket / settings.model)
