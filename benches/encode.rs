@@ -10,6 +10,7 @@ fn main() {
     use std::time::Instant;
 
     use candle_core::{Device, Tensor};
+    use finetune::kernels::Engine;
     use finetune::model::ModelDir;
     use finetune::model::text::{Encoder, PromptEncoder};
     use finetune::model::vae::{VaeDecoder, VaeEncoder};
@@ -20,7 +21,7 @@ fn main() {
     match words[..] {
         ["prompts", model, length, count] => {
             let model = ModelDir::open(Path::new(model)).unwrap();
-            let encoder = PromptEncoder::open(&model, length.parse().unwrap(), &Device::Cpu).unwrap();
+            let encoder = PromptEncoder::open(&model, length.parse().unwrap(), &Engine::cpu()).unwrap();
             let captions: Vec<String> = (0..count.parse().unwrap()).map(|i| format!("a cup of coffee on a wooden table, picture {i}")).collect();
             let start = Instant::now();
             let embeddings = encoder
@@ -37,7 +38,7 @@ fn main() {
         }
         ["vae", model, size] => {
             let model = ModelDir::open(Path::new(model)).unwrap();
-            let (encoder, decoder) = (VaeEncoder::load(&model, &Device::Cpu).unwrap(), VaeDecoder::load(&model, &Device::Cpu).unwrap());
+            let (encoder, decoder) = (VaeEncoder::load(&model, &Engine::cpu()).unwrap(), VaeDecoder::load(&model, &Engine::cpu()).unwrap());
             let size: usize = size.parse().unwrap();
             let pixels = Tensor::rand(-1.0_f32, 1.0, (1, 3, size, size), &Device::Cpu).unwrap();
             for round in 0..3 {

@@ -199,6 +199,15 @@ impl Engine {
         false
     }
 
+    /// The operations of networks that are not trained, if the engine is on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn encode_ops(&self) -> Option<super::EncodeOps<'_>> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(gpu) => Some(super::EncodeOps(gpu)),
+        }
+    }
+
     /// What it computes in.
     pub fn precision(&self) -> Precision {
         on_gpu!(self, gpu => gpu.precision());

@@ -20,7 +20,7 @@ mod tests;
 pub use cpu::conv::{ConvShape, conv2d};
 pub use cpu::group_norm::group_norm_silu;
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaError, Timer};
+pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
 pub use device::{DeviceError, Precision, catch};
 pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix};
 pub use pool::Buffer;

@@ -103,7 +103,7 @@ impl Pipeline {
         }
         let mut captions = prompts.to_vec();
         captions.push(settings.negative_prompt.clone());
-        let encoder = PromptEncoder::open(&self.model, settings.max_sequence_length, &Device::Cpu)?;
+        let encoder = PromptEncoder::open(&self.model, settings.max_sequence_length, &self.engine)?;
         let mut embeddings = encoder.encode(&captions, &mut |progress| on_stage(Stage::Encoding(progress)))?;
         drop(encoder);
         let Some(negative) = embeddings.pop() else { return Ok(Vec::new()) };
@@ -129,7 +129,7 @@ impl Pipeline {
         }
         drop(transformer);
 
-        let decoder = VaeDecoder::load(&self.model, &Device::Cpu)?;
+        let decoder = VaeDecoder::load(&self.model, &self.engine)?;
         let total = prompts.len() * variants.len();
         let mut done = 0;
         let mut pictures = Vec::with_capacity(variants.len());

@@ -2,7 +2,6 @@
 
 use std::io::Cursor;
 
-use candle_core::Device;
 use image::{ImageFormat, RgbImage};
 
 use super::interrupt::Interrupt;
@@ -11,6 +10,7 @@ use super::trainer::Trainer;
 use super::validation::{Painter, ValidationError};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::data::transform::Transform;
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::plan::{DatasetConfig, ValidationConfig};
 use crate::sample::{COLUMNS, Sheet, SheetRow, in_groups};
@@ -71,10 +71,10 @@ pub fn draw(
     resolution: u32,
     model: &ModelDir,
     trainer: &Trainer,
-    device: &Device,
+    engine: &Engine,
     interrupt: &Interrupt,
 ) -> Result<Option<(Comparison, Vec<u8>)>, ValidationError> {
-    let painter = Painter::new(config, resolution, model, trainer, device, interrupt)?;
+    let painter = Painter::new(config, resolution, model, trainer, engine, interrupt)?;
     let Some(base) = painter.draw(&held_out.captions, 0.0)? else { return Ok(None) };
     let Some(lora) = painter.draw(&held_out.captions, 1.0)? else { return Ok(None) };
     let comparison =

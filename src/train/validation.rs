@@ -13,6 +13,7 @@ use super::history::{self, Picture};
 use super::interrupt::Interrupt;
 use super::prepare::PreparedError;
 use super::trainer::Trainer;
+use crate::kernels::Engine;
 use crate::model::ModelDir;
 use crate::model::layout::{LayoutError, SchedulerConfig};
 use crate::model::text::PromptEmbedding;
@@ -50,7 +51,6 @@ pub enum ValidationError {
 /// Draws prompts with the weights as they are.
 pub struct Painter<'a> {
     trainer: &'a Trainer,
-    device: &'a Device,
     interrupt: &'a Interrupt,
     decoder: VaeDecoder,
     scheduler: SchedulerConfig,
@@ -70,14 +70,13 @@ impl<'a> Painter<'a> {
         resolution: u32,
         model: &ModelDir,
         trainer: &'a Trainer,
-        device: &'a Device,
+        engine: &Engine,
         interrupt: &'a Interrupt,
     ) -> Result<Self, ValidationError> {
-        let decoder = VaeDecoder::load(model, device)?;
+        let decoder = VaeDecoder::load(model, engine)?;
         let (embeds, pooled) = trainer.prepared().prompt("")?;
         Ok(Self {
             trainer,
-            device,
             interrupt,
             scheduler: model.scheduler()?,
             negative: PromptEmbedding { embeds, pooled },
@@ -93,14 +92,14 @@ impl<'a> Painter<'a> {
     /// # Errors
     /// If the model fails.
     pub fn draw(&self, prompts: &[String], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
-        let negative = PromptBatch::stack(&[&self.negative], self.device)?;
+        let negative = PromptBatch::stack(&[&self.negative], &Device::Cpu)?;
         let settings = Denoise { lora_scale, ..self.settings.clone() };
         let channels = self.trainer.model().config().in_channels;
         let mut pictures = Vec::new();
         for (index, text) in prompts.iter().enumerate() {
             let (embeds, pooled) = self.trainer.prepared().prompt(text)?;
-            let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], self.device)?;
-            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side, self.device)?;
+            let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], &Device::Cpu)?;
+            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side, &Device::Cpu)?;
             let mut on_step = |_| if self.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let latents = match denoise(self.trainer.model(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
                 Err(SampleError::Stopped) => return Ok(None),
@@ -121,10 +120,10 @@ pub fn draw(
     resolution: u32,
     model: &ModelDir,
     trainer: &Trainer,
-    device: &Device,
+    engine: &Engine,
     interrupt: &Interrupt,
 ) -> Result<Option<Vec<Picture>>, ValidationError> {
-    let Some(drawn) = Painter::new(config, resolution, model, trainer, device, interrupt)?.draw(&config.prompts, 1.0)? else { return Ok(None) };
+    let Some(drawn) = Painter::new(config, resolution, model, trainer, engine, interrupt)?.draw(&config.prompts, 1.0)? else { return Ok(None) };
     let mut pictures = Vec::new();
     for (prompt, picture) in drawn.iter().enumerate() {
         let mut png = Cursor::new(Vec::new());

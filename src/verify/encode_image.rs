@@ -11,16 +11,16 @@ use crate::model::vae::{VaeDecoder, VaeEncoder};
 ///
 /// # Errors
 /// If the case is malformed or the autoencoder fails.
-pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> {
+pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let device = &Device::Cpu;
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
-    let encoder = VaeEncoder::load(&model, device).map_err(VerifyError::product)?;
+    let encoder = VaeEncoder::load(&model, engine).map_err(VerifyError::product)?;
     let posterior = encoder.encode(case.inputs(device)?.get("pixels")?).map_err(VerifyError::product)?;
     let want = case.expected()?;
     let mut report = Report::default();
     report.compare(case, "mean", &posterior.mean, want.get("mean")?)?;
     report.compare(case, "logvar", &posterior.logvar, want.get("logvar")?)?;
-    let decoder = VaeDecoder::load(&model, device).map_err(VerifyError::product)?;
+    let decoder = VaeDecoder::load(&model, engine).map_err(VerifyError::product)?;
     let decoded = decoder.decode(&want.get("mean")?.to_device(device)?).map_err(VerifyError::product)?;
     report.compare(case, "decoded", &decoded, want.get("decoded")?)?;
     Ok(report)

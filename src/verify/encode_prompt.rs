@@ -13,11 +13,10 @@ use crate::model::text::PromptEncoder;
 ///
 /// # Errors
 /// If the case is malformed or encoding fails.
-pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> {
-    let device = &Device::Cpu;
+pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let captions: Vec<String> = case.setting("captions")?;
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
-    let encoder = PromptEncoder::open(&model, case.setting("max_sequence_length")?, device).map_err(VerifyError::product)?;
+    let encoder = PromptEncoder::open(&model, case.setting("max_sequence_length")?, engine).map_err(VerifyError::product)?;
     let ids = captions.iter().map(|c| encoder.tokenize(c)).collect::<Result<Vec<_>, _>>().map_err(VerifyError::product)?;
     let embeddings = encoder.encode(&captions, &mut |_| ControlFlow::Continue(())).map_err(VerifyError::product)?;
 

@@ -66,7 +66,7 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let mut report = Report::default();
     report.compare(case, "sigmas", &Tensor::new(sigmas(&scheduler, settings.steps), &Device::Cpu)?, want.get("sigmas")?)?;
     report.compare(case, "latents", &latents, want.get("latents")?)?;
-    let decoder = VaeDecoder::load(&model, device).map_err(VerifyError::product)?;
+    let decoder = VaeDecoder::load(&model, engine).map_err(VerifyError::product)?;
     let decoded = decoder.decode(&decoder.config().unscale(&latents)?).map_err(VerifyError::product)?;
     report.compare(case, "image", &to_unit(&decoded)?, want.get("image")?)?;
     Ok(report)

@@ -3,6 +3,7 @@
 //! `cargo test --release --features cuda --test gpu -- --ignored` on a machine with a GPU.
 #![cfg(feature = "cuda")]
 
+mod encode;
 mod model;
 mod operations;
 mod support;

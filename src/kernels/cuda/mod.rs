@@ -7,11 +7,13 @@
 
 mod attention;
 mod driver;
+mod encode;
 mod error;
 mod gemm;
 mod linear;
 mod ops;
 mod pool;
+mod stream;
 mod stack;
 mod timer;
 
@@ -19,10 +21,12 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+pub use encode::{EncodeOps, Matrix, TextActivation, TextAttention, Window};
 pub use error::CudaError;
 pub(super) use linear::{DeviceLora, DeviceWeight};
 pub(super) use pool::Memory;
 pub(super) use stack::{DeviceStack, DeviceStackLora};
+pub use stream::{LayerSource, StoredRows};
 pub use timer::Timer;
 
 use self::driver::{Driver, arguments, check};

@@ -144,6 +144,33 @@ fn pooled_position(ids: &[u32], end: u32) -> usize {
     if end == 2 { first_of(ids.iter().copied().max().unwrap_or(0)) } else { first_of(end) }
 }
 
+/// Embeddings of tokens and positions [captions, tokens, hidden_size].
+pub(super) fn embed_tokens(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], device: &Device) -> Result<Tensor, TextError> {
+    let (d, tokens) = (config.hidden_size, batch.iter().map(Vec::len).max().unwrap_or(0));
+    if tokens > config.max_position_embeddings {
+        return Err(TextError::TooManyTokens { tokens, limit: config.max_position_embeddings, path: weights.path().to_owned() });
+    }
+    let top = LayerReader { weights, prefix: "text_model.".into(), device };
+    let positions = top.matrix("embeddings.position_embedding.weight", config.max_position_embeddings, d)?.narrow(0, 0, tokens)?;
+    let x = embed(weights, "text_model.embeddings.token_embedding.weight", config.vocab_size, d, batch, device)?;
+    Ok(x.broadcast_add(&positions)?)
+}
+
+/// The projection [captions, projection_dim] of the final norm of each caption's end token, from the final states [captions, tokens, hidden_size].
+pub(super) fn pool(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], states: &Tensor, device: &Device) -> Result<Tensor, TextError> {
+    let d = config.hidden_size;
+    let norm = LayerReader { weights, prefix: "text_model.".into(), device }.layer_norm("final_layer_norm", d, config.layer_norm_eps)?;
+    let projection = LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?;
+    // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
+    // must not depend on the captions beside it.
+    let mut pooled = Vec::with_capacity(batch.len());
+    for (i, ids) in batch.iter().enumerate() {
+        let end = states.i((i, pooled_position(ids, config.eos_token_id)))?.reshape((1, 1, d))?;
+        pooled.push(projection.forward(&norm.forward(&end)?)?.reshape((1, ()))?);
+    }
+    Ok(Tensor::cat(&pooled, 0)?)
+}
+
 /// Encodes token ids in batches of captions. `progress` gets the number of layers done.
 pub(super) fn encode(
     weights: &Weights,
@@ -152,18 +179,8 @@ pub(super) fn encode(
     device: &Device,
     progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
 ) -> Result<Vec<ClipOutput>, TextError> {
-    let d = config.hidden_size;
     let tokens = batches.iter().flat_map(|b| b.iter()).map(Vec::len).max().unwrap_or(0);
-    if tokens > config.max_position_embeddings {
-        return Err(TextError::TooManyTokens { tokens, limit: config.max_position_embeddings, path: weights.path().to_owned() });
-    }
-    let top = LayerReader { weights, prefix: "text_model.".into(), device };
-    let positions = top.matrix("embeddings.position_embedding.weight", config.max_position_embeddings, d)?.narrow(0, 0, tokens)?;
-    let mut states = Vec::with_capacity(batches.len());
-    for batch in batches {
-        let x = embed(weights, "text_model.embeddings.token_embedding.weight", config.vocab_size, d, batch, device)?;
-        states.push(x.broadcast_add(&positions)?);
-    }
+    let mut states = batches.iter().map(|batch| embed_tokens(weights, config, batch, device)).collect::<Result<Vec<_>, _>>()?;
     weights.release("text_model.embeddings.");
     let causal: Vec<f32> = (0..tokens * tokens).map(|i| if i % tokens > i / tokens { f32::NEG_INFINITY } else { 0.0 }).collect();
     let mask = Tensor::from_vec(causal, (1, 1, tokens, tokens), device)?;
@@ -182,19 +199,9 @@ pub(super) fn encode(
         }
         weights.release(&prefix);
     }
-    let norm = top.layer_norm("final_layer_norm", d, config.layer_norm_eps)?;
-    let projection = LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?;
     let mut outputs = Vec::with_capacity(batches.len());
     for ((batch, state), hidden) in batches.iter().zip(&states).zip(hidden) {
-        // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
-        // must not depend on the captions beside it.
-        let mut pooled = Vec::with_capacity(batch.len());
-        for (i, ids) in batch.iter().enumerate() {
-            let end = state.i((i, pooled_position(ids, config.eos_token_id)))?.reshape((1, 1, d))?;
-            pooled.push(projection.forward(&norm.forward(&end)?)?.reshape((1, ()))?);
-        }
-        let pooled = Tensor::cat(&pooled, 0)?;
-        outputs.push(ClipOutput { hidden, pooled });
+        outputs.push(ClipOutput { hidden, pooled: pool(weights, config, batch, state, device)? });
     }
     progress(config.num_hidden_layers)?;
     Ok(outputs)

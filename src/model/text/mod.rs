@@ -12,13 +12,19 @@ use super::digest::{DigestError, component_digest};
 use super::layout::{LayoutError, ModelDir, Part};
 use super::weights::{Weights, WeightsError};
 use crate::digest::{Sha256Digest, sha256_parts};
+#[cfg(feature = "cuda")]
+use crate::kernels::catch;
+use crate::kernels::{DeviceError, Engine};
 
 mod clip;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod layers;
 mod t5;
 mod tokenizer;
 
 pub use clip::ClipConfig;
+use clip::ClipOutput;
 pub use t5::T5Config;
 pub use tokenizer::CaptionTokenizer;
 
@@ -85,6 +91,9 @@ pub enum TextError {
     /// A tensor operation failed.
     #[error("failed to compute prompt embeddings")]
     Tensor(#[from] candle_core::Error),
+    /// The GPU failed.
+    #[error("failed to compute prompt embeddings")]
+    Device(#[from] DeviceError),
     /// The caller asked to stop.
     #[error("encoding of captions was stopped")]
     Stopped,
@@ -160,7 +169,8 @@ const GROUP_VALUES: usize = 1 << 28;
 #[derive(Debug)]
 pub struct PromptEncoder {
     model: ModelDir,
-    device: Device,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "used with the feature"))]
+    engine: Engine,
     length: usize,
     tokenizers: [CaptionTokenizer; 2],
     tokenizer_3: Option<CaptionTokenizer>,
@@ -176,7 +186,7 @@ impl PromptEncoder {
     ///
     /// # Errors
     /// If a part is missing, cannot be understood or does not fit the others.
-    pub fn open(model: &ModelDir, max_sequence_length: usize, device: &Device) -> Result<Self, TextError> {
+    pub fn open(model: &ModelDir, max_sequence_length: usize, engine: &Engine) -> Result<Self, TextError> {
         #[derive(Deserialize)]
         struct TransformerConfig {
             joint_attention_dim: usize,
@@ -198,7 +208,7 @@ impl PromptEncoder {
             tokenizers: [CaptionTokenizer::clip(model, Part::Tokenizer)?, CaptionTokenizer::clip(model, Part::Tokenizer2)?],
             tokenizer_3: t5.as_ref().map(|_| CaptionTokenizer::t5(model, max_sequence_length)).transpose()?,
             model: model.clone(),
-            device: device.clone(),
+            engine: engine.clone(),
             length: max_sequence_length,
             clip,
             t5,
@@ -309,15 +319,27 @@ impl PromptEncoder {
         let (encoder, part) = [(Encoder::ClipL, Part::TextEncoder), (Encoder::ClipG, Part::TextEncoder2)][which];
         let config = &self.clip[which];
         let weights = Weights::open(&self.model.path(part))?;
-        let outputs = clip::encode(&weights, config, &batches(ids), &self.device, &mut |done| tell(encoder, done, config.num_hidden_layers))?;
         let mut captions = Vec::with_capacity(ids.len());
-        for output in outputs {
-            let (hidden, pooled) = (output.hidden.to_device(&Device::Cpu)?, output.pooled.to_device(&Device::Cpu)?);
+        for ClipOutput { hidden, pooled } in self.clip_outputs(&weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers))? {
             for i in 0..hidden.dim(0)? {
                 captions.push((hidden.i(i)?, pooled.i(i)?));
             }
         }
         Ok(captions)
+    }
+
+    fn clip_outputs(
+        &self,
+        weights: &Weights,
+        config: &ClipConfig,
+        ids: &[Vec<u32>],
+        progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
+    ) -> Result<Vec<ClipOutput>, TextError> {
+        #[cfg(feature = "cuda")]
+        if let Some(ops) = self.engine.encode_ops() {
+            return catch(|| gpu::clip(ops, weights, config, ids, progress))?;
+        }
+        clip::encode(weights, config, &batches(ids), &Device::Cpu, progress)
     }
 
     /// Each caption's states [S, J], on the host; zeros without T5.
@@ -326,10 +348,13 @@ impl PromptEncoder {
             return Ok(vec![Tensor::zeros((self.length, self.width), DType::F32, &Device::Cpu)?; ids.len()]);
         };
         let weights = Weights::open(&self.model.path(Part::TextEncoder3))?;
-        let outputs = t5::encode(&weights, config, &batches(ids), &self.device, &mut |done| tell(Encoder::T5, done, config.num_layers))?;
+        let progress = &mut |done| tell(Encoder::T5, done, config.num_layers);
+        #[cfg(feature = "cuda")]
+        if let Some(ops) = self.engine.encode_ops() {
+            return catch(|| gpu::t5(ops, &weights, config, ids, progress))?;
+        }
         let mut captions = Vec::with_capacity(ids.len());
-        for output in outputs {
-            let states = output.to_device(&Device::Cpu)?;
+        for states in t5::encode(&weights, config, &batches(ids), &Device::Cpu, progress)? {
             for i in 0..states.dim(0)? {
                 captions.push(states.i(i)?);
             }
@@ -367,7 +392,7 @@ mod tests {
     #[test]
     fn captions_do_not_depend_on_their_company() {
         for (case, length) in [("encode-prompt-old-eos", 77), ("encode-prompt-old-eos", 5), ("encode-prompt-old-eos", 1), ("encode-prompt-without-t5", 7)] {
-            let encoder = PromptEncoder::open(&golden(case), length, &Device::Cpu).unwrap();
+            let encoder = PromptEncoder::open(&golden(case), length, &Engine::cpu()).unwrap();
             let captions: Vec<String> = (0..37).map(|i| format!("picture {i} of a cat, {}", "word ".repeat(i % 5))).collect();
             let together = encoder.encode(&captions, &mut go).unwrap();
             let shape = encoder.shape();
@@ -382,7 +407,7 @@ mod tests {
 
     #[test]
     fn equal_captions_are_encoded_once_and_the_order_is_kept() {
-        let encoder = PromptEncoder::open(&golden("encode-prompt-without-t5"), 3, &Device::Cpu).unwrap();
+        let encoder = PromptEncoder::open(&golden("encode-prompt-without-t5"), 3, &Engine::cpu()).unwrap();
         let captions = ["b", "a", "b", ""].map(str::to_owned);
         let mut seen = Vec::new();
         encoder
@@ -402,7 +427,7 @@ mod tests {
 
     #[test]
     fn progress_reaches_the_end_and_stopping_stops() {
-        let encoder = PromptEncoder::open(&golden("encode-prompt-old-eos"), 9, &Device::Cpu).unwrap();
+        let encoder = PromptEncoder::open(&golden("encode-prompt-old-eos"), 9, &Engine::cpu()).unwrap();
         let mut seen = Vec::new();
         encoder
             .encode(&["x".into()], &mut |p| {
@@ -419,7 +444,7 @@ mod tests {
     #[test]
     fn identity_follows_length_and_files() {
         let model = golden("encode-prompt-old-eos");
-        let digest = |model: &ModelDir, length| PromptEncoder::open(model, length, &Device::Cpu).unwrap().digest(None).unwrap();
+        let digest = |model: &ModelDir, length| PromptEncoder::open(model, length, &Engine::cpu()).unwrap().digest(None).unwrap();
         assert_eq!(digest(&model, 9), digest(&model, 9));
         assert_ne!(digest(&model, 9), digest(&model, 10));
         assert_ne!(digest(&model, 9), digest(&golden("encode-prompt-without-t5"), 9));
@@ -437,10 +462,10 @@ mod tests {
                 std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
             }
         }
-        let open = || PromptEncoder::open(&ModelDir::open(copy.path()).unwrap(), 9, &Device::Cpu);
+        let open = || PromptEncoder::open(&ModelDir::open(copy.path()).unwrap(), 9, &Engine::cpu());
         let text = |error: &dyn std::error::Error| std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ");
         open().unwrap();
-        assert!(matches!(PromptEncoder::open(&model, 0, &Device::Cpu), Err(TextError::SequenceLength(0))));
+        assert!(matches!(PromptEncoder::open(&model, 0, &Engine::cpu()), Err(TextError::SequenceLength(0))));
 
         let config = copy.path().join("text_encoder_3/config.json");
         let good = std::fs::read_to_string(&config).unwrap();

@@ -86,8 +86,8 @@ impl T5Config {
         side + (exact + (log * (half - exact) as f32) as usize).min(half - 1)
     }
 
-    /// The position bias [1, heads, tokens, tokens] from block 0's table, which all blocks share.
-    fn bias(&self, weights: &Weights, tokens: usize, device: &Device) -> Result<Tensor, TextError> {
+    /// The position bias [heads, tokens, tokens] from block 0's table, which all blocks share.
+    pub(super) fn bias_values(&self, weights: &Weights, tokens: usize) -> Result<Vec<f32>, TextError> {
         const NAME: &str = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         weights.view_of_shape(NAME, &[self.relative_attention_num_buckets, self.num_heads])?;
         let table = weights.f32(NAME)?;
@@ -97,7 +97,7 @@ impl T5Config {
                 bias.extend((0..tokens as i64).map(|key| table[self.bucket(key - query) * self.num_heads + head]));
             }
         }
-        Ok(Tensor::from_vec(bias, (1, self.num_heads, tokens, tokens), device)?)
+        Ok(bias)
     }
 }
 
@@ -157,7 +157,7 @@ pub(super) fn encode(
         states.push(embed(weights, table, config.vocab_size, config.d_model, batch, device)?);
     }
     weights.release(table);
-    let bias = config.bias(weights, tokens, device)?;
+    let bias = Tensor::from_vec(config.bias_values(weights, tokens)?, (1, config.num_heads, tokens, tokens), device)?;
     for index in 0..config.num_layers {
         progress(index)?;
         let prefix = format!("encoder.block.{index}.");

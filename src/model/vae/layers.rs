@@ -3,7 +3,6 @@
 use candle_core::{DType, Device, Storage, Tensor};
 
 pub(super) type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
-use candle_nn::Module as _;
 
 use crate::kernels::{ConvShape, conv2d, group_norm_silu};
 use crate::model::weights::{Weights, WeightsError};
@@ -72,7 +71,7 @@ impl<'a> Reader<'a> {
 
     pub(super) fn norm(&self, name: &str, channels: usize) -> Result<Norm, WeightsError> {
         let (weight, bias) = (self.tensor(&format!("{name}.weight"), &[channels])?, self.tensor(&format!("{name}.bias"), &[channels])?);
-        Ok(Norm { weight, bias, groups: self.groups, channels })
+        Ok(Norm { weight, bias, groups: self.groups })
     }
 }
 
@@ -100,22 +99,6 @@ pub(super) struct Conv {
 impl Conv {
     /// [B, in, H, W] -> [B, out, H', W'].
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.device().is_cpu() {
-            return self.forward_cpu(x);
-        }
-        let y = match self.how {
-            How::Pointwise => x.conv2d(&self.weight, 0, 1, 1, 1)?,
-            How::Same => x.conv2d(&self.weight, 1, 1, 1, 1)?,
-            How::Halve => x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?.conv2d(&self.weight, 0, 2, 1, 1)?,
-            How::Double => {
-                let (_, _, h, w) = x.dims4()?;
-                x.upsample_nearest2d(2 * h, 2 * w)?.conv2d(&self.weight, 1, 1, 1, 1)?
-            }
-        };
-        y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)
-    }
-
-    fn forward_cpu(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, inputs, height, width) = x.dims4()?;
         let (outputs, _, kernel, _) = self.weight.dims4()?;
         let (stride, pad_before, pad_after) = match self.how {
@@ -148,25 +131,20 @@ pub(super) struct Norm {
     weight: Tensor,
     bias: Tensor,
     groups: usize,
-    channels: usize,
 }
 
 impl Norm {
     /// silu(norm(x)).
     pub(super) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        if x.device().is_cpu() {
-            let (batch, ..) = x.dims4()?;
-            let pictures = on_host(x, |x| {
-                on_host(&self.weight, |gain| {
-                    on_host(&self.bias, |offset| {
-                        let size = (x.len() / batch.max(1)).max(1);
-                        x.chunks_exact(size).flat_map(|x| group_norm_silu(x, self.groups, gain, offset, EPSILON)).collect::<Vec<f32>>()
-                    })
+        let (batch, ..) = x.dims4()?;
+        let pictures = on_host(x, |x| {
+            on_host(&self.weight, |gain| {
+                on_host(&self.bias, |offset| {
+                    let size = (x.len() / batch.max(1)).max(1);
+                    x.chunks_exact(size).flat_map(|x| group_norm_silu(x, self.groups, gain, offset, EPSILON)).collect::<Vec<f32>>()
                 })
-            })???;
-            return Tensor::from_vec(pictures, x.shape(), x.device());
-        }
-        let norm = candle_nn::GroupNorm::new(self.weight.clone(), self.bias.clone(), self.channels, self.groups, EPSILON)?;
-        norm.forward(x)?.silu()
+            })
+        })???;
+        Tensor::from_vec(pictures, x.shape(), x.device())
     }
 }

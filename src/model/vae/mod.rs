@@ -1,7 +1,7 @@
 //! The autoencoder (diffusers' `AutoencoderKL`): pictures to latents and back.
 //!
 //! Pictures are [B, 3, H, W] in [-1, 1], latents [B, C, h, w]. Each picture is computed by itself, so that neither memory
-//! nor its numbers depend on the batch. f32 throughout, as the reference trains.
+//! nor its numbers depend on the batch. f32 on the CPU, as the reference trains; the engine's precision on a GPU.
 
 use std::path::{Path, PathBuf};
 
@@ -12,8 +12,13 @@ use super::digest::{DigestError, component_digest};
 use super::layout::{ComponentConfig, LayoutError, ModelDir, Part};
 use super::weights::{Weights, WeightsError};
 use crate::digest::{Sha256Digest, sha256_parts};
+#[cfg(feature = "cuda")]
+use crate::kernels::catch;
+use crate::kernels::{DeviceError, Engine};
 
 mod blocks;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod layers;
 
 use blocks::{DownBlock, MidBlock, UpBlock};
@@ -51,6 +56,9 @@ pub enum VaeError {
     /// A tensor operation failed.
     #[error("failed to run the VAE")]
     Tensor(#[from] candle_core::Error),
+    /// The GPU failed.
+    #[error("failed to run the VAE")]
+    Device(#[from] DeviceError),
 }
 
 /// `vae/config.json`.
@@ -204,42 +212,36 @@ pub struct Posterior {
 #[derive(Debug)]
 pub struct VaeEncoder {
     config: VaeConfig,
-    conv_in: Conv,
-    down: Vec<DownBlock>,
-    mid: MidBlock,
-    norm_out: Norm,
-    conv_out: Conv,
-    quant: Option<Conv>,
+    network: EncoderNetwork,
+}
+
+#[derive(Debug)]
+enum EncoderNetwork {
+    Host(Box<HostEncoder>),
+    #[cfg(feature = "cuda")]
+    Gpu(Box<gpu::Encoder>),
 }
 
 impl VaeEncoder {
-    /// Loads the encoder's weights as f32.
+    /// Loads the encoder's weights for the engine's device.
     ///
     /// # Errors
     /// If a file is missing, or the weights do not fit the configuration.
-    pub fn load(model: &ModelDir, device: &Device) -> Result<Self, VaeError> {
+    pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let root = Reader::new(&weights, device, config.norm_num_groups);
-        let reader = root.at("encoder");
-        let channels = &config.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let mut down = Vec::new();
-        for (i, &out) in channels.iter().enumerate() {
-            let input = channels[i.saturating_sub(1)];
-            down.push(DownBlock::load(&reader.at(&format!("down_blocks.{i}")), input, out, config.layers_per_block, i + 1 < channels.len())?);
-        }
-        let encoder = Self {
-            conv_in: reader.conv3("conv_in", config.in_channels, first)?,
-            down,
-            mid: MidBlock::load(&reader.at("mid_block"), last, config.mid_block_add_attention)?,
-            norm_out: reader.norm("conv_norm_out", last)?,
-            conv_out: reader.conv3("conv_out", last, 2 * config.latent_channels)?,
-            quant: if config.use_quant_conv { Some(root.conv1("quant_conv", 2 * config.latent_channels, 2 * config.latent_channels)?) } else { None },
-            config,
-        };
+        let network = Self::network(&config, &weights, engine)?;
         weights.release("");
-        Ok(encoder)
+        Ok(Self { config, network })
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
+    fn network(config: &VaeConfig, weights: &Weights, engine: &Engine) -> Result<EncoderNetwork, VaeError> {
+        #[cfg(feature = "cuda")]
+        if let Some(ops) = engine.encode_ops() {
+            return Ok(EncoderNetwork::Gpu(Box::new(catch(|| gpu::Encoder::load(engine, ops, weights, config))??)));
+        }
+        Ok(EncoderNetwork::Host(Box::new(HostEncoder::load(config, weights)?)))
     }
 
     /// The configuration.
@@ -262,9 +264,56 @@ impl VaeEncoder {
                 });
             }
         }
-        let moments = each(pixels, |picture| self.moments(picture))?;
+        let moments = match &self.network {
+            EncoderNetwork::Host(encoder) => each(pixels, |picture| encoder.moments(picture))?,
+            #[cfg(feature = "cuda")]
+            EncoderNetwork::Gpu(encoder) => catch(|| each(pixels, |picture| on_gpu(picture, |x, h, w| encoder.moments(x, h, w))))??,
+        };
         let logvar = moments.narrow(1, self.config.latent_channels, self.config.latent_channels)?;
         Ok(Posterior { mean: moments.narrow(1, 0, self.config.latent_channels)?.contiguous()?, logvar: logvar.clamp(-30.0, 20.0)? })
+    }
+}
+
+/// One sample [1, C, H, W] through a network on the GPU.
+#[cfg(feature = "cuda")]
+fn on_gpu(x: &Tensor, run: impl Fn(&[f32], usize, usize) -> Option<(Vec<f32>, usize, usize)>) -> candle_core::Result<Tensor> {
+    let (_, _, height, width) = x.dims4()?;
+    let values: Vec<f32> = x.flatten_all()?.to_vec1()?;
+    let Some((values, height, width)) = run(&values, height, width) else { candle_core::bail!("the engine has left its GPU") };
+    let channels = values.len() / (height * width);
+    Tensor::from_vec(values, (1, channels, height, width), &Device::Cpu)
+}
+
+/// The encoder on the CPU.
+#[derive(Debug)]
+struct HostEncoder {
+    conv_in: Conv,
+    down: Vec<DownBlock>,
+    mid: MidBlock,
+    norm_out: Norm,
+    conv_out: Conv,
+    quant: Option<Conv>,
+}
+
+impl HostEncoder {
+    fn load(config: &VaeConfig, weights: &Weights) -> Result<Self, VaeError> {
+        let root = Reader::new(weights, &Device::Cpu, config.norm_num_groups);
+        let reader = root.at("encoder");
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let mut down = Vec::new();
+        for (i, &out) in channels.iter().enumerate() {
+            let input = channels[i.saturating_sub(1)];
+            down.push(DownBlock::load(&reader.at(&format!("down_blocks.{i}")), input, out, config.layers_per_block, i + 1 < channels.len())?);
+        }
+        Ok(Self {
+            conv_in: reader.conv3("conv_in", config.in_channels, first)?,
+            down,
+            mid: MidBlock::load(&reader.at("mid_block"), last, config.mid_block_add_attention)?,
+            norm_out: reader.norm("conv_norm_out", last)?,
+            conv_out: reader.conv3("conv_out", last, 2 * config.latent_channels)?,
+            quant: if config.use_quant_conv { Some(root.conv1("quant_conv", 2 * config.latent_channels, 2 * config.latent_channels)?) } else { None },
+        })
     }
 
     fn moments(&self, picture: &Tensor) -> candle_core::Result<Tensor> {
@@ -284,42 +333,36 @@ impl VaeEncoder {
 #[derive(Debug)]
 pub struct VaeDecoder {
     config: VaeConfig,
-    post_quant: Option<Conv>,
-    conv_in: Conv,
-    mid: MidBlock,
-    up: Vec<UpBlock>,
-    norm_out: Norm,
-    conv_out: Conv,
+    network: DecoderNetwork,
+}
+
+#[derive(Debug)]
+enum DecoderNetwork {
+    Host(Box<HostDecoder>),
+    #[cfg(feature = "cuda")]
+    Gpu(Box<gpu::Decoder>),
 }
 
 impl VaeDecoder {
-    /// Loads the decoder's weights as f32.
+    /// Loads the decoder's weights for the engine's device.
     ///
     /// # Errors
     /// If a file is missing, or the weights do not fit the configuration.
-    pub fn load(model: &ModelDir, device: &Device) -> Result<Self, VaeError> {
+    pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let root = Reader::new(&weights, device, config.norm_num_groups);
-        let reader = root.at("decoder");
-        let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let mut up = Vec::new();
-        for (i, &out) in channels.iter().enumerate() {
-            let input = channels[i.saturating_sub(1)];
-            up.push(UpBlock::load(&reader.at(&format!("up_blocks.{i}")), input, out, config.layers_per_block + 1, i + 1 < channels.len())?);
-        }
-        let decoder = Self {
-            post_quant: if config.use_post_quant_conv { Some(root.conv1("post_quant_conv", config.latent_channels, config.latent_channels)?) } else { None },
-            conv_in: reader.conv3("conv_in", config.latent_channels, first)?,
-            mid: MidBlock::load(&reader.at("mid_block"), first, config.mid_block_add_attention)?,
-            up,
-            norm_out: reader.norm("conv_norm_out", last)?,
-            conv_out: reader.conv3("conv_out", last, config.out_channels)?,
-            config,
-        };
+        let network = Self::network(&config, &weights, engine)?;
         weights.release("");
-        Ok(decoder)
+        Ok(Self { config, network })
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
+    fn network(config: &VaeConfig, weights: &Weights, engine: &Engine) -> Result<DecoderNetwork, VaeError> {
+        #[cfg(feature = "cuda")]
+        if let Some(ops) = engine.encode_ops() {
+            return Ok(DecoderNetwork::Gpu(Box::new(catch(|| gpu::Decoder::load(engine, ops, weights, config))??)));
+        }
+        Ok(DecoderNetwork::Host(Box::new(HostDecoder::load(config, weights)?)))
     }
 
     /// The configuration.
@@ -336,17 +379,56 @@ impl VaeDecoder {
             &[b, c, h, w] if c == self.config.latent_channels && b * h * w > 0 => {}
             got => return Err(VaeError::Input { expected: format!("latents [B, {}, h, w]", self.config.latent_channels), got: got.to_vec() }),
         }
-        Ok(each(latents, |latent| {
-            let mut x = match &self.post_quant {
-                Some(conv) => conv.forward(latent)?,
-                None => latent.clone(),
-            };
-            x = self.mid.forward(&self.conv_in.forward(&x)?)?;
-            for block in &self.up {
-                x = block.forward(&x)?;
-            }
-            self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
-        })?)
+        Ok(match &self.network {
+            DecoderNetwork::Host(decoder) => each(latents, |latent| decoder.picture(latent))?,
+            #[cfg(feature = "cuda")]
+            DecoderNetwork::Gpu(decoder) => catch(|| each(latents, |latent| on_gpu(latent, |x, h, w| decoder.picture(x, h, w))))??,
+        })
+    }
+}
+
+/// The decoder on the CPU.
+#[derive(Debug)]
+struct HostDecoder {
+    post_quant: Option<Conv>,
+    conv_in: Conv,
+    mid: MidBlock,
+    up: Vec<UpBlock>,
+    norm_out: Norm,
+    conv_out: Conv,
+}
+
+impl HostDecoder {
+    fn load(config: &VaeConfig, weights: &Weights) -> Result<Self, VaeError> {
+        let root = Reader::new(weights, &Device::Cpu, config.norm_num_groups);
+        let reader = root.at("decoder");
+        let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let mut up = Vec::new();
+        for (i, &out) in channels.iter().enumerate() {
+            let input = channels[i.saturating_sub(1)];
+            up.push(UpBlock::load(&reader.at(&format!("up_blocks.{i}")), input, out, config.layers_per_block + 1, i + 1 < channels.len())?);
+        }
+        Ok(Self {
+            post_quant: if config.use_post_quant_conv { Some(root.conv1("post_quant_conv", config.latent_channels, config.latent_channels)?) } else { None },
+            conv_in: reader.conv3("conv_in", config.latent_channels, first)?,
+            mid: MidBlock::load(&reader.at("mid_block"), first, config.mid_block_add_attention)?,
+            up,
+            norm_out: reader.norm("conv_norm_out", last)?,
+            conv_out: reader.conv3("conv_out", last, config.out_channels)?,
+        })
+    }
+
+    fn picture(&self, latent: &Tensor) -> candle_core::Result<Tensor> {
+        let mut x = match &self.post_quant {
+            Some(conv) => conv.forward(latent)?,
+            None => latent.clone(),
+        };
+        x = self.mid.forward(&self.conv_in.forward(&x)?)?;
+        for block in &self.up {
+            x = block.forward(&x)?;
+        }
+        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
     }
 }
 

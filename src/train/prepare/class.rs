@@ -55,7 +55,7 @@ impl ClassPainter {
         let folder = model.path(Part::Transformer);
         Ok(Self {
             transformer: Mmdit::load(Arc::new(Weights::open(&folder)?), MmditConfig::open(&folder)?, engine)?,
-            decoder: VaeDecoder::load(model, &Device::Cpu)?,
+            decoder: VaeDecoder::load(model, engine)?,
             scheduler: model.scheduler()?,
             prompt,
             negative,

@@ -27,8 +27,8 @@ use crate::api::Stage;
 use crate::data::cache::TensorCache;
 use crate::data::dataset::Dataset;
 use crate::data::transform::Pixels;
-use crate::digest::Sha256Digest;
-use crate::kernels::Engine;
+use crate::digest::{Sha256Digest, sha256_parts};
+use crate::kernels::{Engine, Precision};
 use crate::model::ModelDir;
 use crate::model::layout::Part;
 use crate::model::text::{PromptEmbedding, PromptEncoder};
@@ -58,9 +58,14 @@ pub async fn prepare(
     engine: &Engine,
     environment: &JobEnvironment,
 ) -> Result<Prepared, PrepareError> {
+    // What is computed in 16 bits has other last bits than what is computed in 32.
+    let computed = |digest: Sha256Digest| match engine.precision() {
+        Precision::F32 => digest,
+        short => sha256_parts([&digest[..], short.to_string().as_bytes()]),
+    };
     let fingerprints = Fingerprints {
-        encoders: folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?,
-        vae: folder.fingerprint(Parts::VAE).await?,
+        encoders: computed(folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?),
+        vae: computed(folder.fingerprint(Parts::VAE).await?),
         // In a mounted volume this reads the whole file.
         transformer: match config.training.prior_preservation {
             Some(_) => folder.fingerprint(Parts::TRANSFORMER | Parts::SCHEDULER).await?,
@@ -142,7 +147,7 @@ impl Preparation<'_> {
             self.fetch(Parts::TRANSFORMER, "fetching the transformer").await?;
         }
         block_in_place(|| {
-            let encoder = PromptEncoder::open(&model, self.config.training.max_sequence_length as usize, &Device::Cpu)?;
+            let encoder = PromptEncoder::open(&model, self.config.training.max_sequence_length as usize, self.engine)?;
             reporter.stage(Stage::PreparingData, "encoding captions", 0);
             let mut progress = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             encoder.encode_each::<PrepareError>(&missing, &mut progress, &mut |caption, PromptEmbedding { embeds, pooled }| {
@@ -225,7 +230,7 @@ impl Preparation<'_> {
         }
         self.fetch(Parts::VAE, "fetching the VAE").await?;
         let model = ModelDir::open(self.folder.folder())?;
-        let encoder = block_in_place(|| VaeEncoder::load(&model, &Device::Cpu))?;
+        let encoder = block_in_place(|| VaeEncoder::load(&model, self.engine))?;
         reporter.stage(Stage::PreparingData, "encoding pictures", missing.len() as u64);
         // In the dataset's order, so that what is written does not depend on digests.
         let mut missing: Vec<_> = missing.into_iter().collect();
