@@ -102,7 +102,7 @@ fn pictures_are_those_of_the_cpu() {
                     relative(&flat(&got.logvar), &flat(&want.logvar)),
                     relative(&flat(&decode(&gpu)), &flat(&decode(&Engine::cpu()))),
                 ];
-                println!("{precision} {} {height}x{width}: {errors:.2e?}", path.display());
+                println!("{precision} {} {height}x{width}: {errors:?}", path.display());
                 if errors.iter().any(|&e| e.is_nan() || e > tolerance) {
                     failed.push(format!("{precision} {} {height}x{width}: {errors:?}", path.display()));
                 }
