@@ -236,7 +236,7 @@ fn vae(engine: &Engine, model: &ModelDir) -> Result<()> {
     let encoder = VaeEncoder::load(model, engine)?;
     for side in [512, 1024] {
         let pixels = Tensor::rand(-1.0_f32, 1.0, (1, 3, side, side), &Device::Cpu)?;
-        let ms = timed(|| Ok(drop(encoder.encode(&pixels)?)))?;
+        let ms = timed(|| encoder.encode(&pixels).map(drop).map_err(Into::into))?;
         report(engine, "vae_encode", &json!({"pixels": side, "batch": 1, "ms": ms, "per_s": 1e3 / ms}));
         engine.trim();
     }
@@ -244,7 +244,7 @@ fn vae(engine: &Engine, model: &ModelDir) -> Result<()> {
     let decoder = VaeDecoder::load(model, engine)?;
     for side in [64, 128] {
         let latents = Tensor::randn(0.0_f32, 1.0, (1, 16, side, side), &Device::Cpu)?;
-        let ms = timed(|| Ok(drop(decoder.decode(&latents)?)))?;
+        let ms = timed(|| decoder.decode(&latents).map(drop).map_err(Into::into))?;
         report(engine, "vae_decode", &json!({"pixels": side * 8, "batch": 1, "ms": ms}));
         engine.trim();
     }

@@ -16,19 +16,23 @@ const NETWORKS: [(Precision, f64); 3] = [(Precision::F32, 2e-5), (Precision::F16
 
 fn cases(kind: &str) -> Vec<(PathBuf, ModelDir)> {
     let folder = std::env::var("FINETUNE_CASES").map_or_else(|_| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases"), PathBuf::from);
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect();
-    cases.retain(|path| path.file_name().unwrap().to_string_lossy().starts_with(kind) && path.join("model").is_dir());
+    let mut cases: Vec<PathBuf> = std::fs::read_dir(&folder).expect("the cases").flatten().map(|e| e.path()).collect();
+    cases.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(kind)) && path.join("model").is_dir());
     cases.sort();
     assert!(!cases.is_empty(), "no case {kind} in {}", folder.display());
-    cases.into_iter().map(|path| (path.clone(), ModelDir::open(&path.join("model")).unwrap())).collect()
+    cases.into_iter().map(|path| (path.clone(), ModelDir::open(&path.join("model")).expect("a model"))).collect()
 }
 
 fn go(_: EncodeProgress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
+fn flat(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().and_then(|t| t.to_vec1()).expect("f32 values")
+}
+
 fn values(e: &PromptEmbedding) -> (Vec<f32>, Vec<f32>) {
-    (e.embeds.flatten_all().unwrap().to_vec1().unwrap(), e.pooled.to_vec1().unwrap())
+    (flat(&e.embeds), flat(&e.pooled))
 }
 
 fn captions(count: usize) -> Vec<String> {
@@ -91,7 +95,6 @@ fn pictures_are_those_of_the_cpu() {
         for (path, model) in cases("encode-image") {
             for (height, width) in [(64, 64), (40, 72)] {
                 let pixels = Tensor::from_vec(random(2 * 3 * height * width, 5), (2, 3, height, width), &Device::Cpu).unwrap();
-                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 let (on_gpu, on_cpu) = (VaeEncoder::load(&model, &gpu).unwrap(), VaeEncoder::load(&model, &Engine::cpu()).unwrap());
                 let (got, want) = (on_gpu.encode(&pixels).unwrap(), on_cpu.encode(&pixels).unwrap());
                 let again = on_gpu.encode(&pixels).unwrap();

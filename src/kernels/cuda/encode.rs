@@ -161,7 +161,7 @@ impl EncodeOps<'_> {
     }
 
     /// `c = a b` [m, n].
-    fn part_product(&self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand) {
+    fn part_product(self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand) {
         let product = Product { m, n, k, a, b, c, alpha: 1.0, beta: 0.0, finish: Finish::None, bias: 0, pre: 0 };
         // SAFETY: callers pass operands within their buffers.
         unsafe { self.0.blas.run(&product) };

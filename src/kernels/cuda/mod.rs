@@ -13,8 +13,8 @@ mod gemm;
 mod linear;
 mod ops;
 mod pool;
-mod stream;
 mod stack;
+mod stream;
 mod timer;
 
 use std::sync::Arc;

@@ -39,6 +39,9 @@ pub trait LayerSource: Sync {
     fn done(&self, index: usize);
 }
 
+/// Called with each layer's index and matrices.
+pub(super) type OnLayer<'a, E> = &'a mut dyn FnMut(usize, &[Matrix<'_>]) -> Result<(), E>;
+
 /// A driver's object that is destroyed with its holder.
 struct Event(CUevent);
 struct Stream(CUstream);
@@ -167,12 +170,7 @@ impl EncodeOps<'_> {
     ///
     /// # Errors
     /// What `work` returns.
-    pub fn stream_layers<E>(
-        &self,
-        layers: usize,
-        source: &dyn LayerSource,
-        work: &mut dyn FnMut(usize, &[Matrix<'_>]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn stream_layers<E>(&self, layers: usize, source: &dyn LayerSource, work: OnLayer<'_, E>) -> Result<(), E> {
         if layers == 0 {
             return Ok(());
         }

@@ -185,8 +185,7 @@ impl Run<'_> {
         if kernel == 1 && affine.is_none() {
             self.ops.product(rows, &x.values, matrix, Some(bias), &mut y, 0, accumulate);
         } else {
-            let window =
-                Window { height: x.height, width: x.width, channels: inputs, kernel, stride, pad, double: how == How::Double, out_width: width };
+            let window = Window { height: x.height, width: x.width, channels: inputs, kernel, stride, pad, double: how == How::Double, out_width: width };
             let strip = (COLUMN_VALUES / k).clamp(1, rows);
             for first in (0..rows).step_by(strip) {
                 let count = strip.min(rows - first);
@@ -345,11 +344,7 @@ impl Decoder {
         }
         let sizes = (last, config.out_channels.next_multiple_of(CHANNELS));
         Ok(Self {
-            post_quant: if config.use_post_quant_conv {
-                Some(reader.conv("post_quant_conv", (latent, latent), (padded, padded), 1, How::Same)?)
-            } else {
-                None
-            },
+            post_quant: if config.use_post_quant_conv { Some(reader.conv("post_quant_conv", (latent, latent), (padded, padded), 1, How::Same)?) } else { None },
             conv_in: reader.conv("decoder.conv_in", (latent, first), (padded, first), 3, How::Same)?,
             middle: reader.middle("decoder.mid_block", first, config.mid_block_add_attention)?,
             up,
