@@ -44,32 +44,82 @@ const HOPPER: (i32, i32) = (9, 0);
 /// `FINETUNE_PORTABLE_KERNELS` set: a Hopper card takes the kernels of the others, to measure and to compare.
 static PORTABLE: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FINETUNE_PORTABLE_KERNELS").is_some());
 
-/// Queries or keys per block, threads, shared memory.
-type Launch = (usize, usize, usize);
+/// The three kernels.
+#[derive(Clone, Copy)]
+enum Part {
+    Forward,
+    BackwardQ,
+    BackwardKv,
+}
 
-/// The suffix of the kernels for a head width (on tensor cores, or for any width) and how forward, backward_q and
-/// backward_kv are launched.
-fn kernels(kind: Kind, head_dim: usize, capability: (i32, i32)) -> (&'static str, [Launch; 3]) {
-    let hopper = [(192, 512, 69632), (128, 384, 69632), (128, 384, 69632)];
-    let any = |tile, forward, backward| [(tile, 256, forward), (tile, 256, backward), (tile, 256, backward)];
-    let (upto32, upto64, upto128) = (any(64, 41984, 50944), any(64, 41728, 58624), any(32, 35200, 51840));
-    let tensor_cores =
-        if capability < (8, 0) { [(64, 128, 16384), (64, 128, 16384), (64, 128, 16896)] } else { [(64, 128, 32768), (64, 128, 32768), (64, 128, 33792)] };
-    match (kind, head_dim) {
-        (Kind::F16, 64) if capability == HOPPER => ("f16_d64_hopper", hopper),
-        (Kind::Bf16, 64) if capability == HOPPER => ("bf16_d64_hopper", hopper),
-        (Kind::F16, 64) => ("f16_d64", tensor_cores),
-        (Kind::Bf16, 64) => ("bf16_d64", tensor_cores),
-        (Kind::F32, 0..=32) => ("f32_upto32", upto32),
-        (Kind::F16, 0..=32) => ("f16_upto32", upto32),
-        (Kind::Bf16, 0..=32) => ("bf16_upto32", upto32),
-        (Kind::F32, 33..=64) => ("f32_upto64", upto64),
-        (Kind::F16, 33..=64) => ("f16_upto64", upto64),
-        (Kind::Bf16, 33..=64) => ("bf16_upto64", upto64),
-        (Kind::F32, _) => ("f32_upto128", upto128),
-        (Kind::F16, _) => ("f16_upto128", upto128),
-        (Kind::Bf16, _) => ("bf16_upto128", upto128),
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "attention_forward",
+            Self::BackwardQ => "attention_backward_q",
+            Self::BackwardKv => "attention_backward_kv",
+        }
     }
+
+    /// Of the three values, this kernel's.
+    fn of<T: Copy>(self, values: [T; 3]) -> T {
+        values[self as usize]
+    }
+}
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Launch {
+    /// Of the kernel's name.
+    suffix: &'static str,
+    /// Queries or keys per block.
+    rows: usize,
+    threads: usize,
+    /// Bytes of dynamic shared memory.
+    shared: usize,
+}
+
+/// The kernel for a head width (on tensor cores, or for any width) and a card.
+fn launch(part: Part, kind: Kind, head_dim: usize, capability: (i32, i32)) -> Launch {
+    let any = |suffixes: [&'static str; 3], rows, forward, backward| {
+        let suffix = match kind {
+            Kind::F32 => suffixes[0],
+            Kind::F16 => suffixes[1],
+            Kind::Bf16 => suffixes[2],
+        };
+        Launch { suffix, rows, threads: 256, shared: part.of([forward, backward, backward]) }
+    };
+    match (kind, head_dim) {
+        (Kind::F16 | Kind::Bf16, 64) => {
+            let shared = if capability < (8, 0) { [16384, 16384, 16896] } else { [32768, 32768, 33792] };
+            Launch { suffix: if kind == Kind::F16 { "f16_d64" } else { "bf16_d64" }, rows: 64, threads: 128, shared: part.of(shared) }
+        }
+        (_, 0..=32) => any(["f32_upto32", "f16_upto32", "bf16_upto32"], 64, 41984, 50944),
+        (_, 33..=64) => any(["f32_upto64", "f16_upto64", "bf16_upto64"], 64, 41728, 58624),
+        _ => any(["f32_upto128", "f16_upto128", "bf16_upto128"], 32, 35200, 51840),
+    }
+}
+
+/// The kernel of head width 64 for a Hopper card: one large block per multiprocessor, or two small ones (`pair`).
+///
+/// The blocks of a round take about the same time, so the number of rounds decides. Pairs cost a little more per row (as
+/// measured on an H200), but where their last round has one block per multiprocessor, that one has it for itself.
+fn launch_on_hopper(part: Part, kind: Kind, blocks_of: impl Fn(usize) -> usize, multiprocessors: usize) -> Launch {
+    let half = kind == Kind::F16;
+    let (rows, threads, shared) = part.of([(256, 640, 135_168), (192, 512, 118_784), (128, 384, 69632)]);
+    let large = Launch { suffix: if half { "f16_d64_hopper" } else { "bf16_d64_hopper" }, rows, threads, shared };
+    let (rows, threads, shared) = part.of([(128, 384, 84992), (64, 256, 69632), (64, 256, 69632)]);
+    let pair = Launch { suffix: if half { "f16_d64_hopper_pair" } else { "bf16_d64_hopper_pair" }, rows, threads, shared };
+    let blocks = blocks_of(pair.rows);
+    let last = match blocks % (2 * multiprocessors) {
+        0 => 0.0,
+        rest if rest <= multiprocessors => 0.65,
+        _ => 1.0,
+    };
+    let rounds_of_pairs = (blocks / (2 * multiprocessors)) as f64 + last;
+    let rounds = blocks_of(large.rows).div_ceil(multiprocessors);
+    let more = part.of([1.03, 1.15, 1.06]);
+    if more * rounds_of_pairs * (2 * pair.rows) as f64 <= (rounds * large.rows) as f64 { pair } else { large }
 }
 
 fn operand(joint: &Joint<Buffer>, width: usize) -> Operand {
@@ -113,15 +163,18 @@ impl Device {
         }
     }
 
-    /// The compute capability whose kernels are taken.
-    fn generation(&self) -> (i32, i32) {
-        if *PORTABLE { (8, 0) } else { self.driver.capability }
-    }
-
-    fn attend(&self, name: (&'static str, &'static str), (tile, threads, shared): Launch, shape: &AttentionShape, tokens: usize, parameters: Parameters) {
-        let grid = (tokens.div_ceil(tile), shape.heads, shape.batch);
+    fn attend(&self, part: Part, kind: Kind, shape: &AttentionShape, parameters: Parameters) {
+        let tokens = if matches!(part, Part::BackwardKv) { shape.keys() } else { parameters.queries as usize };
+        let blocks_of = |rows: usize| tokens.div_ceil(rows) * shape.heads * shape.batch;
+        let driver = &self.driver;
+        let launch = if driver.capability == HOPPER && !*PORTABLE && shape.head_dim == 64 && kind != Kind::F32 {
+            launch_on_hopper(part, kind, blocks_of, driver.multiprocessors)
+        } else {
+            launch(part, kind, shape.head_dim, driver.capability)
+        };
+        let grid = (tokens.div_ceil(launch.rows), shape.heads, shape.batch);
         // SAFETY: `parameters` has the kernel's layout; its operands were checked against the shape.
-        unsafe { self.driver.launch(name, grid, threads, shared, arguments![parameters]) };
+        unsafe { driver.launch((part.name(), launch.suffix), grid, launch.threads, launch.shared, arguments![parameters]) };
     }
 
     pub(in crate::kernels) fn attention(&self, shape: &AttentionShape, q: &Joint<Buffer>, k: &Joint<Buffer>, v: &Joint<Buffer>) -> (Joint<Buffer>, Buffer) {
@@ -130,8 +183,7 @@ impl Device {
         let out = Joint { image: like(&q.image), context: q.context.as_ref().map(like) };
         let lse = self.memory_of(shape.batch * shape.heads * shape.keys(), Kind::F32);
         let parameters = Self::parameters(shape, q, k, v, &out, &lse);
-        let (suffix, [launch, ..]) = kernels(kind, shape.head_dim, self.generation());
-        self.attend(("attention_forward", suffix), launch, shape, parameters.queries as usize, parameters);
+        self.attend(Part::Forward, kind, shape, parameters);
         (out, Buffer::on_device(lse))
     }
 
@@ -168,9 +220,23 @@ impl Device {
             rows: rows.pointer(),
             ..Self::parameters(shape, q, k, v, out, lse.device())
         };
-        let (suffix, [_, by_queries, by_keys]) = kernels(kind, shape.head_dim, self.generation());
-        self.attend(("attention_backward_q", suffix), by_queries, shape, parameters.queries as usize, parameters);
-        self.attend(("attention_backward_kv", suffix), by_keys, shape, shape.keys(), parameters);
+        self.attend(Part::BackwardQ, kind, shape, parameters);
+        self.attend(Part::BackwardKv, kind, shape, parameters);
         (dq, dk, dv)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows per block for SD3's 24 heads on an H200 (132 multiprocessors), as its measurements want.
+    #[test]
+    fn hopper_blocks_fill_their_last_round() {
+        let rows = |part, batch: usize, tokens: usize| launch_on_hopper(part, Kind::Bf16, |rows| tokens.div_ceil(rows) * 24 * batch, 132).rows;
+        for (batch, tokens, expected) in [(4, 1178, [256, 64, 64]), (1, 1178, [256, 64, 128]), (1, 4250, [128, 192, 128]), (4, 4250, [256, 192, 128])] {
+            let chosen = [Part::Forward, Part::BackwardQ, Part::BackwardKv].map(|part| rows(part, batch, tokens));
+            assert_eq!(chosen, expected, "{batch} x {tokens}");
+        }
     }
 }

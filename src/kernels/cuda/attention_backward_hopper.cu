@@ -2,11 +2,12 @@
 //
 //   attention_backward_q_{f16,bf16}_d64_hopper     d_q, rows      (reads q, k, v, out, d_out, lse)
 //   attention_backward_kv_{f16,bf16}_d64_hopper    d_k, d_v       (reads q, k, v, d_out, rows: after backward_q)
+//   ..._hopper_pair: the same with two smaller blocks per multiprocessor
 //
-// Block 384, 69632 bytes of dynamic shared memory. Grid (⌈queries / 128⌉, heads, batch) for backward_q, (⌈keys / 128⌉, heads,
-// batch) for backward_kv. Pointers are 16-byte aligned, strides multiples of 8. Both compute the scores again: no scores in
-// memory, no atomics, one order of every sum. Accumulation in f32; probabilities and the scores' gradients are rounded
-// before the products that use them.
+// backward_q: block 512, grid (⌈queries / 192⌉, heads, batch), 118784 bytes of dynamic shared memory; pair: 256, 64, 69632.
+// backward_kv: block 384, grid (⌈keys / 128⌉, heads, batch), 69632 bytes; pair: 256, 64, 69632. Pointers are 16-byte aligned,
+// strides multiples of 8. Both compute the scores again: no scores in memory, no atomics, one order of every sum.
+// Accumulation in f32; probabilities and the scores' gradients are rounded before the products that use them.
 
 #include "attention_hopper.cuh"
 
@@ -259,12 +260,19 @@ __device__ __forceinline__ void backward_kv_hopper(const AttentionParameters& p)
   write_rows<T>(Rows<T>(p.d_v, p, batch, head), d_v, one, token, keys);
 }
 
-using HopperBackwardQ = HopperTile<2, 64, 4, 1, false, false>;
+using HopperBackwardQ = HopperTile<3, 64, 4, 1, false, true>;
+using HopperBackwardQPair = HopperTile<1, 64, 4, 2, false, false>;
 using HopperBackwardKv = HopperTile<2, 64, 4, 1, false, false>;
+using HopperBackwardKvPair = HopperTile<1, 64, 4, 2, false, false>;
+static_assert(HopperBackwardQ::SHARED == 118784 && HopperBackwardKv::SHARED == 69632 && HopperBackwardKvPair::SHARED == 69632);
 
 }  // namespace attention
 
 ATTENTION_HOPPER(backward_q, __half, f16_d64_hopper, HopperBackwardQ)
 ATTENTION_HOPPER(backward_q, __nv_bfloat16, bf16_d64_hopper, HopperBackwardQ)
+ATTENTION_HOPPER(backward_q, __half, f16_d64_hopper_pair, HopperBackwardQPair)
+ATTENTION_HOPPER(backward_q, __nv_bfloat16, bf16_d64_hopper_pair, HopperBackwardQPair)
 ATTENTION_HOPPER(backward_kv, __half, f16_d64_hopper, HopperBackwardKv)
 ATTENTION_HOPPER(backward_kv, __nv_bfloat16, bf16_d64_hopper, HopperBackwardKv)
+ATTENTION_HOPPER(backward_kv, __half, f16_d64_hopper_pair, HopperBackwardKvPair)
+ATTENTION_HOPPER(backward_kv, __nv_bfloat16, bf16_d64_hopper_pair, HopperBackwardKvPair)

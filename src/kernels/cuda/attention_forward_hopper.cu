@@ -1,9 +1,11 @@
 // Attention forward on Hopper (sm_90a only), head width 64.
 //
-//   attention_forward_{f16,bf16}_d64_hopper        out, lse
+//   attention_forward_{f16,bf16}_d64_hopper             out, lse
+//   attention_forward_{f16,bf16}_d64_hopper_pair        the same with two smaller blocks per multiprocessor
 //
-// Block 512, grid (⌈queries / 192⌉, heads, batch), 69632 bytes of dynamic shared memory. Pointers are 16-byte aligned, strides
-// multiples of 8. Scores, softmax and sums in f32; probabilities are rounded before the second product.
+// Block 640, grid (⌈queries / 256⌉, heads, batch), 135168 bytes of dynamic shared memory; pair: block 384,
+// grid (⌈queries / 128⌉, heads, batch), 84992 bytes. Pointers are 16-byte aligned, strides multiples of 8. Scores, softmax and
+// sums in f32; probabilities are rounded before the second product.
 
 #include "attention_hopper.cuh"
 
@@ -128,9 +130,13 @@ __device__ __forceinline__ void forward_hopper(const AttentionParameters& p) {
   write_rows<T>(Rows<T>(p.out, p, batch, head), out, total, token, p.queries);
 }
 
-using HopperForward = HopperTile<3, 64, 4, 1, true, false>;
+using HopperForward = HopperTile<4, 64, 4, 1, false, true>;
+using HopperForwardPair = HopperTile<2, 64, 3, 2, false, true>;
+static_assert(HopperForward::SHARED == 135168 && HopperForwardPair::SHARED == 84992);
 
 }  // namespace attention
 
 ATTENTION_HOPPER(forward, __half, f16_d64_hopper, HopperForward)
 ATTENTION_HOPPER(forward, __nv_bfloat16, bf16_d64_hopper, HopperForward)
+ATTENTION_HOPPER(forward, __half, f16_d64_hopper_pair, HopperForwardPair)
+ATTENTION_HOPPER(forward, __nv_bfloat16, bf16_d64_hopper_pair, HopperForwardPair)

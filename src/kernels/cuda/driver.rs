@@ -41,6 +41,8 @@ pub(super) struct Driver {
     pub(super) name: String,
     /// Compute capability.
     pub(super) capability: (i32, i32),
+    /// Multiprocessors.
+    pub(super) multiprocessors: usize,
 }
 
 // SAFETY: the driver's handles may be used from any thread; the context is made current before each use.
@@ -75,6 +77,7 @@ impl Driver {
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
+        let multiprocessors = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let mut name = [0_u8; 128];
         // SAFETY: the buffer's length is given.
         check("read the device's name", unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device) })?;
@@ -93,7 +96,7 @@ impl Driver {
             check("load the kernels", unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) })?;
             modules.push(module);
         }
-        Ok(Self { context, stream, modules, functions: Mutex::default(), profile: Mutex::default(), name, capability })
+        Ok(Self { context, stream, modules, functions: Mutex::default(), profile: Mutex::default(), name, capability, multiprocessors })
     }
 
     /// The one stream.
