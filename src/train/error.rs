@@ -22,7 +22,7 @@ use crate::store::{StoreError, StoreErrorKind};
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// The device cannot be used.
-    #[error(transparent)]
+    #[error("the job asks for a GPU (spec.scheduling.gpu.perReplica: 0 asks for the CPU)")]
     Device(#[from] DeviceError),
     /// The job does not fit the GPU.
     #[error("the GPU is too small for this job")]
