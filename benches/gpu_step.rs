@@ -14,8 +14,8 @@ use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::Weights;
 use finetune::model::lora::LoraSpec;
-use finetune::model::mmdit::{Mmdit, MmditConfig};
-use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
+use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
+use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
 use finetune::rng::{Purpose, Stream};
 use rayon::prelude::*;
 
@@ -170,7 +170,7 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
     let noise: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
     let table = SigmaTable::default();
     let kind = LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true };
-    let (mut steps, mut forwards, mut backwards, mut last) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
+    let (mut steps, mut forwards, mut last) = (Vec::new(), Vec::new(), 0.0);
     let mut profile = Vec::new();
     for step in 0..options.steps + 3 {
         let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
@@ -183,27 +183,25 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
             engine.start_profile();
         }
         let started = Instant::now();
-        let (velocity, saved) = model.forward(&x_t, &timesteps, &prompt, &pooled, None)?;
-        let velocity: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-        let forward = started.elapsed().as_secs_f64() * 1e3;
-        let loss = loss(kind, &velocity, &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
-        last = loss.mean();
-        let d_velocity = Tensor::from_vec(loss.d_velocity, &latents, &Device::Cpu)?;
-        let before = started.elapsed().as_secs_f64() * 1e3;
-        model.backward(saved, &d_velocity)?;
+        let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &vec![1.0 / batch as f64; batch] };
+        let (losses, _) = model.flow_step(&x_t, &timesteps, &prompt, &pooled, None, &target)?;
         let whole = started.elapsed().as_secs_f64() * 1e3;
         if last_step {
             profile = engine.end_profile();
-        } else if step >= 3 {
+        }
+        last = losses.iter().sum::<f64>() / batch as f64;
+        let started = Instant::now();
+        model.forward_only(&x_t, &timesteps, &prompt, &pooled, 1.0, &[])?;
+        let forward = started.elapsed().as_secs_f64() * 1e3;
+        if !last_step && step >= 3 {
             steps.push(whole);
             forwards.push(forward);
-            backwards.push(whole - before);
         }
     }
     let (free, total) = engine.device_memory().unwrap_or_default();
     let report = serde_json::json!({
         "shape": format!("{pixels}/{batch}"), "precision": options.precision.to_string(), "recompute": options.recompute,
-        "step_ms": median(steps), "forward_ms": median(forwards), "backward_ms": median(backwards), "loss": last,
+        "step_ms": median(steps), "forward_only_ms": median(forwards), "loss": last,
         "pool_peak_gib": engine.peak_memory() as f64 / f64::powi(1024.0, 3), "card_used_gib": (total - free) as f64 / f64::powi(1024.0, 3),
     });
     println!("{report}");

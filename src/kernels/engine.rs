@@ -15,11 +15,11 @@ pub use super::cpu::linear::StoredMatrix;
 /// Runs operations on one device and keeps its memory for reuse. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    backend: Backend,
+    pub(super) backend: Backend,
 }
 
 #[derive(Debug, Clone)]
-enum Backend {
+pub(super) enum Backend {
     Cpu(Arc<Pool>),
     #[cfg(feature = "cuda")]
     Cuda(Arc<super::cuda::Device>),
@@ -54,7 +54,15 @@ impl FrozenMatrix {
     }
 
     #[cfg(feature = "cuda")]
-    fn device(&self) -> &super::cuda::DeviceWeight {
+    pub(super) fn device_mut(&mut self) -> &mut super::cuda::DeviceWeight {
+        match &mut self.0 {
+            Frozen::Device(weight) => weight,
+            Frozen::Host(_) => unreachable!("a CPU's weight in an operation of the GPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn device(&self) -> &super::cuda::DeviceWeight {
         match &self.0 {
             Frozen::Device(weight) => weight,
             Frozen::Host(_) => unreachable!("a CPU's weight in an operation of the GPU"),
@@ -102,7 +110,7 @@ impl LoraMatrix {
     }
 
     #[cfg(feature = "cuda")]
-    fn device(&self) -> &super::cuda::DeviceLora {
+    pub(super) fn device(&self) -> &super::cuda::DeviceLora {
         match &self.0 {
             Factors::Device(lora) => lora,
             Factors::Host(_) => unreachable!("a CPU's LoRA in an operation of the GPU"),

@@ -13,6 +13,7 @@ mod cpu;
 mod cuda;
 mod device;
 mod engine;
+mod fused;
 mod pool;
 #[cfg(test)]
 mod tests;
@@ -23,4 +24,5 @@ pub use cpu::group_norm::group_norm_silu;
 pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
 pub use device::{DeviceError, Precision, catch};
 pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix};
+pub use fused::{FlowSample, PatchLayout, Stack};
 pub use pool::Buffer;

@@ -1,7 +1,7 @@
 //! Attention of the image stream, joint with the context stream or alone, with its projections.
 
 use super::{Gradients, Linear, LinearSaved, Pass};
-use crate::kernels::{AttentionShape, Buffer, Joint, NormStats};
+use crate::kernels::{AttentionShape, Buffer, Engine, Joint, NormStats, Stack};
 
 /// Projections of one stream.
 #[derive(Debug)]
@@ -16,9 +16,26 @@ pub struct Projections {
     pub out: Option<Linear>,
     /// RMSNorm weights of queries and keys `[head_dim]`.
     pub norms: Option<(Buffer, Buffer)>,
+    /// Query, key and value laid together, where the engine is faster then; see [`Projections::stack`].
+    pub stack: Option<Stack>,
 }
 
 impl Projections {
+    /// Lays query, key and value together, if the engine is faster then.
+    pub fn stack(&mut self, engine: &Engine) {
+        let mut layers: Vec<&mut Linear> = self.q.iter_mut().collect();
+        layers.extend([&mut self.k, &mut self.v]);
+        self.stack = Linear::stack(engine, &mut layers);
+    }
+
+    /// Tells the stack that LoRA was set or taken away.
+    pub fn stack_lora(&mut self, engine: &Engine) {
+        let Some(mut stack) = self.stack.take() else { return };
+        let layers: Vec<_> = self.each().map(|l| l.lora().map(|(factors, ..)| factors)).collect();
+        engine.stack_lora(&mut stack, &layers);
+        self.stack = Some(stack);
+    }
+
     fn each(&self) -> impl Iterator<Item = &Linear> {
         self.q.iter().chain([&self.k, &self.v])
     }
@@ -44,6 +61,8 @@ type NormSaved = Option<(Buffer, NormStats)>;
 struct StreamSaved {
     /// Input [rows, D], if a projection of it has LoRA.
     x: Option<Buffer>,
+    /// Whether query, key and value were projected together, and then what their LoRA keeps.
+    stacked: Option<Option<Buffer>>,
     q: Option<LinearSaved>,
     k: LinearSaved,
     v: LinearSaved,
@@ -85,14 +104,26 @@ impl Projections {
                 (normal, Some((value, stats)))
             }
         };
-        let q = self.q.as_ref().map(|q| q.forward(pass, rows, &x));
-        let (k, k_saved) = self.k.forward(pass, rows, &x);
-        let (v, v_saved) = self.v.forward(pass, rows, &x);
-        let (q, q_saved) = q.unzip();
+        // Dropout gives each layer an input of its own.
+        let dropped = pass.dropout.is_some_and(|(_, p)| p > 0.0) && self.each().any(Linear::has_lora);
+        let mut stacked = None;
+        let (q, k, v, q_saved, k_saved, v_saved);
+        if let Some(stack) = self.stack.as_ref().filter(|_| !dropped) {
+            let (parts, t) = pass.engine.stack_forward(rows, &x, stack, pass.lora_scale);
+            let mut parts = parts.into_iter();
+            q = self.q.as_ref().and_then(|_| parts.next());
+            (k, v) = (parts.next().unwrap_or_else(|| pass.engine.alloc(0)), parts.next().unwrap_or_else(|| pass.engine.alloc(0)));
+            (q_saved, k_saved, v_saved) = (q.as_ref().map(|_| LinearSaved::default()), LinearSaved::default(), LinearSaved::default());
+            stacked = Some(t);
+        } else {
+            (q, q_saved) = self.q.as_ref().map(|q| q.forward(pass, rows, &x)).unzip();
+            (k, k_saved) = self.k.forward(pass, rows, &x);
+            (v, v_saved) = self.v.forward(pass, rows, &x);
+        }
         let (q, q_norm) = q.map(|q| normalise(q, self.norms.as_ref().map(|n| &n.0))).unzip();
         let (k, k_norm) = normalise(k, self.norms.as_ref().map(|n| &n.1));
         let x = Some(x).filter(|_| self.each().any(Linear::has_lora));
-        Projected { q, k, v, saved: StreamSaved { x, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None } }
+        Projected { q, k, v, saved: StreamSaved { x, stacked, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None } }
     }
 
     /// dx [rows, D] of the three projections together, if `need_input`.
@@ -109,6 +140,18 @@ impl Projections {
         let mut dx = need_input.then(|| pass.engine.alloc(dk.len()));
         if let (Some((_, weight)), Some((before, stats))) = (&self.norms, &saved.k_norm) {
             pass.engine.rms_norm_backward(before, weight, stats, &mut dk);
+        }
+        if let (Some(stack), Some(t)) = (&self.stack, &saved.stacked) {
+            if let (Some((weight, _)), Some((before, stats)), Some(mut dq)) = (&self.norms, &saved.q_norm, dq) {
+                pass.engine.rms_norm_backward(before, weight, stats, &mut dq);
+            }
+            let targets = |(_, slot, scale)| {
+                let (da, db) = gradients.of(slot);
+                (da, db, scale)
+            };
+            let targets: Vec<_> = self.each().filter_map(Linear::lora).map(targets).collect();
+            pass.engine.stack_backward(rows, &dk, stack, x.zip(t.as_ref()), dx.as_mut(), &targets);
+            return dx;
         }
         self.k.backward(pass, rows, x, &saved.k, &dk, dx.as_mut().map(|d| (d, false)), gradients);
         self.v.backward(pass, rows, x, &saved.v, &dv, dx.as_mut().map(|d| (d, true)), gradients);
@@ -132,6 +175,16 @@ impl Attention {
     pub fn has_lora(&self) -> bool {
         let outs = self.image.out.iter().chain(self.context.iter().filter_map(|c| c.out.as_ref()));
         self.projects_with_lora() || outs.into_iter().any(Linear::has_lora)
+    }
+
+    /// See [`Projections::stack`].
+    pub fn stack(&mut self, engine: &Engine) {
+        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.stack(engine));
+    }
+
+    /// See [`Projections::stack_lora`].
+    pub fn stack_lora(&mut self, engine: &Engine) {
+        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.stack_lora(engine));
     }
 
     /// Calls `f` on every linear layer.

@@ -38,8 +38,7 @@ impl FeedForward {
     /// # Shapes
     /// x [rows, D] -> y [rows, D].
     pub fn forward(&self, pass: Pass<'_>, rows: usize, x: Buffer) -> (Buffer, FeedForwardSaved) {
-        let (h, up) = self.up.forward(pass, rows, &x);
-        let activated = pass.engine.gelu(&h);
+        let (h, activated, up) = self.up.forward_gelu(pass, rows, &x);
         let (y, down) = self.down.forward(pass, rows, &activated);
         let saved = FeedForwardSaved { x: Some(x).filter(|_| self.up.has_lora()), h, activated: Some(activated).filter(|_| self.down.has_lora()), up, down };
         (y, saved)
@@ -48,11 +47,12 @@ impl FeedForward {
     /// # Backward
     /// Returns dx [rows, D] if `need_input`.
     pub fn backward(&self, pass: Pass<'_>, rows: usize, saved: &FeedForwardSaved, dy: &Buffer, need_input: bool, gradients: &mut Gradients) -> Option<Buffer> {
-        let through = need_input || self.up.has_lora();
-        let mut dh = through.then(|| pass.engine.alloc(saved.h.len()));
-        self.down.backward(pass, rows, saved.activated.as_ref(), &saved.down, dy, dh.as_mut().map(|d| (d, false)), gradients);
-        let mut dh = dh?;
-        pass.engine.gelu_backward(&saved.h, &mut dh);
+        let activated = saved.activated.as_ref();
+        if !need_input && !self.up.has_lora() {
+            self.down.backward(pass, rows, activated, &saved.down, dy, None, gradients);
+            return None;
+        }
+        let dh = self.down.backward_gelu(pass, rows, activated, &saved.h, &saved.down, dy, gradients);
         let mut dx = need_input.then(|| pass.engine.alloc(dy.len()));
         self.up.backward(pass, rows, saved.x.as_ref(), &saved.up, &dh, dx.as_mut().map(|d| (d, false)), gradients);
         dx

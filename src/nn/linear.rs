@@ -1,7 +1,7 @@
 //! A linear layer with a frozen weight and optional LoRA.
 
 use super::Pass;
-use crate::kernels::{Buffer, Engine, FrozenMatrix, LoraMatrix};
+use crate::kernels::{Buffer, Engine, FrozenMatrix, LoraMatrix, Stack};
 
 /// Gradients of the LoRA parameters: A and B of each module in the layout's order, in f32 on the device.
 #[derive(Debug)]
@@ -12,12 +12,17 @@ pub struct Gradients {
 impl Gradients {
     /// Zeros for parameters of these lengths.
     pub fn zeros(engine: &Engine, lengths: impl Iterator<Item = usize>) -> Self {
-        Self { values: lengths.map(|len| engine.zeros_f32(len)).collect() }
+        Self { values: engine.zeros_together(&lengths.collect::<Vec<_>>()) }
     }
 
     /// On the host, in order.
     pub fn download(&self, engine: &Engine) -> Vec<Vec<f32>> {
-        self.values.iter().map(|v| engine.download(v)).collect()
+        engine.download_all(&self.values)
+    }
+
+    /// A's and B's gradients of the module at `slot`, for an engine that adds to them where they are.
+    pub(super) fn of(&self, slot: usize) -> (&Buffer, &Buffer) {
+        (&self.values[2 * slot], &self.values[2 * slot + 1])
     }
 
     /// A's and B's gradients of the module at `slot`.
@@ -49,7 +54,7 @@ pub struct Linear {
 
 /// # Saved for backward
 /// t = dropout(x) Aᵀ [rows, r], if there is LoRA. The input x is the caller's to keep.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct LinearSaved {
     t: Option<Buffer>,
 }
@@ -78,6 +83,53 @@ impl Linear {
     /// Sets LoRA: A [rank, in], B [out, rank], `scale` = alpha / rank, gradients at `slot`.
     pub fn set_lora(&mut self, engine: &Engine, slot: usize, rank: usize, scale: f32, a: &[f32], b: &[f32]) {
         self.lora = Some(Lora { slot, scale, factors: engine.lora(rank, self.inputs, self.outputs, a, b, scale) });
+    }
+
+    /// Lays the weights of layers with the same input together, if the engine is faster then.
+    pub(super) fn stack(engine: &Engine, layers: &mut [&mut Self]) -> Option<Stack> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for layer in layers {
+            weights.push(&mut layer.weight);
+            biases.extend(layer.bias.as_mut());
+        }
+        engine.stack(&mut weights, &mut biases)
+    }
+
+    /// Its LoRA: factors, place in the layout, scale.
+    pub(super) fn lora(&self) -> Option<(&LoraMatrix, usize, f32)> {
+        self.lora.as_ref().map(|l| (&l.factors, l.slot, l.scale))
+    }
+
+    /// As [`Linear::forward`], then GELU: (before it, after it).
+    pub fn forward_gelu(&self, pass: Pass<'_>, rows: usize, x: &Buffer) -> (Buffer, Buffer, LinearSaved) {
+        let plain = self.lora.is_none() || pass.lora_scale == 0.0;
+        if let Some((h, y)) = self.bias.as_ref().filter(|_| plain).and_then(|bias| pass.engine.linear_gelu(rows, x, &self.weight, bias)) {
+            return (h, y, LinearSaved { t: None });
+        }
+        let (h, saved) = self.forward(pass, rows, x);
+        let y = pass.engine.gelu(&h);
+        (h, y, saved)
+    }
+
+    /// The gradient of h, where this layer's input is GELU(h). `x`: that input, wanted where there is LoRA.
+    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
+    pub fn backward_gelu(
+        &self,
+        pass: Pass<'_>,
+        rows: usize,
+        x: Option<&Buffer>,
+        h: &Buffer,
+        saved: &LinearSaved,
+        dy: &Buffer,
+        gradients: &mut Gradients,
+    ) -> Buffer {
+        if let Some(dh) = self.lora.is_none().then(|| pass.engine.linear_backward_gelu(rows, dy, &self.weight, h)).flatten() {
+            return dh;
+        }
+        let mut dh = pass.engine.alloc(h.len());
+        self.backward(pass, rows, x, saved, dy, Some((&mut dh, false)), gradients);
+        pass.engine.gelu_backward(h, &mut dh);
+        dh
     }
 
     /// Takes LoRA away.

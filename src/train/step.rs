@@ -5,7 +5,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::model::mmdit::{Mmdit, MmditError};
+use crate::model::mmdit::{FlowTarget, Mmdit, MmditError};
 use crate::nn::DropoutKey;
 use crate::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
 use crate::rng::{Purpose, Stream};
@@ -159,11 +159,9 @@ pub fn micro_batch(
     let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
     let inputs = Inputs::new(&objective.table, examples, &draws, device)?;
     let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
-    let (velocity, saved) = model.forward(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref())?;
-    let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-    let loss = flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, coefficients);
-    let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), device)?;
-    Ok(MicroBatch { losses: loss.per_sample, grads: model.backward(saved, &d_velocity)? })
+    let target = FlowTarget { kind: objective.kind, x0: &inputs.x0, noise: &inputs.noise, sigmas: &inputs.sigmas, coefficients };
+    let (losses, grads) = model.flow_step(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref(), &target)?;
+    Ok(MicroBatch { losses, grads })
 }
 
 /// The losses of a batch without gradients, one per sample.

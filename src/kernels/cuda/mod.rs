@@ -9,12 +9,14 @@ mod attention;
 mod driver;
 mod encode;
 mod error;
+mod fused;
 mod gemm;
 mod linear;
 mod ops;
 mod pool;
 mod stack;
 mod stream;
+mod staging;
 mod timer;
 
 use std::sync::Arc;
@@ -33,6 +35,7 @@ use self::driver::{Driver, arguments, check};
 use self::error::must;
 use self::gemm::Blas;
 use self::pool::DevicePool;
+use self::staging::Staging;
 use super::{Buffer, Precision};
 
 /// Type of values on the device.
@@ -48,6 +51,7 @@ pub(super) struct Device {
     pool: Arc<DevicePool>,
     blas: Blas,
     precision: Precision,
+    staging: Staging,
 }
 
 impl Device {
@@ -59,7 +63,8 @@ impl Device {
         }
         let pool = Arc::new(DevicePool::new(Arc::clone(&driver)));
         let blas = Blas::open(Arc::clone(&driver))?;
-        Ok(Self { driver, pool, blas, precision })
+        let staging = Staging::new(Arc::clone(&driver));
+        Ok(Self { driver, pool, blas, precision, staging })
     }
 
     pub(super) fn precision(&self) -> Precision {
@@ -143,10 +148,8 @@ impl Device {
         let memory = self.memory_of(len, kind);
         assert_eq!(bytes.len(), len * kind.bytes(), "should be the values' bytes");
         if len > 0 {
-            self.driver.bind();
-            // SAFETY: the memory has room for the bytes. From pageable memory the copy returns when the bytes are read.
-            let result = unsafe { sys::cuMemcpyHtoDAsync_v2(memory.pointer(), bytes.as_ptr().cast(), bytes.len(), self.driver.stream()) };
-            must(check("copy to the device", result));
+            // SAFETY: the memory has room for the bytes.
+            unsafe { self.staging.upload(bytes, memory.pointer()) };
         }
         memory
     }

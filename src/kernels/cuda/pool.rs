@@ -177,6 +177,13 @@ impl Memory {
         Self { pointer: block.pointer, len, kind: self.kind, columns: None, block: self.block.clone() }
     }
 
+    /// `len` values from this part's first on, which must all be of the same block.
+    pub(super) fn extended(&self, len: usize) -> Self {
+        let end = self.pointer as usize + len * self.kind.bytes();
+        assert!(self.columns.is_none() && self.block.as_ref().is_none_or(|b| end <= b.pointer as usize + b.size), "should lie within");
+        Self { pointer: self.pointer, len, kind: self.kind, columns: None, block: self.block.clone() }
+    }
+
     /// If these are columns: (the first, how many, from one row to the next).
     pub(super) fn place(&self) -> Option<(usize, usize, usize)> {
         let ((width, stride), block) = (self.columns?, self.block.as_ref()?);

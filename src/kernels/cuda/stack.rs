@@ -4,7 +4,7 @@ use cudarc::driver::sys::{self, CUDA_MEMCPY2D_st, CUmemorytype};
 
 use super::driver::{arguments, check};
 use super::error::must;
-use super::gemm::{Finish, Operand, Product};
+use super::gemm::Operand;
 use super::linear::DeviceLora;
 use super::{BLOCK, Device, DeviceWeight, Kind, Memory};
 use crate::kernels::Buffer;
@@ -117,23 +117,23 @@ impl Device {
         must(check("copy rows", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.driver.stream()) }));
     }
 
-    /// `y = x Wᵀ + bias + t Bᵀ` with `t = x Aᵀ`: the layers' results as columns of one matrix, and t.
+    /// See [`crate::kernels::Engine::stack_forward`]; the results are columns of one matrix.
     pub(in crate::kernels) fn stack_forward(
         &self,
         rows: usize,
         x: &Buffer,
         stack: &DeviceStack,
-        lora: Option<&DeviceStackLora>,
+        lora: Option<(&DeviceStackLora, f32)>,
     ) -> (Vec<Buffer>, Option<Buffer>) {
         let (x, k, n) = (x.device(), stack.inputs, stack.outputs.iter().sum::<usize>());
         assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
         let y = self.memory_of(rows * n, self.precision);
         let (weight, bias) = (&stack.weight, Some(&stack.bias));
         self.product((rows, n, k), Operand::stored(x, k), Operand::transposed(weight, k), Operand::stored(&y, n), (1.0, 0.0), bias);
-        let t = lora.map(|lora| {
+        let t = lora.map(|(lora, scale)| {
             let r = lora.ranks;
             let t = self.memory_of(rows * r, self.precision);
-            self.product((rows, r, k), Operand::stored(x, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (1.0, 0.0), None);
+            self.product((rows, r, k), Operand::stored(x, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (scale, 0.0), None);
             self.product((rows, n, r), Operand::stored(&t, r), Operand::transposed(&lora.b, r), Operand::stored(&y, n), (1.0, 1.0), None);
             Buffer::on_device(t)
         });

@@ -45,6 +45,12 @@ impl Event {
         Self(event)
     }
 
+    /// Waits until the stream has passed it.
+    pub(super) fn wait(&self) {
+        // SAFETY: the event was recorded.
+        must(check("wait for a copy", unsafe { sys::cuEventSynchronize(self.0) }));
+    }
+
     fn milliseconds_to(&self, later: &Self) -> f32 {
         let mut milliseconds = 0.0;
         // SAFETY: both events were recorded and have passed.

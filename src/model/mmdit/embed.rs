@@ -1,6 +1,6 @@
 //! What comes before and after the blocks: patches, positions, timestep and pooled prompt.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::config::{MmditConfig, TIMESTEP_FEATURES};
 use crate::kernels::{Buffer, Engine};
@@ -78,6 +78,8 @@ pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
 #[derive(Debug)]
 pub(super) struct Positions {
     pub(super) weights: Arc<Weights>,
+    /// The crop that was used last on a GPU, and its size.
+    pub(super) kept: Mutex<Option<(usize, usize, Arc<Buffer>)>>,
 }
 
 impl Positions {
@@ -85,7 +87,11 @@ impl Positions {
     pub(super) const NAME: &'static str = "pos_embed.pos_embed";
 
     /// The central h x w patches of the table [1, M·M, D], as [h · w, D]; `None` if it cannot be read.
-    pub(super) fn crop(&self, engine: &Engine, config: &MmditConfig, h: usize, w: usize) -> Option<Buffer> {
+    pub(super) fn crop(&self, engine: &Engine, config: &MmditConfig, h: usize, w: usize) -> Option<Arc<Buffer>> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((.., crop)) = kept.as_ref().filter(|(rows, columns, _)| (*rows, *columns) == (h, w)) {
+            return Some(Arc::clone(crop));
+        }
         let (side, d) = (config.pos_embed_max_size, config.width());
         let (top, left) = ((side - h) / 2, (side - w) / 2);
         let view = self.weights.view(Self::NAME).ok()?;
@@ -95,7 +101,9 @@ impl Positions {
                 return None;
             }
         }
-        Some(engine.upload(&values))
+        let crop = Arc::new(engine.upload(&values));
+        *kept = engine.is_cuda().then(|| (h, w, Arc::clone(&crop)));
+        Some(crop)
     }
 }
 

@@ -101,8 +101,8 @@ impl Loader<'_> {
         Ok(Attention {
             heads: self.config.num_attention_heads,
             head_dim: self.config.attention_head_dim,
-            image: Projections { q: Some(q), k, v, out: Some(out), norms },
-            context: Some(Projections { q: if last { None } else { Some(qc) }, k: kc, v: vc, out: out_context, norms: context_norms }),
+            image: Projections { q: Some(q), k, v, out: Some(out), norms, stack: None },
+            context: Some(Projections { q: if last { None } else { Some(qc) }, k: kc, v: vc, out: out_context, norms: context_norms, stack: None }),
         })
     }
 
@@ -111,7 +111,7 @@ impl Loader<'_> {
         let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
         let out = self.square(&part("to_out.0"))?;
         let norms = self.norms(&part("norm_q"), &part("norm_k"))?;
-        let image = Projections { q: Some(q), k, v, out: Some(out), norms };
+        let image = Projections { q: Some(q), k, v, out: Some(out), norms, stack: None };
         Ok(Attention { heads: self.config.num_attention_heads, head_dim: self.config.attention_head_dim, image, context: None })
     }
 
@@ -123,7 +123,7 @@ impl Loader<'_> {
     fn block(&mut self, layer: usize) -> Result<Block, MmditError> {
         let (d, dual, last) = (self.config.width(), self.config.is_dual(layer), self.config.is_last(layer));
         let part = |part: &str| format!("transformer_blocks.{layer}.{part}");
-        Ok(Block {
+        let mut block = Block {
             width: d,
             last,
             norm1: self.linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
@@ -133,7 +133,12 @@ impl Loader<'_> {
             feed_forward: self.feed_forward(&part("ff"))?,
             feed_forward_context: if last { None } else { Some(self.feed_forward(&part("ff_context"))?) },
             needs: Needs::default(),
-        })
+        };
+        block.attention.stack(self.engine);
+        if let Some(attention) = &mut block.attention2 {
+            attention.stack(self.engine);
+        }
+        Ok(block)
     }
 }
 
@@ -163,7 +168,7 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
     let recompute = vec![false; config.num_layers];
-    let positions = Positions { weights: Arc::clone(weights) };
+    let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
     Ok(Mmdit {
         engine,
         config,

@@ -7,6 +7,7 @@
 mod block;
 mod config;
 mod embed;
+mod flow;
 mod load;
 mod run;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use self::block::{Block, Needs};
 pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
 use self::embed::{Embedder, Positions};
+pub use self::flow::FlowTarget;
 pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
@@ -180,6 +182,12 @@ impl Mmdit {
                     linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
                 }
             });
+            for block in &mut self.blocks {
+                block.attention.stack_lora(&self.engine);
+                if let Some(attention) = &mut block.attention2 {
+                    attention.stack_lora(&self.engine);
+                }
+            }
         });
         self.layout = layout;
         set?;

@@ -1,21 +1,21 @@
 //! The whole transformer, forward and backward.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
 use super::block::{BlockModulation, BlockSaved};
 use super::embed::{self, EmbedderSaved};
 use super::{Mmdit, MmditError};
-use crate::kernels::{Buffer, Modulation, NormStats};
+use crate::kernels::{Buffer, Engine, Modulation, NormStats, Precision};
 use crate::nn::{DropoutKey, Gradients, LinearSaved, Pass};
 
 /// Sizes of a batch.
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
     /// Latent pixels (height, width).
     pixels: (usize, usize),
     /// Patches (height, width).
-    patches: (usize, usize),
+    pub(super) patches: (usize, usize),
     context: usize,
 }
 
@@ -33,7 +33,7 @@ enum Kept {
 /// What [`Mmdit::forward`] keeps for [`Mmdit::backward`]. Memory is given back piece by piece during the backward.
 #[derive(Debug)]
 pub struct Saved {
-    sizes: Sizes,
+    pub(super) sizes: Sizes,
     dropout: Option<DropoutKey>,
     timestep: EmbedderSaved,
     pooled: EmbedderSaved,
@@ -57,7 +57,7 @@ pub struct Saved {
 
 /// Whether a forward keeps what a backward needs, and which blocks it leaves out.
 #[derive(Clone, Copy)]
-enum Mode<'a> {
+pub(super) enum Mode<'a> {
     Train,
     Only { skip_blocks: &'a [usize] },
 }
@@ -81,7 +81,17 @@ impl Mmdit {
         if let Some(key) = dropout.filter(|k| k.samples.len() != x.dims().first().copied().unwrap_or(0)) {
             return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
         }
-        crate::kernels::catch(|| self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train))?
+        crate::kernels::catch(|| {
+            let (out, saved) = self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train)?;
+            Ok((self.velocity(&out, saved.sizes)?, saved))
+        })?
+    }
+
+    /// The output [B · h/p · w/p, p · p · C] as velocity [B, C, h, w] on the host.
+    fn velocity(&self, out: &Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<Tensor, MmditError> {
+        let (channels, p) = (self.config.out_channels(), self.config.patch_size);
+        let velocity = embed::unpatchify(&self.engine.download(out), batch, channels, pixels, p);
+        Ok(Tensor::from_vec(velocity, (batch, channels, pixels.0, pixels.1), &Device::Cpu)?)
     }
 
     /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
@@ -98,7 +108,10 @@ impl Mmdit {
         lora_scale: f64,
         skip_blocks: &[usize],
     ) -> Result<Tensor, MmditError> {
-        Ok(crate::kernels::catch(|| self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks }))??.0)
+        crate::kernels::catch(|| {
+            let (out, saved) = self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks })?;
+            self.velocity(&out, saved.sizes)
+        })?
     }
 
     fn sizes(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Sizes, MmditError> {
@@ -151,7 +164,7 @@ impl Mmdit {
     }
 
     #[expect(clippy::too_many_arguments, reason = "the four inputs, and how to run")]
-    fn run(
+    pub(super) fn run(
         &self,
         x: &Tensor,
         timestep: &Tensor,
@@ -160,7 +173,7 @@ impl Mmdit {
         dropout: Option<&DropoutKey>,
         lora_scale: f32,
         mode: Mode<'_>,
-    ) -> Result<(Tensor, Saved), MmditError> {
+    ) -> Result<(Buffer, Saved), MmditError> {
         let (config, engine) = (&self.config, &self.engine);
         let sizes = self.sizes(x, timestep, prompt_embeds, pooled)?;
         let Sizes { batch, patches, .. } = sizes;
@@ -175,11 +188,11 @@ impl Mmdit {
 
         let features = engine.upload(&embed::timestep_features(&to_host(timestep)?));
         let (mut conditioning, timestep_saved) = self.timestep.forward(pass, batch, features);
-        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, engine.upload(&to_host(pooled)?));
+        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, upload(engine, pooled)?);
         engine.add(&mut conditioning, &pooled);
         let activated = engine.silu(&conditioning);
 
-        let prompt = engine.upload(&to_host(prompt_embeds)?);
+        let prompt = upload(engine, prompt_embeds)?;
         let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &prompt);
         let prompt = Some(prompt).filter(|_| self.context_embedder.has_lora());
 
@@ -222,8 +235,6 @@ impl Mmdit {
         let m = Modulation { values: &norm_out, stride: 2 * d, tokens: rows / batch, width: d };
         let (normal, stats) = engine.modulate(&x, m, d, 0);
         let (out, proj_out) = self.proj_out.forward(pass, rows, &normal);
-        let velocity = embed::unpatchify(&engine.download(&out), batch, config.out_channels(), sizes.pixels, config.patch_size);
-        let velocity = Tensor::from_vec(velocity, (batch, config.out_channels(), sizes.pixels.0, sizes.pixels.1), &Device::Cpu)?;
         let saved = Saved {
             sizes,
             dropout: dropout.cloned(),
@@ -242,7 +253,7 @@ impl Mmdit {
             normal: Some(normal).filter(|_| self.proj_out.has_lora()),
             proj_out,
         };
-        Ok((velocity, saved))
+        Ok((out, saved))
     }
 
     /// Gradients of the LoRA parameters in canonical order, given d(loss)/d(velocity) [B, C, h, w].
@@ -250,17 +261,30 @@ impl Mmdit {
     /// # Errors
     /// If `d_velocity` does not fit.
     pub fn backward(&self, saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
-        crate::kernels::catch(|| self.backward_operations(saved, d_velocity))?
-    }
-
-    fn backward_operations(&self, mut saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
-        let (config, engine) = (&self.config, &self.engine);
-        let Sizes { batch, pixels, patches, context } = saved.sizes;
-        let channels = config.out_channels();
+        let Sizes { batch, pixels, .. } = saved.sizes;
+        let (channels, p) = (self.config.out_channels(), self.config.patch_size);
         if d_velocity.dims() != [batch, channels, pixels.0, pixels.1] {
             let expected = format!("{:?}", [batch, channels, pixels.0, pixels.1]);
             return Err(MmditError::Input { input: "the velocity's gradient", got: d_velocity.dims().to_vec(), expected });
         }
+        let mut patches = embed::unpatchify_backward(&to_host(d_velocity)?, batch, channels, pixels, p);
+        let scale = self.gradient_scale(patches.iter().fold(0.0_f32, |most, d| most.max(d.abs())));
+        if scale != 1.0 {
+            patches.iter_mut().for_each(|d| *d *= scale);
+        }
+        Ok(crate::kernels::catch(|| unscaled(self.gradients(saved, &self.engine.upload(&patches)), scale))?)
+    }
+
+    /// What gradients are multiplied with on their way through the model: a power of two that brings `most`, the largest of the
+    /// output's, near 1 where the precision has few small numbers; else 1.
+    pub(super) fn gradient_scale(&self, most: f32) -> f32 {
+        if self.engine.precision() == Precision::F16 && most.is_normal() { (-most.log2().floor()).clamp(-60.0, 60.0).exp2() } else { 1.0 }
+    }
+
+    /// Gradients of the LoRA parameters, given those of the output's patches.
+    pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Vec<Vec<f32>> {
+        let (config, engine) = (&self.config, &self.engine);
+        let Sizes { batch, patches, context, .. } = saved.sizes;
         let dropout = saved.dropout.take();
         let pass = self.pass(dropout.as_ref(), 1.0);
         let (d, rows) = (config.width(), batch * patches.0 * patches.1);
@@ -270,11 +294,10 @@ impl Mmdit {
         let conditioning_trained = self.timestep.has_lora() || self.pooled.has_lora();
         let norm_out_trained = conditioning_trained || self.norm_out.has_lora();
         let blocks_trained = (0..self.blocks.len()).any(|i| self.is_trained(i));
-        let dy = engine.upload(&embed::unpatchify_backward(&to_host(d_velocity)?, batch, channels, pixels, config.patch_size));
         let through = blocks_trained || norm_out_trained;
         let mut d_normal = through.then(|| engine.alloc(rows * d));
-        self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, &dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
-        let Some(d_normal) = d_normal else { return Ok(gradients.download(engine)) };
+        self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
+        let Some(d_normal) = d_normal else { return gradients.download(engine) };
         let mut dx = engine.zeros(rows * d);
         let mut d_norm_out = norm_out_trained.then(|| engine.zeros(batch * 2 * d));
         let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
@@ -323,7 +346,25 @@ impl Mmdit {
             self.timestep.backward(pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
             self.pooled.backward(pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
         }
-        Ok(gradients.download(engine))
+        gradients.download(engine)
+    }
+}
+
+/// Takes the scale of [`Mmdit::gradient_scale`] away again.
+pub(super) fn unscaled(mut gradients: Vec<Vec<f32>>, scale: f32) -> Vec<Vec<f32>> {
+    if scale != 1.0 {
+        gradients.iter_mut().flatten().for_each(|g| *g /= scale);
+    }
+    gradients
+}
+
+/// A tensor's values on the device, without a copy on the host where it can be.
+fn upload(engine: &Engine, tensor: &Tensor) -> Result<Buffer, MmditError> {
+    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(engine.upload(&values[start..end])),
+        _ => Ok(engine.upload(&to_host(&tensor)?)),
     }
 }
 

@@ -1,0 +1,115 @@
+//! Products with GELU, the loss, and buffers that lie together.
+
+use super::driver::arguments;
+use super::gemm::{Finish, Operand, Product};
+use super::{BLOCK, Device, DeviceWeight, Kind, any};
+use crate::kernels::Buffer;
+use crate::kernels::fused::{FlowSample, PatchLayout};
+
+/// Lengths of buffers that lie together are padded to a multiple of this, for aligned rows.
+const TOGETHER: usize = 64;
+
+impl Device {
+    pub(in crate::kernels) fn linear_gelu(&self, rows: usize, x: &Buffer, w: &DeviceWeight, bias: &Buffer) -> Option<(Buffer, Buffer)> {
+        let (n, k) = (w.outputs, w.inputs);
+        if self.precision == Kind::F32 || !n.is_multiple_of(8) {
+            return None;
+        }
+        assert!(x.len() == rows * k && bias.len() == n, "should be [rows, inputs] and [outputs]");
+        let (h, y) = (self.memory_of(rows * n, self.precision), self.memory_of(rows * n, self.precision));
+        let product = Product {
+            m: rows,
+            n,
+            k,
+            a: Operand::stored(x.device(), k),
+            b: Operand::transposed(&w.values, k),
+            c: Operand::stored(&y, n),
+            alpha: 1.0,
+            beta: 0.0,
+            finish: Finish::BiasGelu,
+            bias: bias.device().pointer(),
+            pre: h.pointer(),
+        };
+        // SAFETY: lengths were checked; h and y are new.
+        unsafe { self.blas.run(&product) };
+        Some((Buffer::on_device(h), Buffer::on_device(y)))
+    }
+
+    pub(in crate::kernels) fn linear_backward_gelu(&self, rows: usize, dy: &Buffer, w: &DeviceWeight, h: &Buffer) -> Option<Buffer> {
+        let (n, k) = (w.inputs, w.outputs);
+        if self.precision == Kind::F32 || !n.is_multiple_of(8) {
+            return None;
+        }
+        assert!(dy.len() == rows * k && h.len() == rows * n, "should be [rows, outputs] and [rows, inputs]");
+        let dh = self.memory_of(rows * n, self.precision);
+        let product = Product {
+            m: rows,
+            n,
+            k,
+            a: Operand::stored(dy.device(), k),
+            b: Operand::stored(&w.values, n),
+            c: Operand::stored(&dh, n),
+            alpha: 1.0,
+            beta: 0.0,
+            finish: Finish::GeluSlope,
+            bias: 0,
+            pre: h.device().pointer(),
+        };
+        // SAFETY: lengths were checked; dh is new.
+        unsafe { self.blas.run(&product) };
+        Some(Buffer::on_device(dh))
+    }
+
+    pub(in crate::kernels) fn flow_loss(
+        &self,
+        out: &Buffer,
+        x0: &[f32],
+        noise: &[f32],
+        samples: &[FlowSample],
+        layout: PatchLayout,
+        preconditioned: bool,
+    ) -> (Buffer, Buffer) {
+        let (n, batch) = (x0.len() / samples.len(), samples.len());
+        assert!(out.len() == x0.len() && x0.len() == noise.len() && n * batch == out.len(), "should be alike");
+        let (x0, noise) = (self.upload_f32(x0), self.upload_f32(noise));
+        let bytes: Vec<u8> =
+            samples.iter().flat_map(|s| s.factor.to_le_bytes().into_iter().chain(s.sigma.to_le_bytes()).chain(s.weight.to_le_bytes())).collect();
+        let samples = self.upload_bytes(&bytes, bytes.len() / 4, Kind::F32);
+        let blocks = n.div_ceil(4 * BLOCK);
+        let (d_out, sums) = (self.memory_of(out.len(), self.precision), self.memory_of(2 * blocks * batch, Kind::F32));
+        let (d, s, o, x, e, p) = (d_out.pointer(), sums.pointer(), out.device().pointer(), x0.pointer(), noise.pointer(), samples.pointer());
+        let (n, channels, width, patch) = (n as i32, layout.channels as i32, layout.width as i32, layout.patch as i32);
+        let preconditioned = i32::from(preconditioned);
+        let arguments = arguments![d, s, o, x, e, p, n, channels, width, patch, preconditioned];
+        // SAFETY: all are [batch, n]; two f32 per block and sample.
+        unsafe { self.driver.launch(("flow_loss", any(self.precision)), (blocks, batch, 1), BLOCK, 0, arguments) };
+        (Buffer::on_device(d_out), Buffer::on_device(sums))
+    }
+
+    pub(in crate::kernels) fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
+        let padded = |len: &usize| len.next_multiple_of(TOGETHER);
+        let whole = self.memory_of(lengths.iter().map(padded).sum(), Kind::F32);
+        self.fill_memory(&whole);
+        let mut start = 0;
+        let part = |len: &usize| {
+            let part = whole.part(start, *len);
+            start += padded(len);
+            Buffer::on_device(part)
+        };
+        lengths.iter().map(part).collect()
+    }
+
+    pub(in crate::kernels) fn download_all(&self, buffers: &[Buffer]) -> Vec<Vec<f32>> {
+        let Some(first) = buffers.first() else { return Vec::new() };
+        let total = buffers.iter().map(|b| b.len().next_multiple_of(TOGETHER)).sum();
+        let whole = Buffer::on_device(first.device().extended(total));
+        let values = self.download(&whole);
+        let mut rest = values.as_slice();
+        let part = |b: &Buffer| {
+            let (part, after) = rest.split_at(b.len().next_multiple_of(TOGETHER));
+            rest = after;
+            part[..b.len()].to_vec()
+        };
+        buffers.iter().map(part).collect()
+    }
+}

@@ -1,0 +1,85 @@
+//! Uploads by way of page-locked memory: the copy to the device then runs beside the host's work.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys;
+use rayon::prelude::*;
+
+use super::driver::{Driver, check};
+use super::error::{CudaError, must};
+use super::timer::Event;
+
+/// Bytes of each of the two halves. One is filled while the other is copied.
+const HALF: usize = 16 << 20;
+
+/// Bytes per task of a copy within the host.
+const PIECE: usize = 512 << 10;
+
+#[derive(Debug, Default)]
+struct Halves {
+    /// Address of both halves; 0 before the first upload.
+    pointer: usize,
+    /// Which half is being filled, and how far.
+    current: usize,
+    used: usize,
+    /// When the copies from each half are done.
+    done: [Option<Event>; 2],
+}
+
+/// Page-locked memory of one device's stream.
+#[derive(Debug)]
+pub(super) struct Staging {
+    driver: Arc<Driver>,
+    halves: Mutex<Halves>,
+}
+
+impl Staging {
+    pub(super) fn new(driver: Arc<Driver>) -> Self {
+        Self { driver, halves: Mutex::default() }
+    }
+
+    /// Puts a copy of `bytes` to `target` on the stream; `bytes` may change as soon as this returns.
+    ///
+    /// # Safety
+    /// `target` has room for the bytes.
+    pub(super) unsafe fn upload(&self, bytes: &[u8], target: u64) {
+        let mut halves = self.halves.lock().unwrap_or_else(PoisonError::into_inner);
+        self.driver.bind();
+        if halves.pointer == 0 {
+            let mut pointer = std::ptr::null_mut();
+            // SAFETY: `pointer` outlives the call.
+            must(check("lock host memory", unsafe { sys::cuMemHostAlloc(&raw mut pointer, 2 * HALF, 0) }));
+            halves.pointer = pointer as usize;
+        }
+        for (i, part) in bytes.chunks(HALF).enumerate() {
+            if halves.used + part.len() > HALF {
+                let current = halves.current;
+                halves.done[current] = Some(Event::now(&self.driver));
+                halves.current = 1 - current;
+                halves.used = 0;
+                if let Some(done) = halves.done[1 - current].take() {
+                    done.wait();
+                }
+            }
+            let source = (halves.pointer + halves.current * HALF + halves.used) as *mut u8;
+            // SAFETY: this part of the half is not in use: copies from it are done, and the lock is held.
+            let place = unsafe { std::slice::from_raw_parts_mut(source, part.len()) };
+            place.par_chunks_mut(PIECE).zip(part.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+            halves.used += part.len().next_multiple_of(64);
+            // SAFETY: as the caller vouches; the source stays as it is until its half's event has passed.
+            let result = unsafe { sys::cuMemcpyHtoDAsync_v2(target + (i * HALF) as u64, source.cast(), part.len(), self.driver.stream()) };
+            must(check("copy to the device", result));
+        }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let pointer = self.halves.get_mut().unwrap_or_else(PoisonError::into_inner).pointer;
+        if pointer != 0 {
+            self.driver.synchronize();
+            // SAFETY: allocated by `upload`, and no copy is under way.
+            let _: Result<(), CudaError> = check("free host memory", unsafe { sys::cuMemFreeHost(pointer as *mut std::ffi::c_void) });
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Operations that a GPU does in fewer steps than the layers would: layers with one input together, GELU within a product,
+//! the loss where the output is. On the CPU they do not exist or are made of the plain ones.
+
+use super::Buffer;
+use super::engine::{Backend, Engine, FrozenMatrix, LoraMatrix};
+
+/// Layers with the same input whose weights lie together. Only a GPU's engine makes it.
+#[derive(Debug)]
+pub struct Stack {
+    #[cfg(feature = "cuda")]
+    weights: super::cuda::DeviceStack,
+    #[cfg(feature = "cuda")]
+    lora: Option<super::cuda::DeviceStackLora>,
+}
+
+/// What the loss of a sample depends on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FlowSample {
+    /// The noise level.
+    pub sigma: f32,
+    /// The weight of the squared error.
+    pub weight: f32,
+    /// Factor of difference · slope in the gradient.
+    pub factor: f64,
+}
+
+/// Where the values of an output lie: patches of p x p pixels with their channels, w patches in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PatchLayout {
+    /// Channels.
+    pub channels: usize,
+    /// Patches in a row.
+    pub width: usize,
+    /// Side of a patch.
+    pub patch: usize,
+}
+
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::unused_self, reason = "used with the feature"))]
+impl Engine {
+    /// Lays the weights [out, in] and biases of layers with the same input together, if that makes them faster here.
+    pub fn stack(&self, weights: &mut [&mut FrozenMatrix], biases: &mut [&mut Buffer]) -> Option<Stack> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => {
+                let mut weights: Vec<_> = weights.iter_mut().map(|w| w.device_mut()).collect();
+                gpu.stack(&mut weights, biases).map(|weights| Stack { weights, lora: None })
+            }
+        }
+    }
+
+    /// Sets the LoRA of a stack's layers: those that have any.
+    pub fn stack_lora(&self, stack: &mut Stack, layers: &[Option<&LoraMatrix>]) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            let layers: Vec<_> = layers.iter().map(|l| l.map(LoraMatrix::device)).collect();
+            stack.lora = gpu.stack_lora(&stack.weights, &layers);
+        }
+    }
+
+    /// `y = x Wᵀ + bias + s · scale · (x Aᵀ) Bᵀ` of all layers: y of each, and t = s · x Aᵀ for the backward. s = 0 leaves LoRA out.
+    pub fn stack_forward(&self, rows: usize, x: &Buffer, stack: &Stack, lora_scale: f32) -> (Vec<Buffer>, Option<Buffer>) {
+        match &self.backend {
+            Backend::Cpu(_) => unreachable!("a GPU's layers in an operation of the CPU"),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.stack_forward(rows, x, &stack.weights, stack.lora.as_ref().filter(|_| lora_scale != 0.0).map(|l| (l, lora_scale))),
+        }
+    }
+
+    /// The backward of [`Engine::stack_forward`] (with s = 1): assigns dx, adds LoRA's gradients to those given for each layer that has
+    /// LoRA (A's, B's, the layer's scale). `dy` is the gradient of any of the results: columns of the same matrix as the others'.
+    /// `lora`: the forward's x and t.
+    pub fn stack_backward(
+        &self,
+        rows: usize,
+        dy: &Buffer,
+        stack: &Stack,
+        lora: Option<(&Buffer, &Buffer)>,
+        dx: Option<&mut Buffer>,
+        gradients: &[(&Buffer, &Buffer, f32)],
+    ) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            let lora = stack.lora.as_ref().zip(lora).map(|(l, (x, t))| (l, x, t));
+            gpu.stack_backward(rows, dy, &stack.weights, lora, dx, gradients);
+        }
+    }
+
+    /// `h = x Wᵀ + bias` and its GELU. `None`: this engine does it in two steps.
+    pub fn linear_gelu(&self, rows: usize, x: &Buffer, weight: &FrozenMatrix, bias: &Buffer) -> Option<(Buffer, Buffer)> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.linear_gelu(rows, x, weight.device(), bias),
+        }
+    }
+
+    /// `dy W` times GELU's slope at h: the gradient of what [`Engine::gelu`] got. `None`: this engine does it in two steps.
+    pub fn linear_backward_gelu(&self, rows: usize, dy: &Buffer, weight: &FrozenMatrix, h: &Buffer) -> Option<Buffer> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.linear_backward_gelu(rows, dy, weight.device(), h),
+        }
+    }
+
+    /// The loss of flow matching on an output of patches, where it is: its gradient, and per sample Σ weight · difference² in parts
+    /// (pairs of f32 whose sum is the part). `None`: this engine leaves it to the host.
+    pub fn flow_loss(
+        &self,
+        out: &Buffer,
+        x0: &[f32],
+        noise: &[f32],
+        samples: &[FlowSample],
+        layout: PatchLayout,
+        preconditioned: bool,
+    ) -> Option<(Buffer, Buffer)> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => Some(gpu.flow_loss(out, x0, noise, samples, layout, preconditioned)),
+        }
+    }
+
+    /// Zeros in f32 for each length. On a GPU all of them lie together, so that [`Engine::download_all`] is one copy.
+    pub fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
+        match &self.backend {
+            Backend::Cpu(_) => lengths.iter().map(|len| self.zeros(*len)).collect(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.zeros_together(lengths),
+        }
+    }
+
+    /// Copies on the host of what [`Engine::zeros_together`] made.
+    pub fn download_all(&self, buffers: &[Buffer]) -> Vec<Vec<f32>> {
+        match &self.backend {
+            Backend::Cpu(_) => buffers.iter().map(|b| self.download(b)).collect(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.download_all(buffers),
+        }
+    }
+}
