@@ -120,7 +120,7 @@ impl LoraMatrix {
 
 /// Mean and reciprocal standard deviation of each row.
 #[derive(Debug)]
-pub struct NormStats(Buffer);
+pub struct NormStats(pub(super) Buffer);
 
 /// Where an operation finds its modulation: `values` [batch, stride], one vector of width D per sample at each offset.
 #[derive(Debug, Clone, Copy)]
@@ -343,7 +343,10 @@ impl Engine {
 
     /// A frozen weight W [outputs, inputs] that stays where it is stored and is converted in passing (on a GPU: copied there).
     pub fn frozen_stored(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> FrozenMatrix {
-        on_gpu!(self, _gpu => {
+        on_gpu!(self, gpu => {
+            if let Some((precision, bytes)) = matrix.stored() {
+                return FrozenMatrix(Frozen::Device(gpu.weight(outputs, inputs, gpu.upload_stored(bytes, precision))));
+            }
             let mut values = vec![0.0; outputs * inputs];
             matrix.read_block(0..outputs, 0..inputs, &mut values);
             self.frozen(outputs, inputs, &values)

@@ -2,7 +2,7 @@
 //! the loss where the output is. On the CPU they do not exist or are made of the plain ones.
 
 use super::Buffer;
-use super::engine::{Backend, Engine, FrozenMatrix, LoraMatrix};
+use super::engine::{Backend, Engine, FrozenMatrix, LoraMatrix, Modulation, NormStats};
 
 /// Layers with the same input whose weights lie together. Only a GPU's engine makes it.
 #[derive(Debug)]
@@ -35,6 +35,16 @@ pub struct PatchLayout {
     pub patch: usize,
 }
 
+/// Where every LoRA parameter goes on the device. Only a GPU's engine makes it.
+#[derive(Debug)]
+pub struct LoraSpread {
+    #[cfg(feature = "cuda")]
+    spread: super::cuda::DeviceSpread,
+}
+
+/// Where a layer's parameters lie among all: A's first value, B's first value, and the scale that B carries.
+pub type LoraSource = (usize, usize, f32);
+
 #[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::unused_self, reason = "used with the feature"))]
 impl Engine {
     /// Lays the weights [out, in] and biases of layers with the same input together, if that makes them faster here.
@@ -55,6 +65,28 @@ impl Engine {
         if let Backend::Cuda(gpu) = &self.backend {
             let layers: Vec<_> = layers.iter().map(|l| l.map(LoraMatrix::device)).collect();
             stack.lora = gpu.stack_lora(&stack.weights, &layers);
+        }
+    }
+
+    /// Where the parameters of all layers with LoRA go, and of the stacks that they are in (the layers with LoRA of each, in order), so
+    /// that [`Engine::spread_lora`] sets them at once. `None`: this engine sets them one by one.
+    pub fn lora_spread(&self, layers: &[(&LoraMatrix, LoraSource)], stacks: &[(&Stack, Vec<LoraSource>)], parameters: usize) -> Option<LoraSpread> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => {
+                let layers: Vec<_> = layers.iter().map(|(lora, source)| (lora.device(), *source)).collect();
+                let stacks: Vec<_> = stacks.iter().filter_map(|(stack, sources)| Some((&stack.weights, stack.lora.as_ref()?, sources.clone()))).collect();
+                Some(LoraSpread { spread: gpu.lora_spread(&layers, &stacks, parameters) })
+            }
+        }
+    }
+
+    /// Sets all parameters, which lie one after another.
+    pub fn spread_lora(&self, spread: &LoraSpread, parameters: &[f32]) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            gpu.spread_lora(&spread.spread, parameters);
         }
     }
 
@@ -86,21 +118,48 @@ impl Engine {
         }
     }
 
+    /// [`Engine::gate_residual`] and [`Engine::modulate`] of its result: (x + gate · branch, its modulation, the statistics).
+    pub fn gate_modulate(&self, x: &Buffer, branch: &Buffer, m: Modulation<'_>, gate: usize, shift: usize, scale: usize) -> (Buffer, Buffer, NormStats) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend
+            && let Some((out, y, stats)) = gpu.gate_modulate(x, branch, m, gate, shift, scale)
+        {
+            return (out, y, NormStats(stats));
+        }
+        let out = self.gate_residual(x, branch, m, gate);
+        let (y, stats) = self.modulate(&out, m, shift, scale);
+        (out, y, stats)
+    }
+
+    /// [`Engine::modulate_backward`] into dx, then `gate · dx` as [`Engine::gate_backward`] gives it.
+    #[expect(clippy::too_many_arguments, reason = "the forward's operands, their gradients and where they lie")]
+    pub fn modulate_gate_backward(
+        &self,
+        x: &Buffer,
+        stats: &NormStats,
+        m: Modulation<'_>,
+        shift: usize,
+        scale: usize,
+        dy: &Buffer,
+        dx: &mut Buffer,
+        gate: usize,
+    ) -> Buffer {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend
+            && let Some(gated) = gpu.modulate_backward_gated(x, &stats.0, m, scale, dy, dx, Some(gate))
+        {
+            return gated;
+        }
+        self.modulate_backward(x, stats, m, shift, scale, dy, Some(&mut *dx), None);
+        self.gate_backward(dx, m, gate, None)
+    }
+
     /// `h = x Wᵀ + bias` and its GELU. `None`: this engine does it in two steps.
     pub fn linear_gelu(&self, rows: usize, x: &Buffer, weight: &FrozenMatrix, bias: &Buffer) -> Option<(Buffer, Buffer)> {
         match &self.backend {
             Backend::Cpu(_) => None,
             #[cfg(feature = "cuda")]
             Backend::Cuda(gpu) => gpu.linear_gelu(rows, x, weight.device(), bias),
-        }
-    }
-
-    /// `dy W` times GELU's slope at h: the gradient of what [`Engine::gelu`] got. `None`: this engine does it in two steps.
-    pub fn linear_backward_gelu(&self, rows: usize, dy: &Buffer, weight: &FrozenMatrix, h: &Buffer) -> Option<Buffer> {
-        match &self.backend {
-            Backend::Cpu(_) => None,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => gpu.linear_backward_gelu(rows, dy, weight.device(), h),
         }
     }
 

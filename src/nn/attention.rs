@@ -1,7 +1,7 @@
 //! Attention of the image stream, joint with the context stream or alone, with its projections.
 
 use super::{Gradients, Linear, LinearSaved, Pass};
-use crate::kernels::{AttentionShape, Buffer, Engine, Joint, NormStats, Stack};
+use crate::kernels::{AttentionShape, Buffer, Engine, Joint, LoraSource, NormStats, Stack};
 
 /// Projections of one stream.
 #[derive(Debug)]
@@ -34,6 +34,12 @@ impl Projections {
         let layers: Vec<_> = self.each().map(|l| l.lora().map(|(factors, ..)| factors)).collect();
         engine.stack_lora(&mut stack, &layers);
         self.stack = Some(stack);
+    }
+
+    /// The stack, and where the parameters of its layers with LoRA lie.
+    fn lora_sources(&self, source: &dyn Fn(usize, f32) -> LoraSource) -> Option<(&Stack, Vec<LoraSource>)> {
+        let sources: Vec<_> = self.each().filter_map(Linear::lora).map(|(_, slot, scale)| source(slot, scale)).collect();
+        self.stack.as_ref().filter(|_| !sources.is_empty()).map(|stack| (stack, sources))
     }
 
     fn each(&self) -> impl Iterator<Item = &Linear> {
@@ -185,6 +191,18 @@ impl Attention {
     /// See [`Projections::stack_lora`].
     pub fn stack_lora(&mut self, engine: &Engine) {
         [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.stack_lora(engine));
+    }
+
+    /// The stacks with LoRA, and where the parameters of their layers lie.
+    pub fn lora_stacks<'a>(&'a self, source: &'a dyn Fn(usize, f32) -> LoraSource) -> impl Iterator<Item = (&'a Stack, Vec<LoraSource>)> {
+        std::iter::once(&self.image).chain(&self.context).filter_map(move |p| p.lora_sources(source))
+    }
+
+    /// All linear layers.
+    pub fn linears<'a>(&'a self, layers: &mut Vec<&'a Linear>) {
+        for stream in std::iter::once(&self.image).chain(&self.context) {
+            layers.extend(stream.each().chain(&stream.out));
+        }
     }
 
     /// Calls `f` on every linear layer.

@@ -47,12 +47,11 @@ impl FeedForward {
     /// # Backward
     /// Returns dx [rows, D] if `need_input`.
     pub fn backward(&self, pass: Pass<'_>, rows: usize, saved: &FeedForwardSaved, dy: &Buffer, need_input: bool, gradients: &mut Gradients) -> Option<Buffer> {
-        let activated = saved.activated.as_ref();
-        if !need_input && !self.up.has_lora() {
-            self.down.backward(pass, rows, activated, &saved.down, dy, None, gradients);
-            return None;
-        }
-        let dh = self.down.backward_gelu(pass, rows, activated, &saved.h, &saved.down, dy, gradients);
+        let through = need_input || self.up.has_lora();
+        let mut dh = through.then(|| pass.engine.alloc(saved.h.len()));
+        self.down.backward(pass, rows, saved.activated.as_ref(), &saved.down, dy, dh.as_mut().map(|d| (d, false)), gradients);
+        let mut dh = dh?;
+        pass.engine.gelu_backward(&saved.h, &mut dh);
         let mut dx = need_input.then(|| pass.engine.alloc(dy.len()));
         self.up.backward(pass, rows, saved.x.as_ref(), &saved.up, &dh, dx.as_mut().map(|d| (d, false)), gradients);
         dx

@@ -96,7 +96,7 @@ impl Linear {
     }
 
     /// Its LoRA: factors, place in the layout, scale.
-    pub(super) fn lora(&self) -> Option<(&LoraMatrix, usize, f32)> {
+    pub fn lora(&self) -> Option<(&LoraMatrix, usize, f32)> {
         self.lora.as_ref().map(|l| (&l.factors, l.slot, l.scale))
     }
 
@@ -109,27 +109,6 @@ impl Linear {
         let (h, saved) = self.forward(pass, rows, x);
         let y = pass.engine.gelu(&h);
         (h, y, saved)
-    }
-
-    /// The gradient of h, where this layer's input is GELU(h). `x`: that input, wanted where there is LoRA.
-    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
-    pub fn backward_gelu(
-        &self,
-        pass: Pass<'_>,
-        rows: usize,
-        x: Option<&Buffer>,
-        h: &Buffer,
-        saved: &LinearSaved,
-        dy: &Buffer,
-        gradients: &mut Gradients,
-    ) -> Buffer {
-        if let Some(dh) = self.lora.is_none().then(|| pass.engine.linear_backward_gelu(rows, dy, &self.weight, h)).flatten() {
-            return dh;
-        }
-        let mut dh = pass.engine.alloc(h.len());
-        self.backward(pass, rows, x, saved, dy, Some((&mut dh, false)), gradients);
-        pass.engine.gelu_backward(h, &mut dh);
-        dh
     }
 
     /// Takes LoRA away.

@@ -120,6 +120,8 @@ fn the_transformer_computes_the_same_on_both_devices() {
         (3, 12, &[0, 2], &EVERYTHING, 0.3),
         (2, 64, &[], &ATTENTION, 0.0),
         (2, 64, &[0, 1], &EVERYTHING, 0.2),
+        (2, 64, &[0, 1], &ATTENTION, 0.0),
+        (3, 12, &[1], &EVERYTHING, 0.0),
         (2, 64, &[], &["ff_context.net.0.proj"], 0.0),
     ] {
         let config = config(heads, head_dim, dual);

@@ -8,11 +8,15 @@ use rayon::prelude::*;
 use super::gemm::{Packed, Start, Strided, product, product_panels, rows_per_task, with_scratch};
 use super::microkernel::PANEL;
 use super::share::Shared;
+use crate::kernels::Precision;
 
 /// A frozen weight [out, in] that is read from where it is stored whenever it is used.
 pub trait StoredMatrix: Send + Sync {
     /// Writes rows x columns of the matrix to `out`, row-major, as f32.
     fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]);
+
+    /// The whole matrix as it is stored, row-major.
+    fn stored(&self) -> Option<(Precision, &[u8])>;
 }
 
 /// A frozen weight W [out, in].

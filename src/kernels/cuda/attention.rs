@@ -187,13 +187,21 @@ impl Device {
         (out, Buffer::on_device(lse))
     }
 
-    /// Buffers as these are, of any content: where they are columns of one matrix, columns of another one.
+    /// Buffers as these are, of any content. Where one of them is columns of a matrix (of all those that there are, side by side), all
+    /// of them are, of another one.
     fn alike(&self, parts: [Option<&Buffer>; 3]) -> [Option<Buffer>; 3] {
-        let place = |part: Option<&Buffer>| part.and_then(|b| b.device().place().map(|place| (place, b.len())));
-        let whole = parts.iter().find_map(|part| place(*part)).map(|((_, width, stride), len)| self.memory_of(len / width * stride, self.precision));
+        let place = parts.iter().flatten().find_map(|part| part.device().place().map(|(_, width, stride)| (width, stride, part.len() / width)));
+        let whole = place.map(|(width, stride, rows)| (width, stride, self.memory_of(rows * stride, self.precision)));
+        let mut first = 0;
         parts.map(|part| {
-            let columns = place(part).zip(whole.as_ref()).map(|(((first, width, stride), _), whole)| whole.columns(first, width, stride));
-            part.map(|part| Buffer::on_device(columns.unwrap_or_else(|| self.memory_of(part.len(), part.device().kind()))))
+            let part = part?;
+            Some(Buffer::on_device(match &whole {
+                Some((width, stride, whole)) => {
+                    first += width;
+                    whole.columns(first - width, *width, *stride)
+                }
+                None => self.memory_of(part.len(), part.device().kind()),
+            }))
         })
     }
 

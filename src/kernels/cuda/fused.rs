@@ -35,31 +35,6 @@ impl Device {
         Some((Buffer::on_device(h), Buffer::on_device(y)))
     }
 
-    pub(in crate::kernels) fn linear_backward_gelu(&self, rows: usize, dy: &Buffer, w: &DeviceWeight, h: &Buffer) -> Option<Buffer> {
-        let (n, k) = (w.inputs, w.outputs);
-        if self.precision == Kind::F32 || !n.is_multiple_of(8) {
-            return None;
-        }
-        assert!(dy.len() == rows * k && h.len() == rows * n, "should be [rows, outputs] and [rows, inputs]");
-        let dh = self.memory_of(rows * n, self.precision);
-        let product = Product {
-            m: rows,
-            n,
-            k,
-            a: Operand::stored(dy.device(), k),
-            b: Operand::stored(&w.values, n),
-            c: Operand::stored(&dh, n),
-            alpha: 1.0,
-            beta: 0.0,
-            finish: Finish::GeluSlope,
-            bias: 0,
-            pre: h.device().pointer(),
-        };
-        // SAFETY: lengths were checked; dh is new.
-        unsafe { self.blas.run(&product) };
-        Some(Buffer::on_device(dh))
-    }
-
     pub(in crate::kernels) fn flow_loss(
         &self,
         out: &Buffer,

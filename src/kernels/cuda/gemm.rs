@@ -36,8 +36,6 @@ pub(super) enum Finish {
     Bias,
     /// Bias, then `pre` gets the sum and the result its GELU (tanh form).
     BiasGelu,
-    /// The result is multiplied by the GELU's slope at `pre`.
-    GeluSlope,
 }
 
 /// `c[m, n] = alpha · a[m, k] b[k, n] + beta · c`, then `finish`.
@@ -235,7 +233,6 @@ impl Blas {
             Finish::None => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
             Finish::Bias => Epilogue::CUBLASLT_EPILOGUE_BIAS,
             Finish::BiasGelu => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            Finish::GeluSlope => Epilogue::CUBLASLT_EPILOGUE_DGELU,
         };
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as u32))?;
         if p.finish != Finish::None {
@@ -288,10 +285,8 @@ fn attribute<T>(description: cublasLtMatmulDesc_t, attribute: Attribute, value: 
 }
 
 fn set_pointers(description: cublasLtMatmulDesc_t, p: &Product) -> Result<(), CudaError> {
-    if matches!(p.finish, Finish::Bias | Finish::BiasGelu) {
-        attribute(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias)?;
-    }
-    if matches!(p.finish, Finish::BiasGelu | Finish::GeluSlope) {
+    attribute(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias)?;
+    if p.finish == Finish::BiasGelu {
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p.pre)?;
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(p.c.stride as i64))?;
     }

@@ -2,6 +2,7 @@
 
 use super::driver::arguments;
 use super::gemm::{Finish, Operand, Product};
+use super::thin::{self, Thin};
 use super::{BLOCK, Device, Kind, Memory, any};
 use crate::kernels::Buffer;
 
@@ -18,8 +19,8 @@ pub(in crate::kernels) struct DeviceWeight {
 pub(in crate::kernels) struct DeviceLora {
     pub(in crate::kernels) rank: usize,
     pub(super) padded: usize,
-    inputs: usize,
-    outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
     /// A [padded, inputs].
     pub(super) a: Memory,
     /// scale · B [outputs, padded].
@@ -27,7 +28,7 @@ pub(in crate::kernels) struct DeviceLora {
 }
 
 /// Ranks are padded to a multiple of this: rows of 16 bytes in half precision.
-const RANK: usize = 8;
+pub(super) const RANK: usize = 8;
 
 impl Operand {
     /// A matrix as it is stored, with rows of `width` values.
@@ -151,14 +152,25 @@ impl Device {
         let rank = da.len() / inputs;
         assert!(da.device().kind() == Kind::F32 && db.device().kind() == Kind::F32 && db.len() == outputs * rank, "should be f32");
         let (x, dy, t, dt) = (x.device(), dy.device(), t.device(), dt.device());
-        self.product((rank, inputs, rows), Operand::transposed(dt, padded), Operand::stored(x, inputs), Operand::stored(da.device(), inputs), (1.0, 1.0), None);
-        self.product(
-            (outputs, rank, rows),
-            Operand::transposed(dy, outputs),
-            Operand::stored(t, padded),
-            Operand::stored(db.device(), rank),
-            (scale, 1.0),
-            None,
-        );
+        let a = Thin { x, n: inputs, t: dt, padded, ranks: rank, to: da.device(), strides: (inputs, 1), scale: 1.0 };
+        let b = Thin { x: dy, n: outputs, t, padded, ranks: rank, to: db.device(), strides: (1, rank), scale };
+        self.lora_products(rows, &[a, b]);
+    }
+
+    /// `to += scale · tᵀ x` for each, by whatever is fastest for this rank.
+    pub(super) fn lora_products(&self, rows: usize, products: &[Thin<'_>]) {
+        if products.iter().all(|p| p.ranks <= thin::MOST) {
+            return self.thin_products(rows, products);
+        }
+        for p in products {
+            let (x, t) = (Operand::stored(p.x, p.n), Operand::stored(p.t, p.padded));
+            if p.strides.1 == 1 {
+                let t = Operand { transposed: true, ..t };
+                self.product((p.ranks, p.n, rows), t, x, Operand::stored(p.to, p.n), (p.scale, 1.0), None);
+            } else {
+                let x = Operand { transposed: true, ..x };
+                self.product((p.n, p.ranks, rows), x, t, Operand::stored(p.to, p.ranks), (p.scale, 1.0), None);
+            }
+        }
     }
 }

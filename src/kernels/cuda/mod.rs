@@ -17,6 +17,7 @@ mod pool;
 mod stack;
 mod stream;
 mod staging;
+mod thin;
 mod timer;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub(super) use linear::{DeviceLora, DeviceWeight};
 pub(super) use pool::Memory;
 pub(super) use stack::{DeviceStack, DeviceStackLora};
 pub use stream::{LayerSource, StoredRows};
+pub(super) use thin::DeviceSpread;
 pub use timer::Timer;
 
 use self::driver::{Driver, arguments, check};

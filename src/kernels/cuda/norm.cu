@@ -11,6 +11,34 @@ constexpr float kEpsilon = 1e-6f;
   const int64_t row = blockIdx.x * int64_t(8) + threadIdx.x / 32;     \
   if (row >= (rows)) return;
 
+// Packs of a row that a lane keeps in registers.
+constexpr int kPacks = 8;
+
+// The normalised and modulated row from its values: all that a lane has of it, its first value at `lane * V`.
+template <typename T, int V>
+__device__ __forceinline__ void modulate_row(T* y, float2* statistics, const float (&a)[kPacks][V], float sum, const T* shift, const T* scale, int width, int lane) {
+  const float mean = warp_sum(sum) / width;
+  float square = 0.0f;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p)
+    if ((p * 32 + lane) * V < width)
+#pragma unroll
+      for (int j = 0; j < V; ++j) square = fmaf(a[p][j] - mean, a[p][j] - mean, square);
+  const float rstd = 1.0f / sqrtf(warp_sum(square) / width + kEpsilon);
+  if (lane == 0) *statistics = make_float2(mean, rstd);
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int i = (p * 32 + lane) * V;
+    if (i >= width) break;
+    float s[V], b[V];
+    load<T, V>(s, scale + i);
+    load<T, V>(b, shift + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) b[j] = fmaf((a[p][j] - mean) * rstd, 1.0f + s[j], b[j]);
+    store<T, V>(y + i, b);
+  }
+}
+
 // y = (x - mean) · rstd · (1 + scale) + shift; statistics [rows, 2] = (mean, rstd).
 template <typename T, int V>
 __device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride) {
@@ -19,21 +47,33 @@ __device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, c
   y += row * width;
   shift += row / tokens * stride;
   scale += row / tokens * stride;
-  float a[V], sum = 0.0f, square = 0.0f;
+  float sum = 0.0f;
+  if (width <= 32 * V * kPacks) {
+    float a[kPacks][V];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int i = (p * 32 + lane) * V;
+      if (i >= width) break;
+      load<T, V>(a[p], x + i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum += a[p][j];
+    }
+    modulate_row<T, V>(y, statistics + row, a, sum, shift, scale, width, lane);
+    return;
+  }
+  float a[V], square = 0.0f;
   for (int i = lane * V; i < width; i += 32 * V) {
     load<T, V>(a, x + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) sum += a[j];
   }
-  sum = warp_sum(sum);
-  const float mean = sum / width;
+  const float mean = warp_sum(sum) / width;
   for (int i = lane * V; i < width; i += 32 * V) {
     load<T, V>(a, x + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) square = fmaf(a[j] - mean, a[j] - mean, square);
   }
-  square = warp_sum(square);
-  const float rstd = 1.0f / sqrtf(square / width + kEpsilon);
+  const float rstd = 1.0f / sqrtf(warp_sum(square) / width + kEpsilon);
   if (lane == 0) statistics[row] = make_float2(mean, rstd);
   for (int i = lane * V; i < width; i += 32 * V) {
     float s[V], b[V];
@@ -49,9 +89,42 @@ __device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, c
   (T* y, float2* statistics, const T* x, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride)
 KERNELS(modulate, MODULATE, (y, statistics, x, shift, scale, rows, width, tokens, stride))
 
-// dx += rstd · (g - mean(g) - x̂ · mean(g · x̂)), g = dy · (1 + scale).
+// out = x + gate · branch, then `modulate` of out into y; width at most 256 · V.
 template <typename T, int V>
-__device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, int64_t rows, int width, int tokens, int64_t stride) {
+__device__ __forceinline__ void gate_modulate(T* out, T* y, float2* statistics, const T* x, const T* branch, const T* gate, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride) {
+  ROW(rows)
+  const int64_t sample = row / tokens * stride;
+  x += row * width;
+  branch += row * width;
+  out += row * width;
+  gate += sample;
+  float a[kPacks][V], sum = 0.0f;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int i = (p * 32 + lane) * V;
+    if (i >= width) break;
+    float g[V], b[V];
+    load<T, V>(a[p], x + i);
+    load<T, V>(b, branch + i);
+    load<T, V>(g, gate + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      // What the backward will read.
+      a[p][j] = widen(narrow<T>(fmaf(g[j], b[j], a[p][j])));
+      sum += a[p][j];
+    }
+    store<T, V>(out + i, a[p]);
+  }
+  modulate_row<T, V>(y + row * width, statistics + row, a, sum, shift + sample, scale + sample, width, lane);
+}
+#define GATE_MODULATE(T)                                                                                                      \
+  (T* out, T* y, float2* statistics, const T* x, const T* branch, const T* gate, const T* shift, const T* scale, int64_t rows, \
+   int width, int tokens, int64_t stride)
+KERNELS(gate_modulate, GATE_MODULATE, (out, y, statistics, x, branch, gate, shift, scale, rows, width, tokens, stride))
+
+// dx += rstd · (g - mean(g) - x̂ · mean(g · x̂)), g = dy · (1 + scale). Then, if there is a gate, gated = gate · dx.
+template <typename T, int V>
+__device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, T* gated, const T* gate, int64_t rows, int width, int tokens, int64_t stride) {
   ROW(rows)
   x += row * width;
   dx += row * width;
@@ -81,11 +154,18 @@ __device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x
 #pragma unroll
     for (int j = 0; j < V; ++j) to[j] += rstd * (d[j] * (1.0f + s[j]) - sum - (a[j] - mean) * rstd * product);
     store<T, V>(dx + i, to);
+    if (gate) {
+      load<T, V>(s, gate + row / tokens * stride + i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) to[j] = widen(narrow<T>(to[j])) * s[j];
+      store<T, V>(gated + row * width + i, to);
+    }
   }
 }
-#define MODULATE_BACKWARD(T) \
-  (T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, int64_t rows, int width, int tokens, int64_t stride)
-KERNELS(modulate_backward, MODULATE_BACKWARD, (dx, dy, x, statistics, scale, rows, width, tokens, stride))
+#define MODULATE_BACKWARD(T)                                                                                              \
+  (T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, T* gated, const T* gate, int64_t rows, int width, \
+   int tokens, int64_t stride)
+KERNELS(modulate_backward, MODULATE_BACKWARD, (dx, dy, x, statistics, scale, gated, gate, rows, width, tokens, stride))
 
 // d_shift_b += Σ_t dy, d_scale_b += Σ_t dy · x̂. A thread has one column of one sample: grid (⌈width / 256⌉, batch).
 template <typename T, int V>

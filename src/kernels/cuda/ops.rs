@@ -1,12 +1,45 @@
 //! The kernels of `pointwise.cu` and `norm.cu`.
 
 use super::driver::arguments;
-use super::{BLOCK, Device, Kind, any, widest};
+use super::{BLOCK, Device, Kind, Memory, any, widest};
 use crate::kernels::{Buffer, Modulation};
 use crate::rng::Stream;
 
 /// Rows per block of the kernels of `norm.cu`.
 const ROWS: usize = BLOCK / 32;
+
+/// A modulation on the device: columns of a wider matrix, or a matrix of its own.
+struct Vectors<'a> {
+    m: Modulation<'a>,
+    first: u64,
+    stride: usize,
+    kind: Kind,
+}
+
+impl<'a> Vectors<'a> {
+    fn new(m: Modulation<'a>) -> Self {
+        let values = m.values.device();
+        let (first, stride) = values.rows(m.stride);
+        Self { m, first, stride, kind: values.kind() }
+    }
+
+    /// Address of the first sample's vector at this offset.
+    fn address(&self, offset: usize) -> u64 {
+        assert!(offset + self.m.width <= self.m.stride, "should lie within");
+        self.first + (offset * self.kind.bytes()) as u64
+    }
+
+    /// (width, tokens, stride) as kernels want them.
+    fn sizes(&self) -> (i32, i32, i64) {
+        (self.m.width as i32, self.m.tokens as i32, self.stride as i64)
+    }
+
+    /// That of the kernels for vectors at these offsets.
+    fn suffix(&self, offsets: &[usize]) -> &'static str {
+        let lengths: Vec<usize> = [self.m.width, self.stride].iter().chain(offsets).copied().collect();
+        widest(self.kind, &lengths).0
+    }
+}
 
 impl Device {
     /// One kernel over all values of x and y.
@@ -43,16 +76,43 @@ impl Device {
     }
 
     pub(in crate::kernels) fn modulate(&self, x: &Buffer, m: Modulation<'_>, shift: usize, scale: usize) -> (Buffer, Buffer) {
-        let (x, values) = (x.device(), m.values.device());
+        let (x, at) = (x.device(), Vectors::new(m));
         let (y, statistics) = (self.memory_of(x.len(), x.kind()), self.memory_of(x.len() / m.width * 2, Kind::F32));
-        let (suffix, _) = widest(x.kind(), &[m.width, m.stride, shift, scale]);
+        let suffix = at.suffix(&[shift, scale]);
         let rows = (x.len() / m.width) as i64;
-        let (to, at, from, shift, scale) = (y.pointer(), statistics.pointer(), x.pointer(), values.at(shift), values.at(scale));
-        let (width, tokens, stride) = (m.width as i32, m.tokens as i32, m.stride as i64);
-        let arguments = arguments![to, at, from, shift, scale, rows, width, tokens, stride];
+        let (to, sums, from, shift, scale) = (y.pointer(), statistics.pointer(), x.pointer(), at.address(shift), at.address(scale));
+        let (width, tokens, stride) = at.sizes();
+        let arguments = arguments![to, sums, from, shift, scale, rows, width, tokens, stride];
         // SAFETY: x and y are [rows, width], the statistics [rows, 2], the modulation [rows / tokens, stride].
         unsafe { self.driver.launch(("modulate", suffix), ((rows as usize).div_ceil(ROWS), 1, 1), BLOCK, 0, arguments) };
         (Buffer::on_device(y), Buffer::on_device(statistics))
+    }
+
+    /// `out = x + gate · branch` and the modulation of out, if a row is short enough: (out, y, statistics).
+    pub(in crate::kernels) fn gate_modulate(
+        &self,
+        x: &Buffer,
+        branch: &Buffer,
+        m: Modulation<'_>,
+        gate: usize,
+        shift: usize,
+        scale: usize,
+    ) -> Option<(Buffer, Buffer, Buffer)> {
+        let (x, branch, at) = (x.device(), branch.device(), Vectors::new(m));
+        let (suffix, values) = widest(x.kind(), &[m.width, at.stride, gate, shift, scale]);
+        if m.width > BLOCK * values {
+            return None;
+        }
+        assert_eq!(x.len(), branch.len(), "should be alike");
+        let (out, y, statistics) = (self.memory_of(x.len(), x.kind()), self.memory_of(x.len(), x.kind()), self.memory_of(x.len() / m.width * 2, Kind::F32));
+        let rows = (x.len() / m.width) as i64;
+        let (to, normal, sums, a, b) = (out.pointer(), y.pointer(), statistics.pointer(), x.pointer(), branch.pointer());
+        let (gate, shift, scale) = (at.address(gate), at.address(shift), at.address(scale));
+        let (width, tokens, stride) = at.sizes();
+        let arguments = arguments![to, normal, sums, a, b, gate, shift, scale, rows, width, tokens, stride];
+        // SAFETY: all are [rows, width], the statistics [rows, 2], the modulation [rows / tokens, stride].
+        unsafe { self.driver.launch(("gate_modulate", suffix), ((rows as usize).div_ceil(ROWS), 1, 1), BLOCK, 0, arguments) };
+        Some((Buffer::on_device(out), Buffer::on_device(y), Buffer::on_device(statistics)))
     }
 
     #[expect(clippy::too_many_arguments, reason = "the forward's operands, their gradients and where they lie")]
@@ -67,17 +127,13 @@ impl Device {
         dx: Option<&mut Buffer>,
         d_modulation: Option<&mut Buffer>,
     ) {
-        let (x, statistics, dy) = (x.device(), statistics.device(), dy.device());
-        let (width, tokens, stride) = (m.width as i32, m.tokens as i32, m.stride as i64);
-        let (from, at, d) = (x.pointer(), statistics.pointer(), dy.pointer());
         if let Some(dx) = dx {
-            let (suffix, _) = widest(x.kind(), &[m.width, m.stride, scale]);
-            let (to, scale, rows) = (dx.device().pointer(), m.values.device().at(scale), (x.len() / m.width) as i64);
-            let arguments = arguments![to, d, from, at, scale, rows, width, tokens, stride];
-            // SAFETY: dx, dy and x are [rows, width], the statistics [rows, 2], the modulation [rows / tokens, stride].
-            unsafe { self.driver.launch(("modulate_backward", suffix), ((rows as usize).div_ceil(ROWS), 1, 1), BLOCK, 0, arguments) };
+            self.modulate_backward_gated(x, statistics, m, scale, dy, dx, None);
         }
         if let Some(gradient) = d_modulation {
+            let (x, statistics, dy) = (x.device(), statistics.device(), dy.device());
+            let (from, at, d) = (x.pointer(), statistics.pointer(), dy.pointer());
+            let (width, tokens, stride) = (m.width as i32, m.tokens as i32, m.stride as i64);
             let (shift, scale) = (gradient.device().at(shift), gradient.device().at(scale));
             let grid = (m.width.div_ceil(BLOCK), x.len() / m.width / m.tokens, 1);
             // SAFETY: dy and x are [batch · tokens, width], the gradient [batch, stride].
@@ -85,13 +141,38 @@ impl Device {
         }
     }
 
+    /// Adds to dx; with a gate, returns gate · dx.
+    #[expect(clippy::too_many_arguments, reason = "the forward's operands, their gradients and where they lie")]
+    pub(in crate::kernels) fn modulate_backward_gated(
+        &self,
+        x: &Buffer,
+        statistics: &Buffer,
+        m: Modulation<'_>,
+        scale: usize,
+        dy: &Buffer,
+        dx: &mut Buffer,
+        gate: Option<usize>,
+    ) -> Option<Buffer> {
+        let (x, dx, at) = (x.device(), dx.device(), Vectors::new(m));
+        let gated = gate.map(|_| self.memory_of(x.len(), x.kind()));
+        let suffix = at.suffix(&[scale, gate.unwrap_or(0)]);
+        let (to, d, from, sums, scale) = (dx.pointer(), dy.device().pointer(), x.pointer(), statistics.device().pointer(), at.address(scale));
+        let (result, gate, rows) = (gated.as_ref().map_or(0, Memory::pointer), gate.map_or(0, |gate| at.address(gate)), (x.len() / m.width) as i64);
+        let (width, tokens, stride) = at.sizes();
+        let arguments = arguments![to, d, from, sums, scale, result, gate, rows, width, tokens, stride];
+        // SAFETY: all are [rows, width], the statistics [rows, 2], the modulation [rows / tokens, stride].
+        unsafe { self.driver.launch(("modulate_backward", suffix), ((rows as usize).div_ceil(ROWS), 1, 1), BLOCK, 0, arguments) };
+        gated.map(Buffer::on_device)
+    }
+
     pub(in crate::kernels) fn gate_residual(&self, x: &Buffer, y: &Buffer, m: Modulation<'_>, gate: usize) -> Buffer {
-        let (x, y) = (x.device(), y.device());
+        let (x, y, at) = (x.device(), y.device(), Vectors::new(m));
         assert_eq!(x.len(), y.len(), "should be alike");
         let out = self.memory_of(x.len(), x.kind());
-        let (suffix, values) = widest(x.kind(), &[m.width, m.stride, gate]);
-        let (to, a, b, gate, count) = (out.pointer(), x.pointer(), y.pointer(), m.values.device().at(gate), (x.len() / values) as i64);
-        let (packs, tokens, stride) = ((m.width / values) as i32, m.tokens as i32, m.stride as i64);
+        let (suffix, values) = widest(x.kind(), &[m.width, at.stride, gate]);
+        let (to, a, b, gate, count) = (out.pointer(), x.pointer(), y.pointer(), at.address(gate), (x.len() / values) as i64);
+        let (width, tokens, stride) = at.sizes();
+        let packs = width / values as i32;
         let arguments = arguments![to, a, b, gate, count, packs, tokens, stride];
         // SAFETY: all three are [batch · tokens, width], the modulation [batch, stride].
         unsafe { self.driver.launch(("gate_residual", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
@@ -99,16 +180,17 @@ impl Device {
     }
 
     pub(in crate::kernels) fn gate_backward(&self, d_out: &Buffer, m: Modulation<'_>, gate: usize, d_modulation: Option<(&Buffer, &mut Buffer)>) -> Buffer {
-        let d = d_out.device();
+        let (d, at) = (d_out.device(), Vectors::new(m));
         let dy = self.memory_of(d.len(), d.kind());
-        let (suffix, values) = widest(d.kind(), &[m.width, m.stride, gate]);
-        let (to, from, factor, count) = (dy.pointer(), d.pointer(), m.values.device().at(gate), (d.len() / values) as i64);
-        let (packs, tokens, stride) = ((m.width / values) as i32, m.tokens as i32, m.stride as i64);
+        let (suffix, values) = widest(d.kind(), &[m.width, at.stride, gate]);
+        let (to, from, factor, count) = (dy.pointer(), d.pointer(), at.address(gate), (d.len() / values) as i64);
+        let (width, tokens, stride) = at.sizes();
+        let packs = width / values as i32;
         let arguments = arguments![to, from, factor, count, packs, tokens, stride];
         // SAFETY: both are [batch · tokens, width], the modulation [batch, stride].
         unsafe { self.driver.launch(("gate_backward", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
         if let Some((y, gradient)) = d_modulation {
-            let (to, y, width) = (gradient.device().at(gate), y.device().pointer(), m.width as i32);
+            let (to, y, stride) = (gradient.device().at(gate), y.device().pointer(), m.stride as i64);
             let grid = (m.width.div_ceil(BLOCK), d.len() / m.width / m.tokens, 1);
             // SAFETY: y and d_out are [batch · tokens, width], the gradient [batch, stride].
             unsafe { self.driver.launch(("gate_gradient", any(d.kind())), grid, BLOCK, 0, arguments![to, y, from, tokens, width, stride]) };

@@ -2,11 +2,12 @@
 
 use cudarc::driver::sys::{self, CUDA_MEMCPY2D_st, CUmemorytype};
 
-use super::driver::{arguments, check};
+use super::driver::check;
 use super::error::must;
 use super::gemm::Operand;
-use super::linear::DeviceLora;
-use super::{BLOCK, Device, DeviceWeight, Kind, Memory};
+use super::linear::{DeviceLora, RANK};
+use super::thin::Thin;
+use super::{Device, DeviceWeight, Memory};
 use crate::kernels::Buffer;
 
 /// Weights [Σ outputs, inputs] and biases [Σ outputs] of layers that have the same input.
@@ -14,43 +15,26 @@ use crate::kernels::Buffer;
 pub(in crate::kernels) struct DeviceStack {
     weight: Memory,
     bias: Memory,
-    inputs: usize,
+    pub(super) inputs: usize,
     /// Of each layer.
-    outputs: Vec<usize>,
+    pub(super) outputs: Vec<usize>,
 }
 
 /// LoRA of a stack: A [Σ ranks, inputs] and the block-diagonal B [Σ outputs, Σ ranks].
 #[derive(Debug)]
 pub(in crate::kernels) struct DeviceStackLora {
-    a: Memory,
-    b: Memory,
-    ranks: usize,
+    pub(super) a: Memory,
+    pub(super) b: Memory,
+    pub(super) ranks: usize,
     /// Per layer with LoRA: its place in `outputs`, its first row in B, its first row in A, its rank.
-    layers: Vec<(usize, usize, usize, usize)>,
+    pub(super) layers: Vec<(usize, usize, usize, usize)>,
 }
-
-/// `Layer` of `lora.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Scatter {
-    da: u64,
-    db: u64,
-    first_output: i32,
-    outputs: i32,
-    first_rank: i32,
-    rank: i32,
-    scale: f32,
-    padding: i32,
-}
-
-/// Most layers of a stack.
-const LAYERS: usize = 4;
 
 impl Device {
     /// Lays weights and biases of layers with the same input together; the layers then share this memory.
     pub(in crate::kernels) fn stack(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceStack> {
         let inputs = weights.first()?.inputs;
-        if weights.len() > LAYERS || weights.iter().any(|w| w.inputs != inputs) || biases.len() != weights.len() {
+        if weights.iter().any(|w| w.inputs != inputs) || biases.len() != weights.len() {
             return None;
         }
         let outputs: Vec<usize> = weights.iter().map(|w| w.outputs).collect();
@@ -173,35 +157,15 @@ impl Device {
             let dx = dx.device();
             self.product((rows, n, r), Operand::stored(&dt, r), Operand::stored(&lora.a, n), Operand::stored(dx, n), (1.0, 1.0), None);
         }
-        let (da, db) = (self.memory_of(r * n, Kind::F32), self.memory_of(k * r, Kind::F32));
-        self.product((r, n, rows), Operand::transposed(&dt, r), Operand::stored(x, n), Operand::stored(&da, n), (1.0, 0.0), None);
-        self.product((k, r, rows), Operand::transposed(&dy, k), Operand::stored(t, r), Operand::stored(&db, r), (1.0, 0.0), None);
-        self.scatter(stack, lora, &da, &db, gradients);
-    }
-
-    /// Adds what belongs to each layer to its gradients.
-    fn scatter(&self, stack: &DeviceStack, lora: &DeviceStackLora, da: &Memory, db: &Memory, gradients: &[(&Buffer, &Buffer, f32)]) {
         assert_eq!(gradients.len(), lora.layers.len(), "should be those of the layers with LoRA");
-        let mut layers = [Scatter::default(); LAYERS];
-        let mut most = 0;
-        for ((layer, &(place, first_output, first_rank, rank)), (to_a, to_b, scale)) in layers.iter_mut().zip(&lora.layers).zip(gradients) {
-            let outputs = stack.outputs[place];
-            assert!(to_a.len() == rank * stack.inputs && to_b.len() == rank * outputs, "should be [rank, inputs] and [outputs, rank]");
-            *layer = Scatter {
-                da: to_a.device().pointer(),
-                db: to_b.device().pointer(),
-                first_output: first_output as i32,
-                outputs: outputs as i32,
-                first_rank: first_rank as i32,
-                rank: rank as i32,
-                scale: *scale,
-                padding: 0,
-            };
-            most = most.max(rank * stack.inputs.max(outputs));
+        let mut parts = Vec::new();
+        for (&(place, first_output, first_rank, rank), &(da, db, scale)) in lora.layers.iter().zip(gradients) {
+            let (outputs, padded) = (stack.outputs[place], rank.next_multiple_of(RANK));
+            let (t, dt) = (t.columns(first_rank, padded, r), dt.columns(first_rank, padded, r));
+            parts.push((x.part(0, x.len()), n, dt, padded, rank, da.device(), (n, 1), 1.0));
+            parts.push((dy.columns(first_output, outputs, k), outputs, t, padded, rank, db.device(), (1, rank), scale));
         }
-        let (from_a, from_b, inputs, ranks) = (da.pointer(), db.pointer(), stack.inputs as i32, lora.ranks as i32);
-        let grid = (most.div_ceil(BLOCK), 2, lora.layers.len());
-        // SAFETY: `layers` has the kernel's layout and is as long as the grid is deep; lengths were checked.
-        unsafe { self.driver.launch(("lora_scatter", ""), grid, BLOCK, 0, arguments![layers, from_a, from_b, inputs, ranks]) };
+        let products = parts.iter().map(|p| Thin { x: &p.0, n: p.1, t: &p.2, padded: p.3, ranks: p.4, to: p.5, strides: p.6, scale: p.7 });
+        self.lora_products(rows, &products.collect::<Vec<_>>());
     }
 }

@@ -96,6 +96,14 @@ impl Block {
         }
     }
 
+    /// All linear layers but those of the modulation.
+    pub(super) fn each_linear_ref<'a>(&'a self, layers: &mut Vec<&'a Linear>) {
+        std::iter::once(&self.attention).chain(&self.attention2).for_each(|a| a.linears(layers));
+        for feed_forward in std::iter::once(&self.feed_forward).chain(&self.feed_forward_context) {
+            layers.extend([&feed_forward.up, &feed_forward.down]);
+        }
+    }
+
     fn image_modulation<'a>(&self, m: &'a Buffer, batch: usize, rows: usize) -> Modulation<'a> {
         Modulation { values: m, stride: self.norm1.outputs(), tokens: rows / batch, width: self.width }
     }
@@ -120,19 +128,21 @@ impl Block {
         let (xn, x_stats) = engine.modulate(&x, m, SHIFT * d, SCALE * d);
         let (cn, c_stats) = engine.modulate(&c, mc, context_shift, context_scale);
         let (y, yc, attention) = self.attention.forward(pass, batch, xn, Some(cn));
-        let mut x1 = engine.gate_residual(&x, &y, m, GATE * d);
-        let second = self.attention2.as_ref().map(|attention2| {
+        let (x2, mlp, second);
+        if let Some(attention2) = &self.attention2 {
+            let x1 = engine.gate_residual(&x, &y, m, GATE * d);
             let (xn, stats) = engine.modulate(&x, m, SHIFT_2 * d, SCALE_2 * d);
-            let (y, _, saved) = attention2.forward(pass, batch, xn, None);
-            x1 = engine.gate_residual(&x1, &y, m, GATE_2 * d);
-            (stats, saved, Some(y).filter(|_| self.needs.modulation))
-        });
-        let (x2, mlp) = mlp_forward(pass, &self.feed_forward, m, x1, self.needs.modulation);
+            let (y2, _, saved) = attention2.forward(pass, batch, xn, None);
+            (x2, mlp) = mlp_forward(pass, &self.feed_forward, m, (&x1, &y2, GATE_2), self.needs.modulation);
+            second = Some((stats, saved, Some(y2).filter(|_| self.needs.modulation)));
+        } else {
+            (x2, mlp) = mlp_forward(pass, &self.feed_forward, m, (&x, &y, GATE), self.needs.modulation);
+            second = None;
+        }
         let mut context_mlp = None;
         let mut c2 = None;
         if let (Some(feed_forward), Some(yc)) = (&self.feed_forward_context, &yc) {
-            let c1 = engine.gate_residual(&c, yc, mc, GATE * d);
-            let (out, saved) = mlp_forward(pass, feed_forward, mc, c1, self.needs.context_modulation);
+            let (out, saved) = mlp_forward(pass, feed_forward, mc, (&c, yc, GATE), self.needs.context_modulation);
             (c2, context_mlp) = (Some(out), Some(saved));
         }
         let saved = BlockSaved {
@@ -173,18 +183,22 @@ impl Block {
         let below = needs != Needs::default() || self.attention.has_lora() || self.attention2.as_ref().is_some_and(Attention::has_lora);
 
         let trained = needs.modulation.then_some(&mut d_modulation.image);
-        mlp_backward(pass, &self.feed_forward, m, &saved.mlp, dx, trained, below, gradients);
+        let gated = mlp_backward(pass, &self.feed_forward, m, &saved.mlp, dx, trained, below, gradients);
+        let mut gated_context = None;
         if let (Some(feed_forward), Some(mlp)) = (&self.feed_forward_context, &saved.context_mlp) {
             let trained = needs.context_modulation.then_some(&mut d_modulation.context);
-            mlp_backward(pass, feed_forward, mc, mlp, dc, trained, below, gradients);
+            gated_context = mlp_backward(pass, feed_forward, mc, mlp, dc, trained, below, gradients);
         }
         if !below {
             return;
         }
 
         let need = (needs.x || needs.modulation, needs.c || needs.context_modulation);
-        let dy = engine.gate_backward(dx, m, GATE * d, saved.attention_y.as_ref().map(|y| (y, &mut d_modulation.image)));
-        let dyc = (!self.last).then(|| engine.gate_backward(dc, mc, GATE * d, saved.attention_yc.as_ref().map(|y| (y, &mut d_modulation.context))));
+        let dy = gated.unwrap_or_else(|| engine.gate_backward(dx, m, GATE * d, saved.attention_y.as_ref().map(|y| (y, &mut d_modulation.image))));
+        let dyc = (!self.last).then(|| {
+            let trained = saved.attention_yc.as_ref().map(|y| (y, &mut d_modulation.context));
+            gated_context.unwrap_or_else(|| engine.gate_backward(dc, mc, GATE * d, trained))
+        });
         let (dxn, dcn) = self.attention.backward(pass, &saved.attention, &dy, dyc.as_ref(), need, gradients);
         let mut dxn2 = None;
         if let (Some(attention2), Some((stats, inner, y))) = (&self.attention2, &saved.second) {
@@ -207,15 +221,21 @@ impl Block {
     }
 }
 
-/// `x + gate_mlp · ff(LN(x) (1 + scale_mlp) + shift_mlp)`.
-fn mlp_forward(pass: Pass<'_>, feed_forward: &FeedForward, m: Modulation<'_>, x: Buffer, keep_branch: bool) -> (Buffer, MlpSaved) {
-    let (normal, stats) = pass.engine.modulate(&x, m, SHIFT_MLP * m.width, SCALE_MLP * m.width);
+/// `x + gate_mlp · ff(LN(x) (1 + scale_mlp) + shift_mlp)` of x = residual + gate · branch.
+fn mlp_forward(
+    pass: Pass<'_>,
+    feed_forward: &FeedForward,
+    m: Modulation<'_>,
+    (residual, branch, gate): (&Buffer, &Buffer, usize),
+    keep_branch: bool,
+) -> (Buffer, MlpSaved) {
+    let (x, normal, stats) = pass.engine.gate_modulate(residual, branch, m, gate * m.width, SHIFT_MLP * m.width, SCALE_MLP * m.width);
     let (y, inner) = feed_forward.forward(pass, x.len() / m.width, normal);
     let out = pass.engine.gate_residual(&x, &y, m, GATE_MLP * m.width);
     (out, MlpSaved { x, stats, inner, y: Some(y).filter(|_| keep_branch) })
 }
 
-/// Adds the branch's part to `dx` if `below`.
+/// Adds the branch's part to `dx` if `below`. Returns attention's gate · dx where no gradient of the modulation is wanted.
 #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
 fn mlp_backward(
     pass: Pass<'_>,
@@ -226,11 +246,17 @@ fn mlp_backward(
     mut d_modulation: Option<&mut Buffer>,
     below: bool,
     gradients: &mut Gradients,
-) {
+) -> Option<Buffer> {
     let trained = saved.y.as_ref().zip(d_modulation.as_deref_mut());
     let dy = pass.engine.gate_backward(dx, m, GATE_MLP * m.width, trained);
     let d_normal = feed_forward.backward(pass, dx.len() / m.width, &saved.inner, &dy, below, gradients);
-    if let Some(d_normal) = d_normal {
-        pass.engine.modulate_backward(&saved.x, &saved.stats, m, SHIFT_MLP * m.width, SCALE_MLP * m.width, &d_normal, Some(dx), d_modulation);
+    let (shift, scale) = (SHIFT_MLP * m.width, SCALE_MLP * m.width);
+    match (d_normal, d_modulation) {
+        (Some(d_normal), None) => Some(pass.engine.modulate_gate_backward(&saved.x, &saved.stats, m, shift, scale, &d_normal, dx, GATE * m.width)),
+        (Some(d_normal), trained) => {
+            pass.engine.modulate_backward(&saved.x, &saved.stats, m, shift, scale, &d_normal, Some(dx), trained);
+            None
+        }
+        (None, _) => None,
     }
 }

@@ -3,11 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use safetensors::Dtype;
+
 use super::block::{Block, Needs};
 use super::config::MmditConfig;
 use super::embed::{Embedder, Positions};
 use super::{Mmdit, MmditError};
-use crate::kernels::{Buffer, Engine, StoredMatrix};
+use crate::kernels::{Buffer, Engine, Precision, StoredMatrix};
 use crate::model::weights::{View, Weights};
 use crate::nn::{Attention, FeedForward, Linear, Projections};
 
@@ -30,6 +32,17 @@ impl StoredMatrix for InFile {
         });
         assert!(good, "should be a checked weight");
     }
+
+    fn stored(&self) -> Option<(Precision, &[u8])> {
+        let view = self.weights.view(&self.name).ok()?;
+        let precision = match view.dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::F16 => Precision::F16,
+            Dtype::BF16 => Precision::Bf16,
+            _ => return None,
+        };
+        Some((precision, view.bytes))
+    }
 }
 
 /// Makes layers from checked weights.
@@ -37,6 +50,7 @@ struct Loader<'a> {
     weights: &'a Arc<Weights>,
     config: &'a MmditConfig,
     engine: &'a Engine,
+    /// Whether weights become f32 once on the host.
     convert: bool,
     ordinal: usize,
 }
@@ -167,7 +181,7 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
     let norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
-    let recompute = vec![false; config.num_layers];
+    let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
     Ok(Mmdit {
         engine,
@@ -182,6 +196,7 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
         norm_out,
         proj_out,
         recompute,
-        in_file: !convert,
+        spread: None,
+        in_file: !convert && !on_gpu,
     })
 }

@@ -24,7 +24,7 @@ pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
-use crate::kernels::{DeviceError, Engine};
+use crate::kernels::{DeviceError, Engine, LoraSpread};
 use crate::nn::Linear;
 use crate::optim::Param;
 
@@ -112,6 +112,8 @@ pub struct Mmdit {
     norm_out: Linear,
     proj_out: Linear,
     recompute: Vec<bool>,
+    /// Where the device wants the LoRA parameters, if it takes all at once.
+    spread: Option<LoraSpread>,
     /// Weights stay in their file.
     in_file: bool,
 }
@@ -124,7 +126,8 @@ impl Mmdit {
     /// If a weight is missing or does not fit the configuration, or the device fails.
     #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
     pub fn load(weights: Arc<Weights>, config: MmditConfig, engine: &Engine) -> Result<Self, MmditError> {
-        let convert = load::converts_once(&config);
+        // A GPU converts what is stored as it arrives.
+        let convert = !engine.is_cuda() && load::converts_once(&config);
         crate::kernels::catch(|| load::load(&weights, config, engine.clone(), convert))?
     }
 
@@ -157,11 +160,13 @@ impl Mmdit {
             return Err(LoraError::Key { key: stranger.site.name.clone(), problem: "it names no linear module of this transformer".into() }.into());
         }
         self.layout = layout;
+        self.spread = None;
         self.each_linear(&mut |_, linear| linear.clear_lora());
         // Zeros first, so that the layers know what they carry.
         let zeros: Vec<Param> =
             self.layout.parameters().into_iter().map(|(name, shape)| Param { value: vec![0.0; shape.iter().product()], name, shape }).collect();
         self.set_lora(&zeros)?;
+        self.spread = crate::kernels::catch(|| self.lora_spread())?;
         let needs = self.gradient_needs();
         self.blocks.iter_mut().zip(needs).for_each(|(block, needs)| block.needs = needs);
         Ok(&self.layout)
@@ -173,6 +178,11 @@ impl Mmdit {
     /// Names the first parameter that does not fit.
     pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
         self.layout.check(params)?;
+        if let Some(spread) = &self.spread {
+            let all: Vec<f32> = params.iter().flat_map(|p| p.value.iter().copied()).collect();
+            crate::kernels::catch(|| self.engine.spread_lora(spread, &all))?;
+            return Ok(());
+        }
         let layout = std::mem::take(&mut self.layout);
         let mut slots = vec![None; self.config.linear_sites().len()];
         layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
@@ -192,6 +202,30 @@ impl Mmdit {
         self.layout = layout;
         set?;
         Ok(())
+    }
+
+    /// Where the device wants the parameters, if it takes all at once.
+    fn lora_spread(&self) -> Option<LoraSpread> {
+        let mut starts = vec![0];
+        let parameters = self.layout.parameters();
+        for (_, shape) in &parameters {
+            starts.push(starts[starts.len() - 1] + shape.iter().product::<usize>());
+        }
+        let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
+        // Layers lend their factors one after another.
+        let stacks: Vec<_> = self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.lora_stacks(&source)).collect();
+        let mut layers = Vec::new();
+        for embedder in [&self.timestep, &self.pooled] {
+            layers.extend([&embedder.linear_1, &embedder.linear_2]);
+        }
+        layers.push(&self.context_embedder);
+        for block in &self.blocks {
+            layers.extend([&block.norm1, &block.norm1_context]);
+            block.each_linear_ref(&mut layers);
+        }
+        layers.extend([&self.norm_out, &self.proj_out]);
+        let layers: Vec<_> = layers.into_iter().filter_map(Linear::lora).map(|(factors, slot, scale)| (factors, source(slot, scale))).collect();
+        self.engine.lora_spread(&layers, &stacks, starts[starts.len() - 1])
     }
 
     /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
