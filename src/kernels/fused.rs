@@ -24,6 +24,28 @@ pub struct FlowSample {
     pub factor: f64,
 }
 
+/// What a loss compares with: latents and noise [B, n], and each sample's numbers.
+#[derive(Debug)]
+pub struct FlowData {
+    pub(super) x0: Buffer,
+    pub(super) noise: Buffer,
+    pub(super) samples: Buffer,
+    pub(super) batch: usize,
+}
+
+/// Operations that were recorded on a GPU.
+#[derive(Debug)]
+pub struct Recording {
+    #[cfg(feature = "cuda")]
+    graph: super::cuda::DeviceGraph,
+}
+
+/// As the kernel reads them: the factor in f64, sigma and weight in f32.
+fn words(samples: &[FlowSample]) -> Vec<f32> {
+    let halves = |factor: f64| [factor.to_bits() as u32, (factor.to_bits() >> 32) as u32].map(f32::from_bits);
+    samples.iter().flat_map(|s| halves(s.factor).into_iter().chain([s.sigma, s.weight])).collect()
+}
+
 /// Where the values of an output lie: patches of p x p pixels with their channels, w patches in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PatchLayout {
@@ -164,20 +186,78 @@ impl Engine {
     }
 
     /// The loss of flow matching on an output of patches, where it is: its gradient, and per sample Σ weight · difference² in parts
-    /// (pairs of f32 whose sum is the part). `None`: this engine leaves it to the host.
-    pub fn flow_loss(
-        &self,
-        out: &Buffer,
-        x0: &[f32],
-        noise: &[f32],
-        samples: &[FlowSample],
-        layout: PatchLayout,
-        preconditioned: bool,
-    ) -> Option<(Buffer, Buffer)> {
+    /// (pairs of f32 whose sum is the part). A GPU's operation.
+    pub fn flow_loss(&self, out: &Buffer, target: &FlowData, layout: PatchLayout, preconditioned: bool) -> (Buffer, Buffer) {
         match &self.backend {
-            Backend::Cpu(_) => None,
+            Backend::Cpu(_) => unreachable!("a GPU's operation on the CPU"),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => Some(gpu.flow_loss(out, x0, noise, samples, layout, preconditioned)),
+            Backend::Cuda(gpu) => gpu.flow_loss(out, target, layout, preconditioned),
+        }
+    }
+
+    /// What [`Engine::flow_loss`] compares with, on the device.
+    pub fn flow_data(&self, x0: &[f32], noise: &[f32], samples: &[FlowSample]) -> FlowData {
+        FlowData { x0: self.upload_f32(x0), noise: self.upload_f32(noise), samples: self.upload_f32(&words(samples)), batch: samples.len() }
+    }
+
+    /// New values of the same sizes.
+    pub fn overwrite_flow_data(&self, data: &FlowData, x0: &[f32], noise: &[f32], samples: &[FlowSample]) {
+        self.overwrite(&data.x0, x0);
+        self.overwrite(&data.noise, noise);
+        self.overwrite(&data.samples, &words(samples));
+    }
+
+    /// A copy of host values on the device in f32, whatever the precision.
+    pub fn upload_f32(&self, values: &[f32]) -> Buffer {
+        let buffer = self.zeros_f32(values.len());
+        self.overwrite(&buffer, values);
+        buffer
+    }
+
+    /// New values for a buffer of a GPU, as [`Engine::upload`] would have made it.
+    pub fn overwrite(&self, buffer: &Buffer, values: &[f32]) {
+        match &self.backend {
+            Backend::Cpu(_) => unreachable!("a GPU's operation on the CPU"),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.overwrite(buffer, values),
+        }
+    }
+
+    /// Whether [`Engine::record`] can be used: on a GPU whose kernels are not being timed.
+    pub fn records(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => !gpu.is_profiling(),
+        }
+    }
+
+    /// Records operations without doing them, so that [`Engine::replay`] does them at once. They must neither upload nor download, and
+    /// must have been done before with the same sizes. What they return has its values after each replay.
+    pub fn record<T>(&self, operations: impl FnOnce() -> T) -> (T, Recording) {
+        match &self.backend {
+            Backend::Cpu(_) => unreachable!("a GPU's operation on the CPU"),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => {
+                let (result, graph) = gpu.capture(operations);
+                (result, Recording { graph })
+            }
+        }
+    }
+
+    /// Does what was recorded.
+    pub fn replay(&self, recording: &Recording) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            gpu.replay(&recording.graph);
+        }
+    }
+
+    /// Gives the memory of recordings that are no more back to everybody.
+    pub fn forget_recordings(&self) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            gpu.close_arena();
         }
     }
 

@@ -24,5 +24,5 @@ pub use cpu::group_norm::group_norm_silu;
 pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
 pub use device::{DeviceError, Precision, catch};
 pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix};
-pub use fused::{FlowSample, LoraSource, LoraSpread, PatchLayout, Stack};
+pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack};
 pub use pool::Buffer;

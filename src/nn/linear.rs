@@ -86,7 +86,7 @@ impl Linear {
     }
 
     /// Lays the weights of layers with the same input together, if the engine is faster then.
-    pub(super) fn stack(engine: &Engine, layers: &mut [&mut Self]) -> Option<Stack> {
+    pub fn stack(engine: &Engine, layers: &mut [&mut Self]) -> Option<Stack> {
         let (mut weights, mut biases) = (Vec::new(), Vec::new());
         for layer in layers {
             weights.push(&mut layer.weight);

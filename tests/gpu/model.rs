@@ -7,8 +7,9 @@ use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::Weights;
 use finetune::model::lora::LoraSpec;
-use finetune::model::mmdit::{Mmdit, MmditConfig};
+use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
 use finetune::nn::DropoutKey;
+use finetune::nn::flow_matching::{LossKind, Weighting, mix};
 
 use crate::support::{poison, random, relative};
 
@@ -159,4 +160,57 @@ fn the_transformer_computes_the_same_on_both_devices() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Recorded steps against steps that are not recorded: other inputs, other LoRA values, another size between them.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn recorded_steps_give_the_same_bits_and_follow_inputs_and_parameters() {
+    let config = config(2, 64, &[1]);
+    let (_dir, weights) = weights(&config);
+    let spec = LoraSpec { rank: 4, alpha: 4.0, dropout: 0.0, target_modules: ATTENTION.map(str::to_owned).to_vec() };
+    let tensor = |shape: &[usize], seed| Tensor::from_vec(random(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
+    let kind = LossKind { weighting: Weighting::Cosmap, precondition_outputs: true };
+    let step = |model: &Mmdit, seed: u64, size: usize| {
+        let latents = [size, config.in_channels, 10, 14];
+        let (x0, noise) = (random(latents.iter().product(), seed), random(latents.iter().product(), seed + 1));
+        let sigmas: Vec<f32> = (0..size).map(|b| 0.2 + 0.17 * b as f32).collect();
+        let timesteps = Tensor::from_vec(sigmas.iter().map(|s| 1000.0 * s).collect::<Vec<_>>(), size, &Device::Cpu).unwrap();
+        let x = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu).unwrap();
+        let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], seed + 2), tensor(&[size, config.pooled_projection_dim], seed + 3));
+        let coefficients: Vec<f64> = (0..size).map(|b| 0.1 + 0.05 * b as f64).collect();
+        let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
+        model.flow_step(&x, &timesteps, &prompt, &pooled, None, &target).unwrap()
+    };
+    let load = |engine: &Engine, seed: u64| {
+        let mut model = Mmdit::load(Arc::clone(&weights), config.clone(), engine).unwrap();
+        let mut params = model.attach_lora(&spec).unwrap().init(seed);
+        for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
+            param.value = random(param.value.len(), seed * 1000 + i as u64).iter().map(|v| v * 0.05).collect();
+        }
+        model.set_lora(&params).unwrap();
+        (model, params)
+    };
+    for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
+        let engine = Engine::cuda(0, precision).unwrap();
+        poison(&engine);
+        let (mut model, _) = load(&engine, 1);
+        let first = step(&model, 70, 3);
+        for size in [3, 2, 3, 2, 3] {
+            let again = step(&model, 70, size);
+            assert!(size != 3 || again == first, "{precision}: a recorded step gives other bits");
+        }
+        let (fresh, params) = load(&engine, 2);
+        model.set_lora(&params).unwrap();
+        assert!(step(&model, 90, 3) == step(&fresh, 90, 3), "{precision}: a recorded step does not follow its inputs");
+        let (losses, gradients) = step(&load(&Engine::cpu(), 1).0, 70, 3);
+        let tolerance = if precision == Precision::F32 { 2e-5 } else { 0.1 };
+        for (got, want) in first.0.iter().zip(&losses) {
+            assert!((got - want).abs() < tolerance * want, "{precision}: losses {:?} {losses:?}", first.0);
+        }
+        for (got, want) in first.1.iter().zip(&gradients) {
+            let error = relative(got, want);
+            assert!(want.iter().all(|v| *v == 0.0) || error < tolerance, "{precision}: {error}");
+        }
+    }
 }

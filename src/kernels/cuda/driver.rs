@@ -121,10 +121,14 @@ impl Driver {
         self.profile.lock().unwrap_or_else(PoisonError::into_inner).take().map(Profile::sums).unwrap_or_default()
     }
 
+    /// Whether times are asked for.
+    pub(super) fn is_profiling(&self) -> bool {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Does `work`, timed under this name while times are asked for.
     pub(super) fn timed<T>(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> T) -> T {
-        let profiled = self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if !profiled {
+        if !self.is_profiling() {
             return work();
         }
         let before = Event::now(self);

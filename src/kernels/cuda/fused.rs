@@ -4,7 +4,7 @@ use super::driver::arguments;
 use super::gemm::{Finish, Operand, Product};
 use super::{BLOCK, Device, DeviceWeight, Kind, any};
 use crate::kernels::Buffer;
-use crate::kernels::fused::{FlowSample, PatchLayout};
+use crate::kernels::fused::{FlowData, PatchLayout};
 
 /// Lengths of buffers that lie together are padded to a multiple of this, for aligned rows.
 const TOGETHER: usize = 64;
@@ -35,21 +35,10 @@ impl Device {
         Some((Buffer::on_device(h), Buffer::on_device(y)))
     }
 
-    pub(in crate::kernels) fn flow_loss(
-        &self,
-        out: &Buffer,
-        x0: &[f32],
-        noise: &[f32],
-        samples: &[FlowSample],
-        layout: PatchLayout,
-        preconditioned: bool,
-    ) -> (Buffer, Buffer) {
-        let (n, batch) = (x0.len() / samples.len(), samples.len());
+    pub(in crate::kernels) fn flow_loss(&self, out: &Buffer, target: &FlowData, layout: PatchLayout, preconditioned: bool) -> (Buffer, Buffer) {
+        let (x0, noise, samples) = (target.x0.device(), target.noise.device(), target.samples.device());
+        let (n, batch) = (x0.len() / target.batch, target.batch);
         assert!(out.len() == x0.len() && x0.len() == noise.len() && n * batch == out.len(), "should be alike");
-        let (x0, noise) = (self.upload_f32(x0), self.upload_f32(noise));
-        let bytes: Vec<u8> =
-            samples.iter().flat_map(|s| s.factor.to_le_bytes().into_iter().chain(s.sigma.to_le_bytes()).chain(s.weight.to_le_bytes())).collect();
-        let samples = self.upload_bytes(&bytes, bytes.len() / 4, Kind::F32);
         let blocks = n.div_ceil(4 * BLOCK);
         let (d_out, sums) = (self.memory_of(out.len(), self.precision), self.memory_of(2 * blocks * batch, Kind::F32));
         let (d, s, o, x, e, p) = (d_out.pointer(), sums.pointer(), out.device().pointer(), x0.pointer(), noise.pointer(), samples.pointer());

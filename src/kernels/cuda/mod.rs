@@ -11,6 +11,7 @@ mod encode;
 mod error;
 mod fused;
 mod gemm;
+mod graph;
 mod linear;
 mod ops;
 mod pool;
@@ -26,6 +27,7 @@ use cudarc::driver::sys;
 
 pub use encode::{EncodeOps, Matrix, TextActivation, TextAttention, Window};
 pub use error::CudaError;
+pub(super) use graph::DeviceGraph;
 pub(super) use linear::{DeviceLora, DeviceWeight};
 pub(super) use pool::Memory;
 pub(super) use stack::{DeviceStack, DeviceStackLora};
@@ -108,6 +110,10 @@ impl Device {
         self.driver.start_profile();
     }
 
+    pub(super) fn is_profiling(&self) -> bool {
+        self.driver.is_profiling()
+    }
+
     pub(super) fn end_profile(&self) -> Vec<(String, usize, f64)> {
         self.driver.end_profile()
     }
@@ -179,16 +185,35 @@ impl Device {
         Buffer::on_device(self.convert(source, self.precision))
     }
 
+    /// New values for a buffer; those of the host may change as soon as this returns.
+    pub(super) fn overwrite(&self, buffer: &Buffer, values: &[f32]) {
+        let target = buffer.device();
+        assert_eq!(target.len(), values.len(), "should be alike");
+        if target.kind() == Kind::F32 {
+            // SAFETY: f32 has no padding; as many bytes as the slice has, for which the memory has room.
+            unsafe { self.staging.upload(std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)), target.pointer()) };
+            return;
+        }
+        let source = self.upload_f32(values);
+        self.convert_into(target, &source);
+    }
+
     /// The values as this kind.
     fn convert(&self, source: Memory, kind: Kind) -> Memory {
         if source.kind() == kind {
             return source;
         }
         let target = self.memory_of(source.len(), kind);
+        self.convert_into(&target, &source);
+        target
+    }
+
+    fn convert_into(&self, target: &Memory, source: &Memory) {
+        assert_eq!(target.len(), source.len(), "should be alike");
         let (to, from, count, tag) = (target.pointer(), source.pointer(), source.len() as i64, source.kind().tag());
+        let kind = target.kind();
         // SAFETY: both have `count` values.
         unsafe { self.driver.launch(("convert", any(kind)), (source.len().div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, tag]) };
-        target
     }
 
     /// The values on the host; waits for the device.
@@ -203,16 +228,13 @@ impl Device {
             memory
         } else {
             converted = self.memory_of(memory.len(), Kind::F32);
-            let (to, from, count, tag) = (converted.pointer(), memory.pointer(), memory.len() as i64, memory.kind().tag());
-            // SAFETY: both have `count` values.
-            unsafe { self.driver.launch(("convert", any(Kind::F32)), (memory.len().div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, tag]) };
+            self.convert_into(&converted, memory);
             &converted
         };
-        self.driver.bind();
-        // SAFETY: `values` has room for as many f32 as the source has, and is not touched before the copy is done.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), source.pointer(), size_of_val(values.as_slice()), self.driver.stream()) };
-        must(check("copy to the host", result));
-        self.driver.synchronize();
+        // SAFETY: as many bytes as the values have, and any bits are values.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values.as_slice())) };
+        // SAFETY: the source has as many values.
+        unsafe { self.staging.download(source.pointer(), bytes) };
         values
     }
 

@@ -19,6 +19,10 @@ const LARGE: usize = 128 << 10;
 struct Blocks {
     /// Free blocks by size.
     free: BTreeMap<usize, Vec<u64>>,
+    /// Free blocks that only recorded work may use.
+    arena: BTreeMap<usize, Vec<u64>>,
+    /// Whether work is being recorded.
+    recording: bool,
     used: usize,
     cached: usize,
     peak: usize,
@@ -52,18 +56,12 @@ impl DevicePool {
     }
 
     /// A block of at least `bytes`, and its size.
-    fn take(&self, bytes: usize) -> Result<(u64, usize), CudaError> {
+    fn take(&self, bytes: usize) -> Result<(u64, usize, bool), CudaError> {
         let size = if bytes < LARGE { bytes.max(1).next_multiple_of(SMALL) } else { bytes.next_multiple_of(LARGE) };
         let mut blocks = self.lock();
-        let fit = blocks.free.range(size..=size + size / 8).next().map(|(&size, _)| size);
-        let taken = fit.and_then(|size| {
-            let list = blocks.free.get_mut(&size)?;
-            let block = list.pop();
-            if list.is_empty() {
-                blocks.free.remove(&size);
-            }
-            block.map(|block| (block, size))
-        });
+        let recording = blocks.recording;
+        let taken = if recording { take_from(&mut blocks.arena, size) } else { None };
+        let taken = taken.or_else(|| take_from(&mut blocks.free, size));
         let (block, size) = if let Some((block, size)) = taken {
             blocks.cached -= size;
             (block, size)
@@ -87,7 +85,20 @@ impl DevicePool {
         };
         blocks.used += size;
         blocks.peak = blocks.peak.max(blocks.used);
-        Ok((block, size))
+        Ok((block, size, recording))
+    }
+
+    /// Whether blocks that are taken from now on belong to recorded work.
+    pub(super) fn record(&self, recording: bool) {
+        self.lock().recording = recording;
+    }
+
+    /// Makes the free blocks of recorded work free for all.
+    pub(super) fn close_arena(&self) {
+        let mut blocks = self.lock();
+        for (size, list) in std::mem::take(&mut blocks.arena) {
+            blocks.free.entry(size).or_default().extend(list);
+        }
     }
 
     fn allocate(&self, size: usize) -> Option<u64> {
@@ -104,7 +115,7 @@ impl DevicePool {
             // SAFETY: nothing refers to a cached block; the driver waits for work that may still use it.
             check("free memory", unsafe { sys::cuMemFree_v2(block) })?;
         }
-        blocks.cached = 0;
+        blocks.cached = blocks.arena.iter().map(|(size, list)| size * list.len()).sum();
         Ok(())
     }
 
@@ -114,11 +125,31 @@ impl DevicePool {
     }
 }
 
+/// A free block of at least this size and not much more.
+fn take_from(free: &mut BTreeMap<usize, Vec<u64>>, size: usize) -> Option<(u64, usize)> {
+    let (&size, list) = free.range_mut(size..=size + size / 8).next()?;
+    let block = list.pop();
+    if list.is_empty() {
+        free.remove(&size);
+    }
+    block.map(|block| (block, size))
+}
+
+impl Drop for DevicePool {
+    fn drop(&mut self) {
+        self.driver.synchronize();
+        self.close_arena();
+        let _: Result<(), CudaError> = self.release(&mut self.lock());
+    }
+}
+
 /// A block that returns to the pool when dropped.
 #[derive(Debug)]
 struct Block {
     pointer: u64,
     size: usize,
+    /// Whether recorded work took it.
+    recorded: bool,
     pool: Arc<DevicePool>,
 }
 
@@ -127,7 +158,8 @@ impl Drop for Block {
         let mut blocks = self.pool.lock();
         blocks.used -= self.size;
         blocks.cached += self.size;
-        blocks.free.entry(self.size).or_default().push(self.pointer);
+        let list = if self.recorded { &mut blocks.arena } else { &mut blocks.free };
+        list.entry(self.size).or_default().push(self.pointer);
     }
 }
 
@@ -149,8 +181,8 @@ impl Memory {
         if len == 0 {
             return Self { pointer: 0, len, kind, columns: None, block: None };
         }
-        let (pointer, size) = must(pool.take(len * kind.bytes()));
-        Self { pointer, len, kind, columns: None, block: Some(Arc::new(Block { pointer, size, pool: Arc::clone(pool) })) }
+        let (pointer, size, recorded) = must(pool.take(len * kind.bytes()));
+        Self { pointer, len, kind, columns: None, block: Some(Arc::new(Block { pointer, size, recorded, pool: Arc::clone(pool) })) }
     }
 
     /// The values from `start` on, as a part of the same memory.

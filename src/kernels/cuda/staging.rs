@@ -1,5 +1,6 @@
-//! Uploads by way of page-locked memory: the copy to the device then runs beside the host's work.
+//! Copies by way of page-locked memory: those to the device then run beside the host's work, both at the bus's speed.
 
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
@@ -31,11 +32,13 @@ struct Halves {
 pub(super) struct Staging {
     driver: Arc<Driver>,
     halves: Mutex<Halves>,
+    /// Address of the memory for downloads; 0 before the first.
+    back: Mutex<usize>,
 }
 
 impl Staging {
     pub(super) fn new(driver: Arc<Driver>) -> Self {
-        Self { driver, halves: Mutex::default() }
+        Self { driver, halves: Mutex::default(), back: Mutex::default() }
     }
 
     /// Puts a copy of `bytes` to `target` on the stream; `bytes` may change as soon as this returns.
@@ -46,10 +49,7 @@ impl Staging {
         let mut halves = self.halves.lock().unwrap_or_else(PoisonError::into_inner);
         self.driver.bind();
         if halves.pointer == 0 {
-            let mut pointer = std::ptr::null_mut();
-            // SAFETY: `pointer` outlives the call.
-            must(check("lock host memory", unsafe { sys::cuMemHostAlloc(&raw mut pointer, 2 * HALF, 0) }));
-            halves.pointer = pointer as usize;
+            halves.pointer = lock_host_memory(2 * HALF);
         }
         for (i, part) in bytes.chunks(HALF).enumerate() {
             if halves.used + part.len() > HALF {
@@ -73,13 +73,45 @@ impl Staging {
     }
 }
 
+impl Staging {
+    /// Copies from the device, and waits for it.
+    ///
+    /// # Safety
+    /// `source` has as many bytes.
+    pub(super) unsafe fn download(&self, source: u64, bytes: &mut [u8]) {
+        let mut back = self.back.lock().unwrap_or_else(PoisonError::into_inner);
+        self.driver.bind();
+        if *back == 0 {
+            *back = lock_host_memory(HALF);
+        }
+        for (i, part) in bytes.chunks_mut(HALF).enumerate() {
+            // SAFETY: as the caller vouches; the memory has room for a half and nobody else uses it.
+            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(*back as *mut c_void, source + (i * HALF) as u64, part.len(), self.driver.stream()) };
+            must(check("copy to the host", result));
+            self.driver.synchronize();
+            // SAFETY: the copy is done.
+            let arrived = unsafe { std::slice::from_raw_parts(*back as *const u8, part.len()) };
+            part.par_chunks_mut(PIECE).zip(arrived.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+        }
+    }
+}
+
+/// Address of page-locked memory.
+fn lock_host_memory(bytes: usize) -> usize {
+    let mut pointer = std::ptr::null_mut();
+    // SAFETY: `pointer` outlives the call.
+    must(check("lock host memory", unsafe { sys::cuMemHostAlloc(&raw mut pointer, bytes, 0) }));
+    pointer as usize
+}
+
 impl Drop for Staging {
     fn drop(&mut self) {
         let pointer = self.halves.get_mut().unwrap_or_else(PoisonError::into_inner).pointer;
-        if pointer != 0 {
-            self.driver.synchronize();
-            // SAFETY: allocated by `upload`, and no copy is under way.
-            let _: Result<(), CudaError> = check("free host memory", unsafe { sys::cuMemFreeHost(pointer as *mut std::ffi::c_void) });
+        let back = *self.back.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.driver.synchronize();
+        for pointer in [pointer, back].into_iter().filter(|pointer| *pointer != 0) {
+            // SAFETY: allocated by `lock_host_memory`, and no copy is under way.
+            let _: Result<(), CudaError> = check("free host memory", unsafe { sys::cuMemFreeHost(pointer as *mut c_void) });
         }
     }
 }

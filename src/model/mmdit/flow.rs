@@ -1,12 +1,14 @@
 //! One micro-batch from inputs to gradients: forward, loss of flow matching, backward.
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::Tensor;
 
-use super::run::{Mode, unscaled};
+use super::run::{Inputs, Mode, unscaled};
 use super::{Mmdit, MmditError};
-use crate::kernels::{FlowSample, PatchLayout};
-use crate::nn::DropoutKey;
+use crate::kernels::{Buffer, Engine, FlowData, FlowSample, PatchLayout, Recording};
 use crate::nn::flow_matching::{self, LossKind};
+use crate::nn::{DropoutKey, Gradients};
 
 /// What the loss compares the velocity with.
 #[derive(Debug, Clone, Copy)]
@@ -49,42 +51,130 @@ impl Mmdit {
             return Ok((loss.per_sample, self.backward(saved, &d_velocity)?));
         }
         let mut scale = self.gradient_scale(samples(target, 1.0).iter().fold(0.0_f32, |most, s| most.max(s.factor.abs() as f32)));
-        for _ in 0..SMALLER {
-            let (losses, gradients) = crate::kernels::catch(|| self.try_flow_step(x, timestep, prompt_embeds, pooled, dropout, target, scale))??;
-            if scale == 1.0 || gradients.iter().flatten().all(|g| g.is_finite()) {
+        let mut tries = 0;
+        loop {
+            let step = crate::kernels::catch(|| self.try_flow_step((x, timestep, prompt_embeds, pooled), dropout, target, f64::from(scale)));
+            if step.is_err() {
+                // Recordings hold memory.
+                self.recorded.clear();
+            }
+            let (losses, gradients) = step??;
+            tries += 1;
+            if scale == 1.0 || tries > SMALLER || gradients.iter().flatten().all(|g| g.is_finite()) {
                 return Ok((losses, unscaled(gradients, scale)));
             }
             scale /= 16.0;
         }
-        let (losses, gradients) = crate::kernels::catch(|| self.try_flow_step(x, timestep, prompt_embeds, pooled, dropout, target, scale))??;
-        Ok((losses, unscaled(gradients, scale)))
     }
 
-    /// On a GPU, gradients multiplied by `scale`.
-    #[expect(clippy::too_many_arguments, reason = "the step's inputs")]
+    /// On a GPU, gradients multiplied by `scale`. The second step of the same sizes is recorded, later ones replay it.
     fn try_flow_step(
         &self,
-        x: &Tensor,
-        timestep: &Tensor,
-        prompt_embeds: &Tensor,
-        pooled: &Tensor,
+        (x, timestep, prompt_embeds, pooled): (&Tensor, &Tensor, &Tensor, &Tensor),
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
-        scale: f32,
+        scale: f64,
     ) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
-        let (out, saved) = self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train)?;
-        let layout = PatchLayout { channels: self.config.out_channels(), width: saved.sizes.patches.1, patch: self.config.patch_size };
-        let preconditioned = target.kind.precondition_outputs;
-        let (dy, sums) = self
-            .engine
-            .flow_loss(&out, target.x0, target.noise, &samples(target, f64::from(scale)), layout, preconditioned)
-            .ok_or_else(|| MmditError::Input { input: "the engine", got: Vec::new(), expected: "a GPU".into() })?;
+        let engine = &self.engine;
+        let samples = samples(target, scale);
+        let batch = samples.len();
+        let outcome = |gradients: &Gradients, sums: &Buffer| {
+            let sums = engine.download(sums);
+            let n = target.x0.len() / batch;
+            let losses = sums.chunks_exact(sums.len() / batch).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / n as f64);
+            (losses.collect(), gradients.download(engine))
+        };
+        // Each step's dropout masks are others.
+        let records = engine.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
+        let key = (x.dims().to_vec(), prompt_embeds.dims().to_vec(), target.kind.precondition_outputs);
+        let mut recorded = self.recorded.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        match recorded.iter().find(|step| step.key == key).map(|step| &step.state).filter(|_| records) {
+            Some(State::Recorded { recording, inputs, data, gradients, sums }) => {
+                self.overwrite(inputs, x, timestep, prompt_embeds, pooled)?;
+                engine.overwrite_flow_data(data, target.x0, target.noise, &samples);
+                engine.replay(recording);
+                Ok(outcome(gradients, sums))
+            }
+            seen => {
+                let seen = seen.is_some();
+                let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+                let data = engine.flow_data(target.x0, target.noise, &samples);
+                if !seen {
+                    let (gradients, sums) = self.flow_operations(&inputs, &data, dropout, key.2);
+                    if records {
+                        recorded.truncate(RECORDINGS - 1);
+                        recorded.insert(0, Step { key, state: State::Seen });
+                    }
+                    return Ok(outcome(&gradients, &sums));
+                }
+                let ((gradients, sums), recording) = engine.record(|| self.flow_operations(&inputs, &data, None, key.2));
+                engine.replay(&recording);
+                let outcome = outcome(&gradients, &sums);
+                if let Some(step) = recorded.iter_mut().find(|step| step.key == key) {
+                    step.state = State::Recorded { recording, inputs, data, gradients, sums };
+                }
+                Ok(outcome)
+            }
+        }
+    }
+
+    /// Forward, loss and backward on the device: gradients, and the parts of the losses.
+    fn flow_operations(&self, inputs: &Inputs, data: &FlowData, dropout: Option<&DropoutKey>, preconditioned: bool) -> (Gradients, Buffer) {
+        let (out, saved) = self.run(inputs, dropout, 1.0, Mode::Train);
+        let layout = PatchLayout { channels: self.config.out_channels(), width: inputs.sizes.patches.1, patch: self.config.patch_size };
+        let (dy, sums) = self.engine.flow_loss(&out, data, layout, preconditioned);
         drop(out);
-        let (batch, n) = (saved.sizes.batch, target.x0.len() / saved.sizes.batch);
-        let gradients = self.gradients(saved, &dy);
-        let sums = self.engine.download(&sums);
-        let losses = sums.chunks_exact(sums.len() / batch).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / n as f64);
-        Ok((losses.collect(), gradients))
+        (self.gradients(saved, &dy), sums)
+    }
+}
+
+/// Most sizes that are recorded at a time.
+const RECORDINGS: usize = 8;
+
+/// Steps that a GPU has recorded. They hold memory that nothing else can use.
+#[derive(Debug)]
+pub(super) struct Recorded {
+    steps: Mutex<Vec<Step>>,
+    engine: Engine,
+}
+
+/// Dimensions of latents and prompt, and whether outputs are preconditioned.
+type Key = (Vec<usize>, Vec<usize>, bool);
+
+#[derive(Debug)]
+struct Step {
+    key: Key,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Done once, not recorded yet.
+    Seen,
+    Recorded {
+        recording: Recording,
+        inputs: Inputs,
+        data: FlowData,
+        gradients: Gradients,
+        sums: Buffer,
+    },
+}
+
+impl Recorded {
+    pub(super) fn new(engine: &Engine) -> Self {
+        Self { steps: Mutex::default(), engine: engine.clone() }
+    }
+
+    /// Forgets all of them and gives their memory back to everybody.
+    pub(super) fn clear(&self) {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.engine.forget_recordings();
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 

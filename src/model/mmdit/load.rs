@@ -178,11 +178,19 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let timestep = loader.embedder("time_text_embed.timestep_embedder", super::TIMESTEP_FEATURES)?;
     let pooled = loader.embedder("time_text_embed.text_embedder", config.pooled_projection_dim)?;
     let context_embedder = loader.linear("context_embedder", config.joint_attention_dim, d)?;
-    let blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
-    let norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
+    let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
+    let mut norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
+    let own_engine = engine.clone();
     let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
+    let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
+    layers.push(&mut norm_out);
+    let modulation = Linear::stack(&engine, &mut layers);
+    if on_gpu {
+        // What the layers had before they were laid together.
+        engine.trim();
+    }
     Ok(Mmdit {
         engine,
         config,
@@ -194,9 +202,11 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
         context_embedder,
         blocks,
         norm_out,
+        modulation,
         proj_out,
         recompute,
         spread: None,
+        recorded: super::flow::Recorded::new(&own_engine),
         in_file: !convert && !on_gpu,
     })
 }

@@ -20,11 +20,12 @@ use self::block::{Block, Needs};
 pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
 use self::embed::{Embedder, Positions};
 pub use self::flow::FlowTarget;
+use self::flow::Recorded;
 pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
-use crate::kernels::{DeviceError, Engine, LoraSpread};
+use crate::kernels::{DeviceError, Engine, LoraSpread, Stack};
 use crate::nn::Linear;
 use crate::optim::Param;
 
@@ -110,8 +111,11 @@ pub struct Mmdit {
     context_embedder: Linear,
     blocks: Vec<Block>,
     norm_out: Linear,
+    /// The layers that make all modulations laid together, where the engine is faster then: the blocks' in order, then the last norm's.
+    modulation: Option<Stack>,
     proj_out: Linear,
     recompute: Vec<bool>,
+    recorded: Recorded,
     /// Where the device wants the LoRA parameters, if it takes all at once.
     spread: Option<LoraSpread>,
     /// Weights stay in their file.
@@ -160,6 +164,7 @@ impl Mmdit {
             return Err(LoraError::Key { key: stranger.site.name.clone(), problem: "it names no linear module of this transformer".into() }.into());
         }
         self.layout = layout;
+        self.recorded.clear();
         self.spread = None;
         self.each_linear(&mut |_, linear| linear.clear_lora());
         // Zeros first, so that the layers know what they carry.
@@ -231,11 +236,13 @@ impl Mmdit {
     /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
     /// ones are false. Results are bit-identical. Default: none.
     pub fn set_recompute(&mut self, blocks: &[bool]) {
+        self.recorded.clear();
         self.recompute = (0..self.blocks.len()).map(|i| blocks.get(i).copied().unwrap_or(false)).collect();
     }
 
     /// Gives memory that was kept for the next step back to the system.
     pub fn trim(&self) {
+        self.recorded.clear();
         self.engine.trim();
     }
 

@@ -1,15 +1,17 @@
 //! The whole transformer, forward and backward.
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
 use super::block::{BlockModulation, BlockSaved};
 use super::embed::{self, EmbedderSaved};
 use super::{Mmdit, MmditError};
-use crate::kernels::{Buffer, Engine, Modulation, NormStats, Precision};
+use crate::kernels::{Buffer, Modulation, NormStats, Precision};
 use crate::nn::{DropoutKey, Gradients, LinearSaved, Pass};
 
 /// Sizes of a batch.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Sizes {
     pub(super) batch: usize,
     /// Latent pixels (height, width).
@@ -17,6 +19,26 @@ pub(super) struct Sizes {
     /// Patches (height, width).
     pub(super) patches: (usize, usize),
     context: usize,
+}
+
+/// Inputs that the host makes.
+pub(super) struct HostInputs {
+    sizes: Sizes,
+    patches: Vec<f32>,
+    features: Vec<f32>,
+}
+
+/// Inputs on the device.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    pub(super) sizes: Sizes,
+    positions: Arc<Buffer>,
+    /// [B · N, C · p · p].
+    patches: Buffer,
+    /// Of the timesteps [B, 256].
+    features: Buffer,
+    pooled: Buffer,
+    prompt: Buffer,
 }
 
 /// What a block leaves for its backward.
@@ -82,7 +104,8 @@ impl Mmdit {
             return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
         }
         crate::kernels::catch(|| {
-            let (out, saved) = self.run(x, timestep, prompt_embeds, pooled, dropout, 1.0, Mode::Train)?;
+            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+            let (out, saved) = self.run(&inputs, dropout, 1.0, Mode::Train);
             Ok((self.velocity(&out, saved.sizes)?, saved))
         })?
     }
@@ -109,7 +132,8 @@ impl Mmdit {
         skip_blocks: &[usize],
     ) -> Result<Tensor, MmditError> {
         crate::kernels::catch(|| {
-            let (out, saved) = self.run(x, timestep, prompt_embeds, pooled, None, lora_scale as f32, Mode::Only { skip_blocks })?;
+            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+            let (out, saved) = self.run(&inputs, None, lora_scale as f32, Mode::Only { skip_blocks });
             self.velocity(&out, saved.sizes)
         })?
     }
@@ -155,6 +179,11 @@ impl Mmdit {
         needs.x || needs.c || needs.modulation || needs.context_modulation || self.has_lora(i)
     }
 
+    /// Whether a layer that makes modulations has LoRA.
+    fn modulation_has_lora(&self) -> bool {
+        self.norm_out.has_lora() || self.blocks.iter().any(|b| b.norm1.has_lora() || b.norm1_context.has_lora())
+    }
+
     fn has_lora(&self, i: usize) -> bool {
         let block = &self.blocks[i];
         block.attention.has_lora()
@@ -163,50 +192,77 @@ impl Mmdit {
             || block.feed_forward_context.as_ref().is_some_and(crate::nn::FeedForward::has_lora)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the four inputs, and how to run")]
-    pub(super) fn run(
-        &self,
-        x: &Tensor,
-        timestep: &Tensor,
-        prompt_embeds: &Tensor,
-        pooled: &Tensor,
-        dropout: Option<&DropoutKey>,
-        lora_scale: f32,
-        mode: Mode<'_>,
-    ) -> Result<(Buffer, Saved), MmditError> {
-        let (config, engine) = (&self.config, &self.engine);
+    /// The inputs as the device wants them.
+    pub(super) fn host_inputs(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<HostInputs, MmditError> {
         let sizes = self.sizes(x, timestep, prompt_embeds, pooled)?;
+        let (channels, p) = (self.config.in_channels, self.config.patch_size);
+        Ok(HostInputs {
+            sizes,
+            patches: embed::patchify(&to_host(x)?, sizes.batch, channels, sizes.pixels, p),
+            features: embed::timestep_features(&to_host(timestep)?),
+        })
+    }
+
+    /// The inputs on the device.
+    pub(super) fn upload(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Inputs, MmditError> {
+        let (engine, host) = (&self.engine, self.host_inputs(x, timestep, prompt_embeds, pooled)?);
+        let positions = self.positions.crop(engine, &self.config, host.sizes.patches.0, host.sizes.patches.1);
+        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
+        let put = |values: &[f32]| engine.upload(values);
+        Ok(Inputs {
+            sizes: host.sizes,
+            positions,
+            patches: put(&host.patches),
+            features: put(&host.features),
+            pooled: with_values(pooled, put)?,
+            prompt: with_values(prompt_embeds, put)?,
+        })
+    }
+
+    /// As [`Mmdit::upload`], in the place of inputs of the same sizes.
+    pub(super) fn overwrite(&self, inputs: &Inputs, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<(), MmditError> {
+        let host = self.host_inputs(x, timestep, prompt_embeds, pooled)?;
+        self.engine.overwrite(&inputs.patches, &host.patches);
+        self.engine.overwrite(&inputs.features, &host.features);
+        with_values(pooled, |values| self.engine.overwrite(&inputs.pooled, values))?;
+        with_values(prompt_embeds, |values| self.engine.overwrite(&inputs.prompt, values))
+    }
+
+    pub(super) fn run(&self, inputs: &Inputs, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (Buffer, Saved) {
+        let (config, engine) = (&self.config, &self.engine);
+        let sizes = inputs.sizes;
         let Sizes { batch, patches, .. } = sizes;
         let pass = self.pass(dropout, lora_scale);
         let d = config.width();
 
-        let patched = embed::patchify(&to_host(x)?, batch, config.in_channels, sizes.pixels, config.patch_size);
-        let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &engine.upload(&patched));
-        let positions = self.positions.crop(engine, config, patches.0, patches.1);
-        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
-        engine.add(&mut x, &positions);
+        let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &inputs.patches);
+        engine.add(&mut x, &inputs.positions);
 
-        let features = engine.upload(&embed::timestep_features(&to_host(timestep)?));
-        let (mut conditioning, timestep_saved) = self.timestep.forward(pass, batch, features);
-        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, upload(engine, pooled)?);
+        let (mut conditioning, timestep_saved) = self.timestep.forward(pass, batch, engine.copy(&inputs.features));
+        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, engine.copy(&inputs.pooled));
         engine.add(&mut conditioning, &pooled);
         let activated = engine.silu(&conditioning);
 
-        let prompt = upload(engine, prompt_embeds)?;
-        let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &prompt);
-        let prompt = Some(prompt).filter(|_| self.context_embedder.has_lora());
+        let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &inputs.prompt);
+        let prompt = self.context_embedder.has_lora().then(|| engine.copy(&inputs.prompt));
 
         // All modulations of the step at once, outside what is recomputed.
         let (mut modulations, mut modulation_layers) = (Vec::new(), Vec::new());
         (0..self.blocks.len()).for_each(|i| self.read_ahead(i, "norm1"));
         self.read_ahead(0, "");
+        let together = self.modulation.as_ref().filter(|_| !self.modulation_has_lora());
+        let mut parts = together.map(|stack| engine.stack_forward(batch, &activated, stack, 0.0).0.into_iter());
+        let mut modulate = |layer: &crate::nn::Linear| match parts.as_mut().and_then(Iterator::next) {
+            Some(part) => (part, LinearSaved::default()),
+            None => layer.forward(pass, batch, &activated),
+        };
         for block in &self.blocks {
-            let (image, saved) = block.norm1.forward(pass, batch, &activated);
-            let (context, context_saved) = block.norm1_context.forward(pass, batch, &activated);
+            let (image, saved) = modulate(&block.norm1);
+            let (context, context_saved) = modulate(&block.norm1_context);
             modulations.push(BlockModulation { image, context });
             modulation_layers.push((saved, context_saved));
         }
-        let (norm_out, norm_out_layer) = self.norm_out.forward(pass, batch, &activated);
+        let (norm_out, norm_out_layer) = modulate(&self.norm_out);
 
         let mut c = Some(c);
         let mut kept = Vec::with_capacity(self.blocks.len());
@@ -253,7 +309,7 @@ impl Mmdit {
             normal: Some(normal).filter(|_| self.proj_out.has_lora()),
             proj_out,
         };
-        Ok((out, saved))
+        (out, saved)
     }
 
     /// Gradients of the LoRA parameters in canonical order, given d(loss)/d(velocity) [B, C, h, w].
@@ -272,7 +328,7 @@ impl Mmdit {
         if scale != 1.0 {
             patches.iter_mut().for_each(|d| *d *= scale);
         }
-        Ok(crate::kernels::catch(|| unscaled(self.gradients(saved, &self.engine.upload(&patches)), scale))?)
+        Ok(crate::kernels::catch(|| unscaled(self.gradients(saved, &self.engine.upload(&patches)).download(&self.engine), scale))?)
     }
 
     /// What gradients are multiplied with on their way through the model: a power of two that brings `most`, the largest of the
@@ -282,7 +338,7 @@ impl Mmdit {
     }
 
     /// Gradients of the LoRA parameters, given those of the output's patches.
-    pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Vec<Vec<f32>> {
+    pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Gradients {
         let (config, engine) = (&self.config, &self.engine);
         let Sizes { batch, patches, context, .. } = saved.sizes;
         let dropout = saved.dropout.take();
@@ -297,7 +353,7 @@ impl Mmdit {
         let through = blocks_trained || norm_out_trained;
         let mut d_normal = through.then(|| engine.alloc(rows * d));
         self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
-        let Some(d_normal) = d_normal else { return gradients.download(engine) };
+        let Some(d_normal) = d_normal else { return gradients };
         let mut dx = engine.zeros(rows * d);
         let mut d_norm_out = norm_out_trained.then(|| engine.zeros(batch * 2 * d));
         let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
@@ -346,7 +402,7 @@ impl Mmdit {
             self.timestep.backward(pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
             self.pooled.backward(pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
         }
-        gradients.download(engine)
+        gradients
     }
 }
 
@@ -358,13 +414,13 @@ pub(super) fn unscaled(mut gradients: Vec<Vec<f32>>, scale: f32) -> Vec<Vec<f32>
     gradients
 }
 
-/// A tensor's values on the device, without a copy on the host where it can be.
-fn upload(engine: &Engine, tensor: &Tensor) -> Result<Buffer, MmditError> {
+/// Calls `f` with a tensor's values, without a copy where it can be.
+fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T, MmditError> {
     let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(engine.upload(&values[start..end])),
-        _ => Ok(engine.upload(&to_host(&tensor)?)),
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => Ok(f(&to_host(&tensor)?)),
     }
 }
 

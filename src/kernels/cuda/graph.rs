@@ -1,0 +1,88 @@
+//! Work that is recorded once and put on the stream again as a whole: a thousand launches cost the host as much as one.
+//!
+//! What is recorded keeps its addresses: blocks that it takes come from, and go back to, a part of the pool that only
+//! recorded work uses (the arena). Works that are played one after another may share it: nothing in it outlives a play but what
+//! the recording returned.
+
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUgraphExec, CUstreamCaptureMode};
+
+use super::driver::{Driver, check};
+use super::error::{CudaError, must};
+use super::{Device, DevicePool};
+
+/// Recorded work.
+#[derive(Debug)]
+pub(in crate::kernels) struct DeviceGraph {
+    driver: Arc<Driver>,
+    executable: CUgraphExec,
+}
+
+// SAFETY: the driver's handle may be used from any thread; plays are ordered by the stream.
+unsafe impl Send for DeviceGraph {}
+
+/// Gives blocks to the arena as long as it lives.
+struct Arena<'a>(&'a DevicePool);
+
+impl<'a> Arena<'a> {
+    fn open(pool: &'a DevicePool) -> Self {
+        pool.record(true);
+        Self(pool)
+    }
+}
+
+impl Drop for Arena<'_> {
+    fn drop(&mut self) {
+        self.0.record(false);
+    }
+}
+
+impl Device {
+    /// Records `work`, without doing it. It must neither upload nor download, and have been done before with these sizes.
+    pub(in crate::kernels) fn capture<T>(&self, work: impl FnOnce() -> T) -> (T, DeviceGraph) {
+        self.driver.bind();
+        let arena = Arena::open(&self.pool);
+        // Relaxed: memory that the pool lacks may be allocated meanwhile.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is valid.
+        must(check("begin a recording", unsafe { sys::cuStreamBeginCapture_v2(self.driver.stream(), mode) }));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        let mut graph = null_mut();
+        // SAFETY: `graph` outlives the call.
+        let ended = check("end a recording", unsafe { sys::cuStreamEndCapture(self.driver.stream(), &raw mut graph) });
+        drop(arena);
+        let result = match result {
+            Ok(result) => result,
+            Err(cause) => std::panic::resume_unwind(cause),
+        };
+        must(ended);
+        let mut executable = null_mut();
+        // SAFETY: the graph was just made, `executable` outlives the call.
+        must(check("prepare a recording", unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) }));
+        // SAFETY: the executable does not need the graph that it was made from.
+        must(check("drop a recording's plan", unsafe { sys::cuGraphDestroy(graph) }));
+        (result, DeviceGraph { driver: Arc::clone(&self.driver), executable })
+    }
+
+    /// Puts recorded work on the stream.
+    pub(in crate::kernels) fn replay(&self, graph: &DeviceGraph) {
+        self.driver.bind();
+        // SAFETY: the executable is valid, and so is the memory that it names: its arena lives as long as it.
+        must(check("play a recording", unsafe { sys::cuGraphLaunch(graph.executable, self.driver.stream()) }));
+    }
+
+    /// Gives the arena's blocks back to everybody. No recorded work may be left.
+    pub(in crate::kernels) fn close_arena(&self) {
+        self.pool.close_arena();
+    }
+}
+
+impl Drop for DeviceGraph {
+    fn drop(&mut self) {
+        self.driver.synchronize();
+        // SAFETY: made by `capture`, and not running.
+        let _: Result<(), CudaError> = check("drop a recording", unsafe { sys::cuGraphExecDestroy(self.executable) });
+    }
+}
