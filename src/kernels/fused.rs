@@ -30,6 +30,7 @@ pub struct FlowData {
     pub(super) x0: Buffer,
     pub(super) noise: Buffer,
     pub(super) samples: Buffer,
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read on a GPU"))]
     pub(super) batch: usize,
 }
 

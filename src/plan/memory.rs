@@ -13,7 +13,7 @@ const GIB: f64 = 1_073_741_824.0;
 /// The whole process on a GPU of the 16 GB class, libraries included: 14.5 GiB of the 14.75 that a T4 offers.
 pub const BUDGET_BYTES: u64 = 14_848 * 1024 * 1024;
 /// CUDA context, cuBLAS workspaces and loaded modules.
-const LIBRARY_BYTES: u64 = 1 << 30;
+pub const LIBRARY_BYTES: u64 = 1 << 30;
 /// Captions that go through a T5 layer at once.
 const CAPTION_BATCH: u64 = 64;
 /// Values kept per token and block, in units of `D`.

@@ -1,7 +1,7 @@
 //! The device that a run computes on.
 
 use crate::kernels::{DeviceError, Engine, Precision};
-use crate::plan::{self, DeviceRequest};
+use crate::plan::{self, BUDGET_BYTES, DeviceRequest, LIBRARY_BYTES, MemoryBudget};
 
 /// Whether this build can use a GPU.
 pub const fn has_gpu_code() -> bool {
@@ -23,6 +23,15 @@ pub fn open(request: DeviceRequest, precision: plan::Precision) -> Result<Engine
         DeviceRequest::Cpu => Ok(Engine::cpu()),
         DeviceRequest::Gpu => Engine::cuda(0, precision).or_else(|error| if auto { Engine::cuda(0, Precision::F16) } else { Err(error) }),
     }
+}
+
+/// What the process may hold on the device, from what others have left of it; buffers may take that less what the driver and the
+/// libraries need.
+pub fn limit_memory(engine: &Engine) -> MemoryBudget {
+    let Some((free, _)) = engine.device_memory() else { return MemoryBudget::Cpu };
+    let budget = BUDGET_BYTES.min(free as u64 + LIBRARY_BYTES / 2);
+    engine.set_memory_cap(budget.saturating_sub(LIBRARY_BYTES) as usize);
+    MemoryBudget::Gpu(budget)
 }
 
 /// Whether there is a GPU that works.

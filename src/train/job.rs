@@ -32,7 +32,7 @@ use crate::model::mmdit::{Mmdit, MmditConfig};
 use crate::model::weights::Weights;
 use crate::nn::flow_matching::SigmaTable;
 use crate::optim::Param;
-use crate::plan::{MemoryBudget, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
+use crate::plan::{ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
 use crate::store::claims::Claim;
 use crate::store::model_source::{ModelFolder, Parts};
 use crate::store::{Store, StoreErrorKind};
@@ -222,7 +222,7 @@ impl Run<'_> {
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
         let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.engine)?;
         let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
-        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), MemoryBudget::Cpu)?;
+        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), device::limit_memory(&self.engine))?;
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = match warm {
             None => layout.init(training.seed),

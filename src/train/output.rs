@@ -127,7 +127,7 @@ pub fn make(
         },
         base_model: serde_json::to_value(&config.model.source).map_err(local("describe the model's source"))?,
         device: device::name(compute).to_owned(),
-        dtype: "f32".to_owned(),
+        dtype: compute.precision().to_string(),
         started: rfc3339(trainer.started()),
         completed: Timestamp::now().to_string(),
         training_seconds: trainer.training_seconds(),
