@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 const SOURCES: &str = "src/kernels/cuda";
 
@@ -18,7 +18,7 @@ const HOPPER: &str = "_hopper";
 /// Intermediate code for what comes between and after them.
 const INTERMEDIATE: [&str; 2] = ["90", "120"];
 
-fn main() {
+fn main() -> ExitCode {
     println!("cargo::rerun-if-changed={SOURCES}");
     for variable in ["FINETUNE_NVCC", "FINETUNE_CUDA_ARCHS", "CUDA_HOME"] {
         println!("cargo::rerun-if-env-changed={variable}");
@@ -28,8 +28,9 @@ fn main() {
     {
         let lines: Vec<&str> = problem.lines().take(10).collect();
         println!("cargo::error={}", lines.join(" | "));
-        std::process::exit(1);
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
 
 fn compile() -> Result<(), String> {

@@ -1,6 +1,7 @@
 //! Time and memory of one micro-step (forward, loss, backward) of Stable Diffusion 3 Medium on a GPU, with random weights.
 //!
-//! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24] SIZE/BATCH...`
+//! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24]
+//! [--recompute BLOCKS] [--cap GIB] SIZE/BATCH...`
 //! with sizes in pixels, as 512/4; prints one JSON line per shape. `--profile` adds the time by kind of kernel.
 #![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
 
@@ -85,7 +86,10 @@ struct Options {
     steps: usize,
     layers: usize,
     rank: usize,
-    recompute: bool,
+    /// Blocks that are computed again in the backward pass.
+    recompute: usize,
+    /// Most GiB for buffers; the forward pass alone is then not timed.
+    cap: Option<f64>,
     profile: bool,
     /// (pixels, batch)
     shapes: Vec<(usize, usize)>,
@@ -93,7 +97,7 @@ struct Options {
 
 impl Options {
     fn parse() -> Result<Self> {
-        let mut options = Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: false, profile: false, shapes: Vec::new() };
+        let mut options = Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: 0, cap: None, profile: false, shapes: Vec::new() };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
@@ -109,7 +113,8 @@ impl Options {
                 "--steps" => options.steps = value()?.parse()?,
                 "--layers" => options.layers = value()?.parse()?,
                 "--rank" => options.rank = value()?.parse()?,
-                "--recompute" => options.recompute = true,
+                "--recompute" => options.recompute = value()?.parse()?,
+                "--cap" => options.cap = Some(value()?.parse()?),
                 "--profile" => options.profile = true,
                 "--bench" => {}
                 shape => {
@@ -147,7 +152,10 @@ fn main() -> Result<()> {
         param.value.iter_mut().for_each(|v| *v *= 0.01);
     }
     model.set_lora(&params)?;
-    model.set_recompute(&vec![options.recompute; config.num_layers]);
+    model.set_recompute(&vec![true; options.recompute]);
+    if let Some(cap) = options.cap {
+        engine.set_memory_cap((cap * f64::powi(1024.0, 3)) as usize);
+    }
     engine.synchronize();
     println!(
         "model loaded in {:.2} s, {} LoRA parameters, free memory {:?}",
@@ -191,7 +199,9 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
         }
         last = losses.iter().sum::<f64>() / batch as f64;
         let started = Instant::now();
-        model.forward_only(&x_t, &timesteps, &prompt, &pooled, 1.0, &[])?;
+        if options.cap.is_none() {
+            model.forward_only(&x_t, &timesteps, &prompt, &pooled, 1.0, &[])?;
+        }
         let forward = started.elapsed().as_secs_f64() * 1e3;
         if !last_step && step >= 3 {
             steps.push(whole);

@@ -334,7 +334,7 @@ impl Engine {
 
     /// A frozen weight W [outputs, inputs] from host values, kept in the form that is fastest.
     pub fn frozen(&self, outputs: usize, inputs: usize, values: &[f32]) -> FrozenMatrix {
-        on_gpu!(self, gpu => FrozenMatrix(Frozen::Device(gpu.weight(outputs, inputs, gpu.upload(values)))));
+        on_gpu!(self, gpu => FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload(values)))));
         FrozenMatrix(Frozen::Host(linear::Weight::Packed {
             forward: Packed::transposed(outputs, inputs, values),
             backward: Packed::new(outputs, inputs, values, inputs, 1, 1.0),
@@ -345,7 +345,7 @@ impl Engine {
     pub fn frozen_stored(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> FrozenMatrix {
         on_gpu!(self, gpu => {
             if let Some((precision, bytes)) = matrix.stored() {
-                return FrozenMatrix(Frozen::Device(gpu.weight(outputs, inputs, gpu.upload_stored(bytes, precision))));
+                return FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload_stored(bytes, precision))));
             }
             let mut values = vec![0.0; outputs * inputs];
             matrix.read_block(0..outputs, 0..inputs, &mut values);

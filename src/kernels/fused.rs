@@ -254,14 +254,6 @@ impl Engine {
         }
     }
 
-    /// Gives the memory of recordings that are no more back to everybody.
-    pub fn forget_recordings(&self) {
-        #[cfg(feature = "cuda")]
-        if let Backend::Cuda(gpu) = &self.backend {
-            gpu.close_arena();
-        }
-    }
-
     /// Zeros in f32 for each length. On a GPU all of them lie together, so that [`Engine::download_all`] is one copy.
     pub fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
         match &self.backend {

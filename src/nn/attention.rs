@@ -63,12 +63,18 @@ pub struct Attention {
 /// What RMSNorm keeps: its input and each head's reciprocal root.
 type NormSaved = Option<(Buffer, NormStats)>;
 
+/// x Aᵀ of layers that were projected together, if there is LoRA.
+#[derive(Debug)]
+struct StackSaved {
+    t: Option<Buffer>,
+}
+
 #[derive(Debug)]
 struct StreamSaved {
     /// Input [rows, D], if a projection of it has LoRA.
     x: Option<Buffer>,
     /// Whether query, key and value were projected together, and then what their LoRA keeps.
-    stacked: Option<Option<Buffer>>,
+    stacked: Option<StackSaved>,
     q: Option<LinearSaved>,
     k: LinearSaved,
     v: LinearSaved,
@@ -120,7 +126,7 @@ impl Projections {
             q = self.q.as_ref().and_then(|_| parts.next());
             (k, v) = (parts.next().unwrap_or_else(|| pass.engine.alloc(0)), parts.next().unwrap_or_else(|| pass.engine.alloc(0)));
             (q_saved, k_saved, v_saved) = (q.as_ref().map(|_| LinearSaved::default()), LinearSaved::default(), LinearSaved::default());
-            stacked = Some(t);
+            stacked = Some(StackSaved { t });
         } else {
             (q, q_saved) = self.q.as_ref().map(|q| q.forward(pass, rows, &x)).unzip();
             (k, k_saved) = self.k.forward(pass, rows, &x);
@@ -147,7 +153,7 @@ impl Projections {
         if let (Some((_, weight)), Some((before, stats))) = (&self.norms, &saved.k_norm) {
             pass.engine.rms_norm_backward(before, weight, stats, &mut dk);
         }
-        if let (Some(stack), Some(t)) = (&self.stack, &saved.stacked) {
+        if let (Some(stack), Some(StackSaved { t })) = (&self.stack, &saved.stacked) {
             if let (Some((weight, _)), Some((before, stats)), Some(mut dq)) = (&self.norms, &saved.q_norm, dq) {
                 pass.engine.rms_norm_backward(before, weight, stats, &mut dq);
             }

@@ -163,7 +163,7 @@ impl Device {
         }
     }
 
-    fn attend(&self, part: Part, kind: Kind, shape: &AttentionShape, parameters: Parameters) {
+    fn attend(&self, part: Part, kind: Kind, shape: &AttentionShape, parameters: &Parameters) {
         let tokens = if matches!(part, Part::BackwardKv) { shape.keys() } else { parameters.queries as usize };
         let blocks_of = |rows: usize| tokens.div_ceil(rows) * shape.heads * shape.batch;
         let driver = &self.driver;
@@ -174,7 +174,7 @@ impl Device {
         };
         let grid = (tokens.div_ceil(launch.rows), shape.heads, shape.batch);
         // SAFETY: `parameters` has the kernel's layout; its operands were checked against the shape.
-        unsafe { driver.launch((part.name(), launch.suffix), grid, launch.threads, launch.shared, arguments![parameters]) };
+        unsafe { driver.launch((part.name(), launch.suffix), grid, launch.threads, launch.shared, arguments![*parameters]) };
     }
 
     pub(in crate::kernels) fn attention(&self, shape: &AttentionShape, q: &Joint<Buffer>, k: &Joint<Buffer>, v: &Joint<Buffer>) -> (Joint<Buffer>, Buffer) {
@@ -183,7 +183,7 @@ impl Device {
         let out = Joint { image: like(&q.image), context: q.context.as_ref().map(like) };
         let lse = self.memory_of(shape.batch * shape.heads * shape.keys(), Kind::F32);
         let parameters = Self::parameters(shape, q, k, v, &out, &lse);
-        self.attend(Part::Forward, kind, shape, parameters);
+        self.attend(Part::Forward, kind, shape, &parameters);
         (out, Buffer::on_device(lse))
     }
 
@@ -228,8 +228,8 @@ impl Device {
             rows: rows.pointer(),
             ..Self::parameters(shape, q, k, v, out, lse.device())
         };
-        self.attend(Part::BackwardQ, kind, shape, parameters);
-        self.attend(Part::BackwardKv, kind, shape, parameters);
+        self.attend(Part::BackwardQ, kind, shape, &parameters);
+        self.attend(Part::BackwardKv, kind, shape, &parameters);
         (dq, dk, dv)
     }
 }

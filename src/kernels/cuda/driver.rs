@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute, CUfunction, CUfunction_attribute, CUmodule, CUresult, CUstream};
 
 use super::error::{CudaError, must};
-use super::timer::{Event, Profile};
+use super::timer::Profile;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
@@ -112,7 +112,7 @@ impl Driver {
 
     /// Begins to time what is put on the stream.
     pub(super) fn start_profile(&self) {
-        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Profile::default());
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Profile::new(self));
     }
 
     /// Ends it: (name, calls, milliseconds), longest first.
@@ -128,13 +128,12 @@ impl Driver {
 
     /// Does `work`, timed under this name while times are asked for.
     pub(super) fn timed<T>(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> T) -> T {
-        if !self.is_profiling() {
-            return work();
-        }
-        let before = Event::now(self);
+        let now = || self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(|profile| profile.now(self));
+        let Some(before) = now() else { return work() };
         let result = work();
-        let after = Event::now(self);
-        if let Some(profile) = self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        if let Some(after) = now()
+            && let Some(profile) = self.profile.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+        {
             profile.add(name(), before, after);
         }
         result

@@ -17,6 +17,7 @@ use super::{Device, DevicePool};
 #[derive(Debug)]
 pub(in crate::kernels) struct DeviceGraph {
     driver: Arc<Driver>,
+    pool: Arc<DevicePool>,
     executable: CUgraphExec,
 }
 
@@ -63,7 +64,8 @@ impl Device {
         must(check("prepare a recording", unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) }));
         // SAFETY: the executable does not need the graph that it was made from.
         must(check("drop a recording's plan", unsafe { sys::cuGraphDestroy(graph) }));
-        (result, DeviceGraph { driver: Arc::clone(&self.driver), executable })
+        self.pool.keep_arena();
+        (result, DeviceGraph { driver: Arc::clone(&self.driver), pool: Arc::clone(&self.pool), executable })
     }
 
     /// Puts recorded work on the stream.
@@ -72,11 +74,6 @@ impl Device {
         // SAFETY: the executable is valid, and so is the memory that it names: its arena lives as long as it.
         must(check("play a recording", unsafe { sys::cuGraphLaunch(graph.executable, self.driver.stream()) }));
     }
-
-    /// Gives the arena's blocks back to everybody. No recorded work may be left.
-    pub(in crate::kernels) fn close_arena(&self) {
-        self.pool.close_arena();
-    }
 }
 
 impl Drop for DeviceGraph {
@@ -84,5 +81,6 @@ impl Drop for DeviceGraph {
         self.driver.synchronize();
         // SAFETY: made by `capture`, and not running.
         let _: Result<(), CudaError> = check("drop a recording", unsafe { sys::cuGraphExecDestroy(self.executable) });
+        self.pool.leave_arena();
     }
 }

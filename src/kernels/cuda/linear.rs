@@ -14,6 +14,13 @@ pub(in crate::kernels) struct DeviceWeight {
     pub(super) inputs: usize,
 }
 
+impl DeviceWeight {
+    pub(in crate::kernels) fn new(outputs: usize, inputs: usize, values: Buffer) -> Self {
+        assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
+        Self { values: values.into_device(), outputs, inputs }
+    }
+}
+
 /// LoRA factors in the engine's precision, the rank padded with zeros.
 #[derive(Debug)]
 pub(in crate::kernels) struct DeviceLora {
@@ -44,11 +51,6 @@ impl Operand {
 }
 
 impl Device {
-    pub(in crate::kernels) fn weight(&self, outputs: usize, inputs: usize, values: Buffer) -> DeviceWeight {
-        assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
-        DeviceWeight { values: values.into_device(), outputs, inputs }
-    }
-
     pub(in crate::kernels) fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> DeviceLora {
         let padded = rank.next_multiple_of(RANK);
         assert!(a.len() == rank * inputs && b.len() == outputs * rank, "should be [rank, inputs] and [outputs, rank]");

@@ -23,6 +23,8 @@ struct Blocks {
     arena: BTreeMap<usize, Vec<u64>>,
     /// Whether work is being recorded.
     recording: bool,
+    /// Recorded works that there are.
+    recorded: usize,
     used: usize,
     cached: usize,
     peak: usize,
@@ -74,12 +76,11 @@ impl DevicePool {
             if blocks.used + size > cap {
                 return Err(refused);
             }
-            let block = match self.allocate(size) {
-                Some(block) => block,
-                None => {
-                    self.release(&mut blocks)?;
-                    self.allocate(size).ok_or(refused)?
-                }
+            let block = if let Some(block) = self.allocate(size) {
+                block
+            } else {
+                self.release(&mut blocks)?;
+                self.allocate(size).ok_or(refused)?
             };
             (block, size)
         };
@@ -93,11 +94,19 @@ impl DevicePool {
         self.lock().recording = recording;
     }
 
-    /// Makes the free blocks of recorded work free for all.
-    pub(super) fn close_arena(&self) {
+    /// There is one recorded work more.
+    pub(super) fn keep_arena(&self) {
+        self.lock().recorded += 1;
+    }
+
+    /// There is one recorded work less. After the last one its blocks are free for all.
+    pub(super) fn leave_arena(&self) {
         let mut blocks = self.lock();
-        for (size, list) in std::mem::take(&mut blocks.arena) {
-            blocks.free.entry(size).or_default().extend(list);
+        blocks.recorded -= 1;
+        if blocks.recorded == 0 {
+            for (size, list) in std::mem::take(&mut blocks.arena) {
+                blocks.free.entry(size).or_default().extend(list);
+            }
         }
     }
 
@@ -138,7 +147,6 @@ fn take_from(free: &mut BTreeMap<usize, Vec<u64>>, size: usize) -> Option<(u64, 
 impl Drop for DevicePool {
     fn drop(&mut self) {
         self.driver.synchronize();
-        self.close_arena();
         let _: Result<(), CudaError> = self.release(&mut self.lock());
     }
 }
@@ -158,7 +166,8 @@ impl Drop for Block {
         let mut blocks = self.pool.lock();
         blocks.used -= self.size;
         blocks.cached += self.size;
-        let list = if self.recorded { &mut blocks.arena } else { &mut blocks.free };
+        let arena = self.recorded && (blocks.recorded > 0 || blocks.recording);
+        let list = if arena { &mut blocks.arena } else { &mut blocks.free };
         list.entry(self.size).or_default().push(self.pointer);
     }
 }

@@ -132,7 +132,6 @@ impl Device {
 
     /// The backward of [`Device::stack_forward`]: `dy` is any of the gradients of the parts, which are columns of one matrix.
     /// Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
-    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
     pub(in crate::kernels) fn stack_backward(
         &self,
         rows: usize,

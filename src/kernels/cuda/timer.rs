@@ -35,14 +35,24 @@ pub(super) struct Event(CUevent);
 unsafe impl Send for Event {}
 
 impl Event {
-    pub(super) fn now(driver: &Driver) -> Self {
+    fn new(driver: &Driver) -> Self {
         driver.bind();
         let mut event = null_mut();
         // SAFETY: `event` outlives the call.
         must(check("make an event", unsafe { sys::cuEventCreate(&raw mut event, 0) }));
-        // SAFETY: event and stream are valid.
-        must(check("record an event", unsafe { sys::cuEventRecord(event, driver.stream()) }));
         Self(event)
+    }
+
+    pub(super) fn now(driver: &Driver) -> Self {
+        let event = Self::new(driver);
+        event.record(driver);
+        event
+    }
+
+    fn record(&self, driver: &Driver) {
+        driver.bind();
+        // SAFETY: event and stream are valid.
+        must(check("record an event", unsafe { sys::cuEventRecord(self.0, driver.stream()) }));
     }
 
     /// Waits until the stream has passed it.
@@ -67,18 +77,35 @@ impl Drop for Event {
 }
 
 /// What ran, between which events.
-#[derive(Debug, Default)]
-pub(super) struct Profile(Vec<(String, Event, Event)>);
+#[derive(Debug)]
+pub(super) struct Profile {
+    done: Vec<(String, Event, Event)>,
+    /// Made before: the host would else fall behind the device.
+    spare: Vec<Event>,
+}
+
+/// Events that are made before a profile.
+const SPARE: usize = 8192;
 
 impl Profile {
+    pub(super) fn new(driver: &Driver) -> Self {
+        Self { done: Vec::with_capacity(SPARE / 2), spare: (0..SPARE).map(|_| Event::new(driver)).collect() }
+    }
+
+    pub(super) fn now(&mut self, driver: &Driver) -> Event {
+        let event = self.spare.pop().unwrap_or_else(|| Event::new(driver));
+        event.record(driver);
+        event
+    }
+
     pub(super) fn add(&mut self, name: String, before: Event, after: Event) {
-        self.0.push((name, before, after));
+        self.done.push((name, before, after));
     }
 
     /// (name, calls, milliseconds), longest first. The stream must have passed all events.
     pub(super) fn sums(self) -> Vec<(String, usize, f64)> {
         let mut sums: BTreeMap<String, (usize, f64)> = BTreeMap::new();
-        for (name, before, after) in self.0 {
+        for (name, before, after) in self.done {
             let sum = sums.entry(name).or_default();
             *sum = (sum.0 + 1, sum.1 + f64::from(before.milliseconds_to(&after)));
         }

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::run::{Inputs, Mode, unscaled};
 use super::{Mmdit, MmditError};
-use crate::kernels::{Buffer, Engine, FlowData, FlowSample, PatchLayout, Recording};
+use crate::kernels::{Buffer, FlowData, FlowSample, PatchLayout, Recording};
 use crate::nn::flow_matching::{self, LossKind};
 use crate::nn::{DropoutKey, Gradients};
 
@@ -87,9 +87,10 @@ impl Mmdit {
         // Each step's dropout masks are others.
         let records = engine.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
         let key = (x.dims().to_vec(), prompt_embeds.dims().to_vec(), target.kind.precondition_outputs);
-        let mut recorded = self.recorded.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recorded = self.recorded.0.lock().unwrap_or_else(PoisonError::into_inner);
         match recorded.iter().find(|step| step.key == key).map(|step| &step.state).filter(|_| records) {
-            Some(State::Recorded { recording, inputs, data, gradients, sums }) => {
+            Some(State::Recorded(step)) => {
+                let RecordedStep { recording, inputs, data, gradients, sums } = &**step;
                 self.overwrite(inputs, x, timestep, prompt_embeds, pooled)?;
                 engine.overwrite_flow_data(data, target.x0, target.noise, &samples);
                 engine.replay(recording);
@@ -111,7 +112,7 @@ impl Mmdit {
                 engine.replay(&recording);
                 let outcome = outcome(&gradients, &sums);
                 if let Some(step) = recorded.iter_mut().find(|step| step.key == key) {
-                    step.state = State::Recorded { recording, inputs, data, gradients, sums };
+                    step.state = State::Recorded(Box::new(RecordedStep { recording, inputs, data, gradients, sums }));
                 }
                 Ok(outcome)
             }
@@ -132,11 +133,8 @@ impl Mmdit {
 const RECORDINGS: usize = 8;
 
 /// Steps that a GPU has recorded. They hold memory that nothing else can use.
-#[derive(Debug)]
-pub(super) struct Recorded {
-    steps: Mutex<Vec<Step>>,
-    engine: Engine,
-}
+#[derive(Debug, Default)]
+pub(super) struct Recorded(Mutex<Vec<Step>>);
 
 /// Dimensions of latents and prompt, and whether outputs are preconditioned.
 type Key = (Vec<usize>, Vec<usize>, bool);
@@ -151,30 +149,24 @@ struct Step {
 enum State {
     /// Done once, not recorded yet.
     Seen,
-    Recorded {
-        recording: Recording,
-        inputs: Inputs,
-        data: FlowData,
-        gradients: Gradients,
-        sums: Buffer,
-    },
+    /// Recorded.
+    Recorded(Box<RecordedStep>),
+}
+
+/// A recorded step with the places of its inputs and results.
+#[derive(Debug)]
+struct RecordedStep {
+    recording: Recording,
+    inputs: Inputs,
+    data: FlowData,
+    gradients: Gradients,
+    sums: Buffer,
 }
 
 impl Recorded {
-    pub(super) fn new(engine: &Engine) -> Self {
-        Self { steps: Mutex::default(), engine: engine.clone() }
-    }
-
     /// Forgets all of them and gives their memory back to everybody.
     pub(super) fn clear(&self) {
-        self.steps.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.engine.forget_recordings();
-    }
-}
-
-impl Drop for Recorded {
-    fn drop(&mut self) {
-        self.clear();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 

@@ -181,7 +181,6 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
     let mut norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
-    let own_engine = engine.clone();
     let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
     let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
@@ -206,7 +205,7 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
         proj_out,
         recompute,
         spread: None,
-        recorded: super::flow::Recorded::new(&own_engine),
+        recorded: super::flow::Recorded::default(),
         in_file: !convert && !on_gpu,
     })
 }
