@@ -4,14 +4,14 @@ use finetune::kernels::{Buffer, Engine, Precision};
 use finetune::rng::{Purpose, Stream};
 
 /// The GPU in a precision beside the CPU.
-pub struct Pair {
-    pub gpu: Engine,
-    pub cpu: Engine,
+pub(crate) struct Pair {
+    pub(crate) gpu: Engine,
+    pub(crate) cpu: Engine,
     /// Allowed relative error (Frobenius) of a result.
-    pub tolerance: f64,
+    pub(crate) tolerance: f64,
 }
 
-pub fn pairs() -> Vec<Pair> {
+pub(crate) fn pairs() -> Vec<Pair> {
     [(Precision::F32, 2e-6), (Precision::F16, 1.5e-3), (Precision::Bf16, 1.2e-2)]
         .into_iter()
         .map(|(precision, tolerance)| {
@@ -23,13 +23,13 @@ pub fn pairs() -> Vec<Pair> {
 }
 
 /// Fills memory that later buffers get with NaN: a result that is not written is seen.
-pub fn poison(engine: &Engine) {
+pub(crate) fn poison(engine: &Engine) {
     let lengths = (0..14).map(|i| 1 << i).chain([100_000, 1_000_000]);
     let poisoned: Vec<Buffer> = lengths.flat_map(|len| (0..6).map(move |_| len)).map(|len| engine.upload(&vec![f32::NAN; len])).collect();
     drop(poisoned);
 }
 
-pub fn random(len: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0; len];
     Stream::new(seed, Purpose::Noise, 1, 0).fill_normal(&mut values);
     values
@@ -37,28 +37,28 @@ pub fn random(len: usize, seed: u64) -> Vec<f32> {
 
 impl Pair {
     /// What both devices are given: the values as the GPU's precision holds them.
-    pub fn rounded(&self, values: &[f32]) -> Vec<f32> {
+    pub(crate) fn rounded(&self, values: &[f32]) -> Vec<f32> {
         self.gpu.download(&self.gpu.upload(values))
     }
 
     /// Random values that both hold exactly.
-    pub fn random(&self, len: usize, seed: u64) -> Vec<f32> {
+    pub(crate) fn random(&self, len: usize, seed: u64) -> Vec<f32> {
         self.rounded(&random(len, seed))
     }
 
-    pub fn check(&self, what: &str, got: &[f32], want: &[f32]) {
+    pub(crate) fn check(&self, what: &str, got: &[f32], want: &[f32]) {
         let error = relative(got, want);
         println!("{:>5} {what:<50} {error:.2e}", self.gpu.precision().to_string());
         assert!(error <= self.tolerance, "{} {what}: {error:.3e} > {:.1e}", self.gpu.precision(), self.tolerance);
     }
 
-    pub fn compare(&self, what: &str, got: &Buffer, want: &Buffer) {
+    pub(crate) fn compare(&self, what: &str, got: &Buffer, want: &Buffer) {
         self.check(what, &self.gpu.download(got), &self.cpu.download(want));
     }
 }
 
 /// ‖got - want‖ / ‖want‖; NaN counts as infinite.
-pub fn relative(got: &[f32], want: &[f32]) -> f64 {
+pub(crate) fn relative(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square = |f: &dyn Fn(usize) -> f64| (0..want.len()).map(|i| f(i).powi(2)).sum::<f64>().sqrt();
     let error = square(&|i| f64::from(got[i]) - f64::from(want[i])) / square(&|i| f64::from(want[i])).max(1e-30);

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use candle_core::Device;
 use finetune::model::ModelDir;
 use finetune::model::lora::LoraState;
 use finetune::rng::{Purpose, Stream};

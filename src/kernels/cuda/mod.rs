@@ -16,8 +16,8 @@ mod linear;
 mod ops;
 mod pool;
 mod stack;
-mod stream;
 mod staging;
+mod stream;
 mod thin;
 mod timer;
 
