@@ -25,19 +25,19 @@ pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Insp
     Inspection { dataset: dataset(config, environment).await, model: model(config, environment).await }
 }
 
-fn impatient(policy: RetryPolicy) -> RetryPolicy {
-    RetryPolicy { max_retries: 1, total: policy.total.min(PATIENCE), connect_timeout: policy.connect_timeout.min(PATIENCE), ..policy }
+fn impatient(policy: &RetryPolicy) -> RetryPolicy {
+    RetryPolicy { max_retries: 1, total: policy.total.min(PATIENCE), connect_timeout: policy.connect_timeout.min(PATIENCE), ..policy.clone() }
 }
 
 async fn dataset(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
     let mut options = environment.store_options(config);
-    options.retry = impatient(options.retry);
+    options.retry = impatient(&options.retry);
     Dataset::scan(&Store::open(&config.dataset.uri, &options)?, &config.dataset).await
 }
 
 async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(), ModelSourceError> {
     let (source, mut options) = environment.model_source(config);
-    options.retry = impatient(options.retry);
+    options.retry = impatient(&options.retry);
     ModelFolder::open(&source, &options, &environment.cache_dir).await?.check(Parts::ALL)
 }
 

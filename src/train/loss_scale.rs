@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(scale.factor(), 65536.0);
         (0..INTERVAL * 20).for_each(|_| scale.succeeded());
         assert_eq!(scale.factor(), f64::from(1 << LAST));
-        assert_eq!((0..LAST + 1).filter(|_| scale.overflowed()).count(), LAST as usize);
+        assert_eq!((0..=LAST).filter(|_| scale.overflowed()).count(), LAST as usize);
         assert_eq!(scale.factor(), 1.0);
     }
 }

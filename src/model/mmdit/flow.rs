@@ -19,9 +19,9 @@ pub struct FlowTarget<'a> {
     pub x0: &'a [f32],
     /// [B, C, h, w].
     pub noise: &'a [f32],
-    /// [B].
+    /// One per sample.
     pub sigmas: &'a [f32],
-    /// What each sample's loss counts in the gradients [B].
+    /// What each sample's loss counts in the gradients: one per sample.
     pub coefficients: &'a [f64],
 }
 
