@@ -69,66 +69,27 @@ __device__ __forceinline__ void backward_q_hopper(const AttentionParameters& p) 
       for (int e = 0; e < 4; ++e) d_p[n][e] = s[n][e] * (d_p[n][e] - delta[e / 2]);
     round_fragments<T>(d_s, d_p);
   };
-  if constexpr (S::AHEAD) {
-    float scores[2][8][4];
-    // s: the scores of this step; next: those of the next one are computed there meanwhile.
-    const auto step = [&](float (&s)[8][4], float (&next)[8][4], int first) {
-      Turn<S::STAGES> after = turn;
-      after.next();
-      if (first + S::STEP < keys) wait_full<S>(stages, after);
-      pin(d_p);
-      pin(next);
-      products_begin();
-      d_out.begin(d_p, stages.second_tile(turn.stage));
-      q.begin(next, stages.first_tile(after.stage));  // after the last step: of old values, never used
-      products_wait<2>();                                      // d_q of the step before
-      if (first) release<S>(stages, before);
-      exponentials(s, first);
-      products_wait<1>();
-      pin(d_p);
-      gradients(s);
-      pin(d_q);
-      products_begin();
-      begin_columns<T>(d_q, d_s, stages.first_tile(turn.stage));
-      products_wait<1>();  // the next scores
-      pin(next);
-      before = turn;
-      turn = after;
-    };
+  float s[8][4];
+  for (int first = 0; first < keys; first += S::STEP) {
     wait_full<S>(stages, turn);
+    pin(s);
+    pin(d_p);
     products_begin();
-    q.begin(scores[0], stages.first_tile(turn.stage));
+    q.begin(s, stages.first_tile(turn.stage));
+    d_out.begin(d_p, stages.second_tile(turn.stage));
+    products_wait<2>();  // d_q of the step before
+    if (first) release<S>(stages, before);
+    products_wait<1>();
+    pin(s);
+    exponentials(s, first);
     products_wait<0>();
-    pin(scores[0]);
-    for (int first = 0;;) {
-      step(scores[0], scores[1], first);
-      if ((first += S::STEP) >= keys) break;
-      step(scores[1], scores[0], first);
-      if ((first += S::STEP) >= keys) break;
-    }
-  } else {
-    float s[8][4];
-    for (int first = 0; first < keys; first += S::STEP) {
-      wait_full<S>(stages, turn);
-      pin(s);
-      pin(d_p);
-      products_begin();
-      q.begin(s, stages.first_tile(turn.stage));
-      d_out.begin(d_p, stages.second_tile(turn.stage));
-      products_wait<2>();  // d_q of the step before
-      if (first) release<S>(stages, before);
-      products_wait<1>();
-      pin(s);
-      exponentials(s, first);
-      products_wait<0>();
-      pin(d_p);
-      gradients(s);
-      pin(d_q);
-      products_begin();
-      begin_columns<T>(d_q, d_s, stages.first_tile(turn.stage));
-      before = turn;
-      turn.next();
-    }
+    pin(d_p);
+    gradients(s);
+    pin(d_q);
+    products_begin();
+    begin_columns<T>(d_q, d_s, stages.first_tile(turn.stage));
+    before = turn;
+    turn.next();
   }
   products_wait<0>();
   pin(d_q);
@@ -183,74 +144,31 @@ __device__ __forceinline__ void backward_kv_hopper(const AttentionParameters& p)
       for (int e = 0; e < 4; ++e) d_p[n][e] = s[n][e] * (d_p[n][e] - x[2 * (e % 2) + 1]);
     }
   };
-  if constexpr (S::AHEAD) {
-    float scores[2][8][4];
-    // s: the scores of this step; next: those of the next one are computed there meanwhile.
-    const auto step = [&](float (&s)[8][4], float (&next)[8][4], int first) {
-      Turn<S::STAGES> after = turn;
-      after.next();
-      if (first + S::STEP < p.queries) wait_full<S>(stages, after);
-      pin(d_p);
-      pin(next);
-      products_begin();
-      v.begin(d_p, stages.second_tile(turn.stage));
-      k.begin(next, stages.first_tile(after.stage));  // after the last step: of old values, never used
-      products_wait<2>();                                      // d_v and d_k of the step before
-      if (first) release<S>(stages, before);
-      exponentials(s);
-      pin(d_v);
-      products_begin();
-      begin_columns<T>(d_v, probabilities, stages.second_tile(turn.stage));
-      products_wait<2>();
-      pin(d_p);
-      gradients(s);
-      round_fragments<T>(d_s, d_p);
-      pin(d_k);
-      products_begin();
-      begin_columns<T>(d_k, d_s, stages.first_tile(turn.stage));
-      products_wait<2>();  // the next scores
-      pin(next);
-      before = turn;
-      turn = after;
-    };
+  float s[8][4];
+  for (int first = 0; first < p.queries; first += S::STEP) {
     wait_full<S>(stages, turn);
+    pin(s);
+    pin(d_p);
     products_begin();
-    k.begin(scores[0], stages.first_tile(turn.stage));
-    products_wait<0>();
-    pin(scores[0]);
-    for (int first = 0;;) {
-      step(scores[0], scores[1], first);
-      if ((first += S::STEP) >= p.queries) break;
-      step(scores[1], scores[0], first);
-      if ((first += S::STEP) >= p.queries) break;
-    }
-  } else {
-    float s[8][4];
-    for (int first = 0; first < p.queries; first += S::STEP) {
-      wait_full<S>(stages, turn);
-      pin(s);
-      pin(d_p);
-      products_begin();
-      k.begin(s, stages.first_tile(turn.stage));
-      v.begin(d_p, stages.second_tile(turn.stage));
-      products_wait<2>();  // d_v and d_k of the step before
-      if (first) release<S>(stages, before);
-      products_wait<1>();
-      pin(s);
-      exponentials(s);
-      pin(d_v);
-      products_begin();
-      begin_columns<T>(d_v, probabilities, stages.second_tile(turn.stage));
-      products_wait<1>();
-      pin(d_p);
-      gradients(s);
-      round_fragments<T>(d_s, d_p);
-      pin(d_k);
-      products_begin();
-      begin_columns<T>(d_k, d_s, stages.first_tile(turn.stage));
-      before = turn;
-      turn.next();
-    }
+    k.begin(s, stages.first_tile(turn.stage));
+    v.begin(d_p, stages.second_tile(turn.stage));
+    products_wait<2>();  // d_v and d_k of the step before
+    if (first) release<S>(stages, before);
+    products_wait<1>();
+    pin(s);
+    exponentials(s);
+    pin(d_v);
+    products_begin();
+    begin_columns<T>(d_v, probabilities, stages.second_tile(turn.stage));
+    products_wait<1>();
+    pin(d_p);
+    gradients(s);
+    round_fragments<T>(d_s, d_p);
+    pin(d_k);
+    products_begin();
+    begin_columns<T>(d_k, d_s, stages.first_tile(turn.stage));
+    before = turn;
+    turn.next();
   }
   products_wait<0>();
   pin(d_k);
@@ -260,10 +178,10 @@ __device__ __forceinline__ void backward_kv_hopper(const AttentionParameters& p)
   write_rows<T>(Rows<T>(p.d_v, p, batch, head), d_v, one, token, keys);
 }
 
-using HopperBackwardQ = HopperTile<3, 64, 4, 1, false, true>;
-using HopperBackwardQPair = HopperTile<1, 64, 4, 2, false, false>;
-using HopperBackwardKv = HopperTile<2, 64, 4, 1, false, false>;
-using HopperBackwardKvPair = HopperTile<1, 64, 4, 2, false, false>;
+using HopperBackwardQ = HopperTile<3, 64, 4, 1, true>;
+using HopperBackwardQPair = HopperTile<1, 64, 4, 2, false>;
+using HopperBackwardKv = HopperTile<2, 64, 4, 1, false>;
+using HopperBackwardKvPair = HopperTile<1, 64, 4, 2, false>;
 static_assert(HopperBackwardQ::SHARED == 118784 && HopperBackwardKv::SHARED == 69632 && HopperBackwardKvPair::SHARED == 69632);
 
 }  // namespace attention

@@ -54,68 +54,28 @@ __device__ __forceinline__ void forward_hopper(const AttentionParameters& p) {
   };
 
   Turn<S::STAGES> turn;
-  if constexpr (S::AHEAD) {
-    Turn<S::STAGES> turn;
+  for (int first = 0; first < keys; first += S::STEP) {
     wait_full<S>(stages, turn);
+    pin(s);
     products_begin();
     q.begin(s, stages.first_tile(turn.stage));
     products_wait<0>();
     pin(s);
-    softmax(0);
+    softmax(first);
     round_fragments<T>(probabilities, s);
-    for (int first = S::STEP; first < keys; first += S::STEP) {
-      // The scores of this step and the output of the one before, together; the softmax of this step meets the latter.
-      const Turn<S::STAGES> before = turn;
-      turn.next();
-      wait_full<S>(stages, turn);
-      pin(s);
-      pin(out);
-      products_begin();
-      q.begin(s, stages.first_tile(turn.stage));
-      begin_columns<T>(out, probabilities, stages.second_tile(before.stage));
-      products_wait<1>();
-      pin(s);
-      softmax(first);
-      products_wait<0>();
-      pin(out);
-      release<S>(stages, before);
-      if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {  // the maxima soon stay
-  #pragma unroll
-        for (int n = 0; n < 8; ++n)
-  #pragma unroll
-          for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
-      }
-      round_fragments<T>(probabilities, s);
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {  // the maxima soon stay
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
     }
     pin(out);
     products_begin();
     begin_columns<T>(out, probabilities, stages.second_tile(turn.stage));
     products_wait<0>();
     pin(out);
-  } else {
-    for (int first = 0; first < keys; first += S::STEP) {
-      wait_full<S>(stages, turn);
-      pin(s);
-      products_begin();
-      q.begin(s, stages.first_tile(turn.stage));
-      products_wait<0>();
-      pin(s);
-      softmax(first);
-      round_fragments<T>(probabilities, s);
-      if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {  // the maxima soon stay
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
-      }
-      pin(out);
-      products_begin();
-      begin_columns<T>(out, probabilities, stages.second_tile(turn.stage));
-      products_wait<0>();
-      pin(out);
-      release<S>(stages, turn);
-      turn.next();
-    }
+    release<S>(stages, turn);
+    turn.next();
   }
 
   float* lse = p.lse + row_of(p, batch, head);
@@ -130,8 +90,8 @@ __device__ __forceinline__ void forward_hopper(const AttentionParameters& p) {
   write_rows<T>(Rows<T>(p.out, p, batch, head), out, total, token, p.queries);
 }
 
-using HopperForward = HopperTile<4, 64, 4, 1, false, true>;
-using HopperForwardPair = HopperTile<2, 64, 3, 2, false, true>;
+using HopperForward = HopperTile<4, 64, 4, 1, true>;
+using HopperForwardPair = HopperTile<2, 64, 3, 2, true>;
 static_assert(HopperForward::SHARED == 135168 && HopperForwardPair::SHARED == 84992);
 
 }  // namespace attention

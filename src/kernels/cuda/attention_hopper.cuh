@@ -64,8 +64,8 @@ __device__ __forceinline__ uint64_t operand(uint32_t tile) {
 }
 
 #define ATTENTION_C4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-#define ATTENTION_C32(c, n) \
-  ATTENTION_C4(c[n]), ATTENTION_C4(c[n + 1]), ATTENTION_C4(c[n + 2]), ATTENTION_C4(c[n + 3]), ATTENTION_C4(c[n + 4]), ATTENTION_C4(c[n + 5]), ATTENTION_C4(c[n + 6]), ATTENTION_C4(c[n + 7])
+#define ATTENTION_C32(c) \
+  ATTENTION_C4(c[0]), ATTENTION_C4(c[1]), ATTENTION_C4(c[2]), ATTENTION_C4(c[3]), ATTENTION_C4(c[4]), ATTENTION_C4(c[5]), ATTENTION_C4(c[6]), ATTENTION_C4(c[7])
 
 // c[64, 8·N] (+)= a[64, 16] · b. TRANSPOSED 0: b's rows in memory are its columns (n); 1: they are k.
 template <typename T, int TRANSPOSED>
@@ -80,7 +80,7 @@ struct Product;
           "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                                                     \
           " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
           "%27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"                                                         \
-          : ATTENTION_C32(c, 0)                                                                                                           \
+          : ATTENTION_C32(c)                                                                                                              \
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                                        \
     }                                                                                                                                     \
     __device__ __forceinline__ static void add(float (&c)[8][4], uint64_t a, uint64_t b, int accumulate) {                                \
@@ -89,18 +89,8 @@ struct Product;
           "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                                                                     \
           " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
           "%27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, %35;\n}"                                                                       \
-          : ATTENTION_C32(c, 0)                                                                                                           \
+          : ATTENTION_C32(c)                                                                                                              \
           : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                                                                            \
-    }                                                                                                                                     \
-    __device__ __forceinline__ static void add(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, int accumulate) {                  \
-      asm volatile(                                                                                                                       \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                                                                                    \
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                                                                    \
-          " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
-          "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "  \
-          "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"                      \
-          : ATTENTION_C32(c, 0), ATTENTION_C32(c, 8)                                                                                      \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSED));                                        \
     }                                                                                                                                     \
   };
 ATTENTION_PRODUCT(__half, "f16")
@@ -205,13 +195,12 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-template <int WARPGROUPS_, int STEP_, int STAGES_, int BLOCKS_, bool AHEAD_, bool OWN_SHARED_>
+template <int WARPGROUPS_, int STEP_, int STAGES_, int BLOCKS_, bool OWN_SHARED_>
 struct HopperTile {
   static constexpr int WARPGROUPS = WARPGROUPS_;
   static constexpr int STEP = STEP_;      // rows of the other side per step
   static constexpr int STAGES = STAGES_;  // steps in shared memory
   static constexpr int BLOCKS = BLOCKS_;  // blocks per multiprocessor that registers must allow
-  static constexpr bool AHEAD = AHEAD_;   // the scores of the next step are computed while this one's are used
   static constexpr bool OWN_SHARED = OWN_SHARED_;  // a block's own rows stay in shared memory, else in registers
   static constexpr int ROWS = 64 * WARPGROUPS;
   static constexpr int THREADS = 128 * (WARPGROUPS + 1);

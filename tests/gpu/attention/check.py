@@ -1,6 +1,6 @@
 """Attention kernels against the formulae in float64, beside PyTorch's own attention in the same precision; then timings.
 
-    python check.py FOLDER [check [product] [sm_75] [hopper] [tiles] [plain]] [time] [profile] [sanitize]   FOLDER: what `build` wrote
+    python check.py FOLDER [check [portable] [sm_75] [hopper] [plain]] [time] [profile] [sanitize]   FOLDER: what `build` wrote
 
 Every case: outputs start as NaN, operands lie between NaNs, two runs must agree bit for bit. A tensor's error is
 ‖x - reference‖ / ‖reference‖; it fails above 1.1 times that of PyTorch (flash attention in f16 and bf16, the plain form in f32).
@@ -71,7 +71,7 @@ def check(folder, labels):
         if labels and label not in labels:
             continue
         backend = SDPBackend.MATH if dtype == "f32" or head_dim % 8 else SDPBackend.FLASH_ATTENTION
-        for number, case in enumerate(cases(dtype, head_dim, label in ("product", "hopper") or dtype == "f32")):
+        for number, case in enumerate(cases(dtype, head_dim, label in ("portable", "hopper") or dtype == "f32")):
             problem = Problem(DTYPES[dtype], **case)
             reference = problem.reference()
             theirs = peers(problem, backend)
@@ -210,7 +210,7 @@ if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
     folder, what = sys.argv[1], sys.argv[2:] or ["check", "time"]
     began = time.time()
-    labels = [w for w in what if w in ("product", "sm_75", "hopper", "tiles", "plain")]
+    labels = [w for w in what if w in ("portable", "sm_75", "hopper", "plain")]
     failures = check(folder, labels) if "check" in what else []
     print(f"check took {time.time() - began:.1f} s", flush=True)
     if "sanitize" in what:

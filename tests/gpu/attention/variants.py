@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 
 from driver import Kernel, Module
 
@@ -34,36 +33,25 @@ def tensor_cores(folder, dtype, old=False):
 
 
 def hopper(folder, dtype):
+    """The large blocks and the pairs."""
     modules = [module(folder, f"attention_{name}_hopper.cubin") for name in ("forward", "backward", "backward")]
-    return [Kernel(m, f"attention_{part}_{dtype}_d64_hopper", rows, threads, 69632) for m, part, rows, threads in zip(modules, PARTS, (192, 128, 128), (512, 384, 384))]
-
-
-def tiles(folder):
-    """The other tiles of tiles_hopper.cu, by part."""
-    found = {part: [] for part in PARTS}
-    if not os.path.exists(os.path.join(folder, "tiles_hopper.cubin")):
-        return found
-    m = module(folder, "tiles_hopper.cubin")
-    for part, name, tile in re.findall(r"^TILE\((\w+), (\w+), (.*)\)", open(os.path.join(os.path.dirname(__file__), "tiles_hopper.cu")).read(), re.M):
-        groups, step, stages, _, _, own = (x.strip() for x in tile.split(","))
-        groups, step, stages = int(groups), int(step), int(stages)
-        shared = -(-stages * (step * 264 + 16) // 1024) * 1024 + 1024 + (groups * 64 * 256 if own == "true" else 0)
-        found[part].append(Kernel(m, f"attention_{part}_bf16_d64_{name}", 64 * groups, 128 * (groups + 1), shared))
-    return found
+    sizes = {
+        "": [(256, 640, 135168), (192, 512, 118784), (128, 384, 69632)],
+        "_pair": [(128, 384, 84992), (64, 256, 69632), (64, 256, 69632)],
+    }
+    return [
+        tuple(Kernel(m, f"attention_{part}_{dtype}_d64_hopper{suffix}", *size) for m, part, size in zip(modules, PARTS, of))
+        for suffix, of in sizes.items()
+    ]
 
 
 def correctness(folder):
     """(dtype, head_dim, label, [(forward, backward_q, backward_kv)])"""
     for dtype in ["bf16", "f16"]:
-        yield dtype, 64, "product", [tuple(tensor_cores(folder, dtype))]
+        yield dtype, 64, "portable", [tuple(tensor_cores(folder, dtype))]
     yield "f16", 64, "sm_75", [tuple(tensor_cores(folder, "f16", old=True))]
     for dtype in ["bf16", "f16"]:
-        yield dtype, 64, "hopper", [tuple(hopper(folder, dtype))]
-    found = tiles(folder)
-    chosen = hopper(folder, "bf16")
-    yield "bf16", 64, "tiles", [
-        tuple(of[i] if i < len(of) else default for of, default in zip(found.values(), chosen)) for i in range(max(map(len, found.values())))
-    ]
+        yield dtype, 64, "hopper", hopper(folder, dtype)
     for head_dim in [8, 16, 32, 33, 64, 96, 128]:
         yield "f32", head_dim, "plain", [tuple(plain(folder, "f32", head_dim))]
     for dtype, head_dim in itertools.product(["f16", "bf16"], [8, 32, 64, 80]):
@@ -72,7 +60,4 @@ def correctness(folder):
 
 def timed(folder, dtype):
     """Kernels by part."""
-    parts = [[a, b] for a, b in zip(tensor_cores(folder, dtype), hopper(folder, dtype))]
-    if dtype == "bf16":
-        parts = [part + more for part, more in zip(parts, tiles(folder).values())]
-    return parts
+    return list(zip(tensor_cores(folder, dtype), *hopper(folder, dtype)))
