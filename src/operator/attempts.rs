@@ -69,12 +69,25 @@ impl Attempts {
 
     /// Notes the end of an attempt whose pod has ended or is gone.
     fn end(&mut self, index: usize, world: &World, suspending: bool, now: Timestamp) {
+        let newest = index + 1 == self.history.len();
         let Some(attempt) = self.history.get_mut(index).filter(|attempt| attempt.cause.is_none()) else { return };
+        let completed = |attempt: &Attempt| {
+            world.job_uid() == Some(attempt.job_uid.as_str()) && world.job.as_deref().and_then(world::job_end) == Some(world::JobEnd::Complete)
+        };
         let end = match world.pods.iter().find(|pod| pod.metadata.uid.as_deref() == Some(attempt.pod_uid.as_str())) {
+            // A Job completes by its last pod.
+            None if newest && completed(attempt) => End { cause: AttemptCause::Succeeded, exit_code: None, reason: None, time: now },
             None => End { cause: if suspending { AttemptCause::Suspended } else { AttemptCause::Lost }, exit_code: None, reason: None, time: now },
             Some(pod) => match end_of(pod, suspending, now) {
-                // A pod that succeeded says so once its Job does: one write instead of two.
-                Some(end) if end.cause == AttemptCause::Succeeded && job_of(pod, world).is_some_and(|job| world::job_end(job).is_none()) => return,
+                // A pod that succeeded says so once its Job does: one write instead of two. One that is being deleted (its node was lost, say) is
+                // gone by then, and its last words with it.
+                Some(end)
+                    if end.cause == AttemptCause::Succeeded
+                        && pod.metadata.deletion_timestamp.is_none()
+                        && job_of(pod, world).is_some_and(|job| world::job_end(job).is_none()) =>
+                {
+                    return;
+                }
                 Some(end) => end,
                 None => return,
             },

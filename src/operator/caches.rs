@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 
 use super::kueue::{self, Workload};
 use super::nodes;
+use super::pod_names::PodNames;
 use super::progress::Changed;
 use crate::api::{FineTuneJob, JOB_LABEL};
 
@@ -41,6 +42,8 @@ pub struct Caches {
     pub children: Store<Job>,
     /// Pods with our label.
     pub pods: Store<Pod>,
+    /// Which of them belong to whom.
+    pod_names: PodNames,
     /// Workloads by the UID of their Job.
     workloads: Arc<RwLock<HashMap<String, Workload>>>,
     kueue: Arc<AtomicBool>,
@@ -55,6 +58,11 @@ impl Debug for Caches {
 }
 
 impl Caches {
+    /// The pods with the label of the FineTuneJob `namespace/job`, also those of an earlier one of that name.
+    pub fn pods_of(&self, namespace: &str, job: &str) -> Vec<Arc<Pod>> {
+        self.pod_names.of(namespace, job).into_iter().filter_map(|name| self.pods.get(&ObjectRef::new(&name).within(namespace))).collect()
+    }
+
     /// The Workload of a Job.
     pub fn workload(&self, job_uid: &str) -> Option<Workload> {
         self.workloads.read().unwrap_or_else(PoisonError::into_inner).get(job_uid).cloned()
@@ -110,6 +118,7 @@ pub fn start(
         jobs: jobs.clone(),
         children: child_writer.as_reader(),
         pods: pod_writer.as_reader(),
+        pod_names: PodNames::default(),
         workloads: Arc::default(),
         kueue: Arc::default(),
         nodes: node_writer.as_ref().map(Writer::as_reader),
@@ -133,7 +142,12 @@ pub fn start(
     let stream = watcher(scoped::<Job>(client, namespace), ours()).default_backoff().modify(strip_child);
     drivers.push(Box::pin(drive("jobs", stream, child_writer, requests.clone(), |job: &Job| by_label(job.meta()), everyone.clone())));
 
-    let stream = watcher(scoped::<Pod>(client, namespace), ours()).default_backoff().modify(strip_pod);
+    let pod_names = caches.pod_names.clone();
+    let stream = watcher(scoped::<Pod>(client, namespace), ours()).default_backoff().modify(strip_pod).inspect(move |event| {
+        if let Ok(event) = event {
+            pod_names.follow(event);
+        }
+    });
     drivers.push(Box::pin(drive("pods", stream, pod_writer, requests.clone(), |pod: &Pod| by_label(pod.meta()), everyone.clone())));
 
     if let Some(writer) = node_writer {

@@ -113,9 +113,15 @@ impl Context {
     pub fn newest_status(&self, job: &FineTuneJob) -> FineTuneJobStatus {
         let cached = job.status.clone().unwrap_or_default();
         let (Some(uid), Some(seen)) = (job.uid(), version(job.resource_version())) else { return cached };
-        match self.lock().get(&uid).and_then(|memory| memory.written.as_ref()) {
+        let mut memory = self.lock();
+        let Some(memory) = memory.get_mut(&uid) else { return cached };
+        match &memory.written {
             Some((written, status)) if *written > seen => status.clone(),
-            _ => cached,
+            // The cache has caught up.
+            _ => {
+                memory.written = None;
+                cached
+            }
         }
     }
 

@@ -1,7 +1,5 @@
 //! `dereference`: gathers what the cluster holds that concerns a job. Reads caches; asks the API server only where they cannot tell.
 
-use std::sync::Arc;
-
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -15,15 +13,14 @@ use super::error::{Error, Operation};
 use super::progress::Poller;
 use super::status::{is_creating, is_unschedulable};
 use super::world::{self, World};
-use crate::api::{self, FineTuneJob, JOB_LABEL, JOB_UID_LABEL, StorageSpec};
+use crate::api::{self, FineTuneJob, JOB_UID_LABEL, StorageSpec};
 
 /// Gathers the world of `job`.
 pub async fn dereference(job: &FineTuneJob, ctx: &Context, caches: &Caches, poller: &Poller) -> Result<World, Error> {
     let (name, namespace, uid) = (job.name_any(), job.namespace().unwrap_or_default(), job.uid().unwrap_or_default());
     let cached = caches.children.get(&ObjectRef::<Job>::new(&api::job_name(&name)).within(&namespace));
     let child = ctx.newest_job(&uid, cached);
-    let named: Vec<Arc<Pod>> = caches.pods.state_filter(|pod| pod.metadata.namespace.as_deref() == Some(&namespace) && label(pod, JOB_LABEL) == Some(&name));
-    let (mut pods, strangers): (Vec<_>, Vec<_>) = named.into_iter().partition(|pod| label(pod, JOB_UID_LABEL) == Some(&uid));
+    let (mut pods, strangers): (Vec<_>, Vec<_>) = caches.pods_of(&namespace, &name).into_iter().partition(|pod| label(pod, JOB_UID_LABEL) == Some(&uid));
     pods.sort_by_key(|pod| (pod.metadata.creation_timestamp.as_ref().map(|time| time.0), pod.metadata.uid.clone()));
     let stranger_pod = strangers.iter().find(|pod| !world::has_ended(pod)).map(|pod| format!("pod {:?}", pod.name_any()));
     let stranger_job =

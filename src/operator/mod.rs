@@ -31,6 +31,7 @@ pub mod kueue;
 pub mod lease;
 pub mod metrics;
 pub mod nodes;
+pub mod pod_names;
 pub mod progress;
 pub mod reconcile;
 pub mod run;

@@ -80,6 +80,38 @@ fn trap_4_and_12_a_job_is_created_only_after_the_pods_of_the_one_before_have_end
 }
 
 #[test]
+fn trap_5_a_pod_that_vanishes_with_its_success_has_been_heard() {
+    let words = json!({
+        "stage": "Finished", "step": 100, "totalSteps": 100, "result": {},
+        "artifacts": [{"format": "Diffusers", "uri": "s3://b/x.safetensors", "sha256": format!("sha256:{}", "a1".repeat(32)), "sizeBytes": 1}],
+    });
+    let succeeded = pod("p1", "j1", &terminated(5, 90, 0, "Completed", &words.to_string()));
+    let (_, waiting) = step(&job(|_| {}), &training(), &world(Some(child("j1", |_| {})), vec![succeeded.clone()]), at(91));
+    assert_eq!(waiting.attempt_history[0].cause, None, "its Job tells in a moment, in one write");
+
+    // Its node was lost and is back: the pod goes as soon as it has ended.
+    let leaving = {
+        let mut pod = (*succeeded).clone();
+        pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(60)));
+        std::sync::Arc::new(pod)
+    };
+    let (_, heard) = step(&job(|_| {}), &training(), &world(Some(child("j1", |_| {})), vec![leaving]), at(91));
+    assert!(lifecycle_differs(&training(), &heard), "it must be written at once");
+    assert_eq!((heard.artifacts.len(), heard.attempt_history[0].cause), (1, Some(AttemptCause::Succeeded)));
+    assert_eq!(told(&heard, C::Running), Some(("True", "Training")), "nothing restarts");
+    let complete = child("j1", |job| job["status"] = ended("Complete", "CompletionsReached", ""));
+    let (_, done) = step(&job(|_| {}), &heard, &world(Some(complete.clone()), vec![]), at(93));
+    assert_eq!((told(&done, C::Complete), done.artifacts.len()), (Some(("True", "TrainingSucceeded")), 1));
+    assert_eq!(done.attempts.map(|attempts| (attempts.started, attempts.disrupted, attempts.failed)), Some((1, 0, 0)));
+
+    // No operator was there to hear it.
+    let (_, unheard) = step(&job(|_| {}), &training(), &world(Some(complete), vec![]), at(93));
+    assert_eq!((unheard.attempt_history[0].cause, unheard.attempts.map(|attempts| attempts.disrupted)), (Some(AttemptCause::Succeeded), Some(0)));
+    let message = &super::conditions::find(&unheard.conditions, C::Complete).unwrap().message;
+    assert!(message.contains("result.json"), "{message}");
+}
+
+#[test]
 fn trap_7_a_first_reconciliation_that_fails_leaves_a_condition() {
     let refused = Outcome::NotCreated { reason: JobCreatedReason::QuotaExceeded, message: "exceeded quota: q".into() };
     let (_, after) = step_with(&job(|_| {}), &FineTuneJobStatus::default(), &World::default(), &refused, at(1));

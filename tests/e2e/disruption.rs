@@ -1,6 +1,6 @@
 //! What must not change the result: an evicted pod, a killed operator. And what must be told: a bad dataset.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::jobs::{micro, prefix};
 use crate::kit::tools::kubectl;
@@ -33,17 +33,9 @@ async fn an_evicted_trainer_goes_on_from_its_checkpoint() {
     let done = stage.until_true("evicted", "Complete", LONG).await;
     assert_eq!(done["status"]["attempts"], json!({"started": 2, "disrupted": 1, "failed": 0}), "a disruption is no failure");
     assert_eq!(done["status"]["progress"]["step"], STEPS);
-    let resumed = resumed_at(&stage, "evicted").await;
+    let resumed = stage.resumed_at("evicted").await;
     assert!(resumed >= 100, "the second attempt must not start afresh: it resumed at step {resumed}");
     assert!(stage.lora(BUCKET, &prefix(stage.namespace, "evicted")).await == expected, "the LoRA differs from an undisturbed run's");
-}
-
-/// The step from which the job's last pod went on, as its log tells; 0 where it started afresh.
-async fn resumed_at(stage: &Stage, name: &str) -> u64 {
-    let pod = stage.pods(name).await.pop().expect("a pod");
-    let log = kubectl(&["-n", stage.namespace, "logs", pod["metadata"]["name"].as_str().expect("a name")]).unwrap_or_else(|error| panic!("{error}"));
-    let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    lines.filter(|line| line["message"] == "resuming from a checkpoint").find_map(|line| line["step"].as_u64()).unwrap_or(0)
 }
 
 /// The pod that leads.

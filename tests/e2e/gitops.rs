@@ -1,6 +1,7 @@
 //! GitOps: Helm judges a FineTuneJob by kstatus, and re-applied manifests change nothing.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -39,7 +40,7 @@ async fn scale(stage: &Stage, replicas: u32) {
 #[ignore = "needs a cluster: make cluster-up"]
 async fn helm_waits_for_the_operator_and_fails_with_the_job() {
     let stage = stage("e2e-gitops").await;
-    for release in ["unseen", "training", "invalid"] {
+    for release in ["unseen", "training", "tight", "invalid"] {
         let _absent = helm(&["uninstall", release, "-n", stage.namespace]);
     }
 
@@ -59,6 +60,13 @@ async fn helm_waits_for_the_operator_and_fails_with_the_job() {
     assert!(seen["status"]["jobRef"]["name"].is_string(), "the Job exists: {seen}");
     applying_again_changes_nothing(&stage, &job).await;
     kit::delete(&stage.client, "FineTuneJob", stage.namespace, "training").await;
+
+    // A job that cannot be carried out is an error, at once.
+    let job = micro(stage.namespace, "tight", 20, &json!({"scheduling": {"gpu": {"minMemoryMiB": 1000}}}));
+    let began = Instant::now();
+    let said = deploy(&stage, "tight", &job, "90s").expect_err("an invalid job fails --wait");
+    assert!(kit::condition(&stage.job("tight").await, "Stalled").is_some_and(|(status, reason, _)| status == "True" && reason == "GPUTooSmall"), "{said}");
+    assert!(began.elapsed() < Duration::from_mins(1), "that is known at once: {said}");
 
     // The job fails after the deployment: the next --wait tells.
     let broken = json!({"dataset": {"uri": "s3://micro/no-such-dataset/"}});

@@ -78,6 +78,9 @@ async fn one_after_the_other(stage: &Stage) {
     let waiting = until_waiting(stage, "second", &["WaitingForQuota"]).await;
     assert_eq!(waiting["status"]["queue"]["name"], "gpu");
     assert!(stage.pods("second").await.is_empty(), "no pod without quota");
+    // To kstatus it is current: a deployment does not wait for a GPU to be free.
+    assert_eq!(waiting["status"]["observedGeneration"], waiting["metadata"]["generation"]);
+    assert!(!kit::is_true(&waiting, "Reconciling") && !kit::is_true(&waiting, "Stalled"), "{waiting}");
 
     stage.until_true("first", "Complete", LONG).await;
     let second = stage.until_true("second", "Complete", LONG).await;
@@ -99,6 +102,8 @@ async fn preemption(stage: &Stage, expected: &[u8]) {
     let victim = stage.until_true("victim", "Complete", LONG).await;
     assert_eq!(victim["status"]["attempts"]["failed"], 0, "{victim}");
     assert!(victim["status"]["attempts"]["started"].as_u64() >= Some(2), "{victim}");
+    let resumed = stage.resumed_at("victim").await;
+    assert!(resumed >= 50, "the victim must not start afresh: it resumed at step {resumed}");
     assert!(stage.lora(BUCKET, &prefix(stage.namespace, "victim")).await == expected, "the victim's LoRA differs from an undisturbed run's");
 }
 
@@ -118,6 +123,8 @@ async fn suspension(stage: &Stage, expected: &[u8]) {
     suspend(false).unwrap_or_else(|error| panic!("{error}"));
     let done = stage.until_true("paused", "Complete", LONG).await;
     assert_eq!(done["status"]["attempts"]["failed"], 0, "{done}");
+    let resumed = stage.resumed_at("paused").await;
+    assert!(resumed >= 50, "it must not start afresh: it resumed at step {resumed}");
     assert!(kit::get(&stage.client, "Job", stage.namespace, "paused-train").await.is_some());
     assert!(stage.lora(BUCKET, &prefix(stage.namespace, "paused")).await == expected, "the resumed LoRA differs from an undisturbed run's");
 }

@@ -230,6 +230,14 @@ impl Stage {
         .await
     }
 
+    /// The step from which the job's last pod went on, as its log tells; 0 where it started afresh.
+    pub(crate) async fn resumed_at(&self, name: &str) -> u64 {
+        let pod = self.pods(name).await.pop().expect("a pod");
+        let log = kubectl(&["-n", self.namespace, "logs", pod["metadata"]["name"].as_str().expect("a name")]).unwrap_or_else(|error| panic!("{error}"));
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["message"] == "resuming from a checkpoint").find_map(|line| line["step"].as_u64()).unwrap_or(0)
+    }
+
     /// Deletes every object below a prefix.
     pub(crate) async fn empty(&self, bucket: &str, prefix: &str) {
         let s3 = self.site.s3.lock().await;

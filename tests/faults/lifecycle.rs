@@ -2,13 +2,14 @@
 
 use serde_json::json;
 
+use crate::disturbed::{STEPS, undisturbed};
 use crate::jobs::{micro, prefix};
-use crate::kit;
 use crate::kit::condition;
 use crate::kit::tools::kubectl;
+use crate::nodes::never_two;
 use crate::stage::{BUCKET, LONG, SHORT, stage};
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a cluster: make test-faults"]
 async fn after_its_ttl_the_job_is_gone_and_its_status_stays() {
     let stage = stage("e2e-faults").await;
@@ -20,7 +21,7 @@ async fn after_its_ttl_the_job_is_gone_and_its_status_stays() {
     assert_eq!(stage.job("brief").await["status"], done["status"], "the result is kept");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a cluster: make test-faults"]
 async fn a_re_created_job_finds_its_result() {
     let stage = stage("e2e-faults").await;
@@ -39,17 +40,22 @@ async fn a_re_created_job_finds_its_result() {
     assert!(stage.lora(BUCKET, &prefix(stage.namespace, "again")).await == lora);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs a cluster: make test-faults"]
 async fn deleted_and_re_created_in_the_middle_it_goes_on_from_its_checkpoint() {
     let stage = stage("e2e-faults").await;
-    let job = micro(stage.namespace, "reborn", 3000, &json!({}));
+    let expected = undisturbed(&stage).await;
+    let job = micro(stage.namespace, "reborn", STEPS, &json!({}));
     stage.submit(&job).await;
     stage.until_step("reborn", 100).await;
+    let watch = never_two(&stage.client, stage.namespace, "reborn");
     kubectl(&["-n", stage.namespace, "delete", "finetunejob", "reborn"]).unwrap_or_else(|error| panic!("{error}"));
     stage.submit(&job).await;
     let done = stage.until_true("reborn", "Complete", LONG).await;
     assert_eq!(done["status"]["attempts"]["started"], 1, "attempts are those of this FineTuneJob");
-    let pods = kit::list(&stage.client, "Pod", stage.namespace, "finetune.dev/job=reborn").await;
-    assert!(pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null()).count() <= 1, "{pods:?}");
+    let resumed = stage.resumed_at("reborn").await;
+    assert!(resumed >= 100, "it resumed at step {resumed}");
+    assert!(stage.lora(BUCKET, &prefix(stage.namespace, "reborn")).await == expected, "the LoRA differs from an undisturbed run's");
+    assert!(!watch.is_finished(), "{:?}", watch.await);
+    watch.abort();
 }

@@ -7,13 +7,14 @@ use kube::Client;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
+use crate::disturbed::{STEPS, undisturbed};
 use crate::jobs::{micro, prefix};
 use crate::kit;
 use crate::kit::tools::{self, cluster, kubectl, repository};
-use crate::stage::{BUCKET, LONG, SHORT, stage};
+use crate::stage::{BUCKET, LONG, SHORT, Stage, stage};
 
-/// Long enough that the old trainer still runs when its successor starts, with the processor time that [`slowly`] leaves.
-const STEPS: u64 = 3000;
+/// Enough for the old trainer to run while its successor starts.
+const STEPS_ELSEWHERE: u64 = 15_000;
 
 /// Puts the nodes back as they were, however the test ends.
 struct Restored;
@@ -30,14 +31,30 @@ impl Drop for Restored {
     }
 }
 
-/// A fraction of a processor, and a lost node is given up after seconds instead of minutes.
+/// A fraction of a processor, so that the trainer still runs when its node is given up; and that happens after seconds instead of minutes.
 fn slowly() -> Value {
     let lost = |key: &str| json!({"key": format!("node.kubernetes.io/{key}"), "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5});
     json!({
-        "resources": {"limits": {"cpu": "250m"}},
+        "resources": {"requests": {"cpu": "50m"}, "limits": {"cpu": "100m"}},
         "scheduling": {"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, lost("unreachable"), lost("not-ready")]},
         "podTemplate": {"terminationGracePeriodSeconds": 5},
     })
+}
+
+/// Starts a job, kills the kubelet under it, and waits until the job tells that its node is lost: the trainer's pod, and what is told.
+async fn lose_the_node(stage: &Stage, name: &str, steps: u64) -> (Value, String) {
+    stage.submit(&micro(stage.namespace, name, steps, &slowly())).await;
+    stage.until_step(name, 60).await;
+    let pod = stage.pods(name).await.remove(0);
+    assert_eq!(pod["spec"]["nodeName"], "node1");
+    cluster(&["stop", "node1-kubelet"]);
+    let told = stage
+        .until("the lost node to be told", LONG, || async {
+            let (status, reason, message) = kit::condition(&stage.job(name).await, "Running")?;
+            (status == "False" && reason == "NodeLost").then_some(message)
+        })
+        .await;
+    (pod, told)
 }
 
 /// Looks again and again that the API never shows two pods of the job that have not ended.
@@ -74,23 +91,12 @@ fn runs_on_node(node: &str, pod: &Value) -> bool {
 async fn a_lost_node_is_told_and_the_job_goes_on_elsewhere_while_the_old_trainer_still_runs() {
     let stage = stage("e2e-faults").await;
     let _restored = Restored;
-    stage.submit(&micro(stage.namespace, "undisturbed", STEPS, &json!({}))).await;
+    stage.submit(&micro(stage.namespace, "undisturbed", STEPS_ELSEWHERE, &json!({}))).await;
     stage.until_true("undisturbed", "Complete", LONG).await;
     let expected = stage.lora(BUCKET, &prefix(stage.namespace, "undisturbed")).await;
 
-    stage.submit(&micro(stage.namespace, "disturbed", STEPS, &slowly())).await;
-    stage.until_step("disturbed", 60).await;
-    let old = stage.pods("disturbed").await.remove(0);
-    assert_eq!(old["spec"]["nodeName"], "node1");
     let watch = never_two(&stage.client, stage.namespace, "disturbed");
-    cluster(&["stop", "node1-kubelet"]);
-    let lost = stage
-        .until("the lost node to be told", LONG, || async {
-            let job = stage.job("disturbed").await;
-            let (status, reason, message) = kit::condition(&job, "Running")?;
-            (status == "False" && reason == "NodeLost").then_some(message)
-        })
-        .await;
+    let (old, lost) = lose_the_node(&stage, "disturbed", STEPS_ELSEWHERE).await;
     for way_out in ["node1", "kubectl delete node", "node.kubernetes.io/out-of-service"] {
         assert!(lost.contains(way_out), "{way_out} is not named: {lost}");
     }
@@ -120,4 +126,20 @@ async fn a_lost_node_is_told_and_the_job_goes_on_elsewhere_while_the_old_trainer
     assert!(runs.iter().all(|file| file.contains("/runs/e2/")), "the old trainer has published: {runs:?}");
     assert!(!watch.is_finished(), "{:?}", watch.await);
     watch.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a cluster: make test-faults"]
+async fn a_trainer_that_ends_on_a_lost_node_is_heard_when_the_node_is_back() {
+    let stage = stage("e2e-faults").await;
+    let _restored = Restored;
+    let expected = undisturbed(&stage).await;
+    let (pod, _) = lose_the_node(&stage, "alone", STEPS).await;
+    stage.until("the trainer to end by itself", LONG, || async { (!runs_on_node("1", &pod)).then_some(()) }).await;
+    cluster(&["start", "node1-kubelet"]);
+    let done = stage.until_true("alone", "Complete", LONG).await;
+    assert_eq!(done["status"]["attempts"], json!({"started": 1, "disrupted": 0, "failed": 0}), "{done}");
+    assert_eq!(done["status"]["progress"]["step"], STEPS, "its last words are told: {done}");
+    assert_eq!(done["status"]["artifacts"].as_array().map(Vec::len), Some(2), "{done}");
+    assert!(stage.lora(BUCKET, &prefix(stage.namespace, "alone")).await == expected, "the LoRA differs from an undisturbed run's");
 }

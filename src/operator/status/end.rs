@@ -59,6 +59,8 @@ pub(super) fn end(inputs: &Inputs<'_>, after: &mut FineTuneJobStatus) -> Option<
             after.failure = None;
             let (reason, message) = if reused {
                 (CompleteReason::AlreadyCompleted, "the output folder already held the result of this very spec and dataset")
+            } else if after.artifacts.is_empty() {
+                (CompleteReason::TrainingSucceeded, "the LoRA is in the output folder; the pod vanished before it was heard: result.json there tells the rest")
             } else {
                 (CompleteReason::TrainingSucceeded, "the LoRA is in the output folder")
             };

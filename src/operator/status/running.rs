@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::{ContainerStateWaiting, Pod};
 
 use super::Inputs;
 use super::progress::{running_reason, was_training};
-use crate::api::{ConditionType, PodsScheduledReason, RunningReason};
+use crate::api::{AttemptCause, ConditionType, PodsScheduledReason, RunningReason};
 use crate::operator::conditions::{Builder, Truth};
 use crate::operator::world::{self, World};
 
@@ -46,7 +46,7 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         (Truth::False, RunningReason::Finished, String::new())
     } else if attempts.counts.started > 0 {
         // Between a pod that succeeded and its Job's Complete nothing is to be told.
-        if attempts.history.last().is_some_and(|last| last.cause.is_none()) {
+        if attempts.history.last().is_some_and(|last| matches!(last.cause, None | Some(AttemptCause::Succeeded))) {
             list.keep(ConditionType::Running);
             return;
         }

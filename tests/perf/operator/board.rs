@@ -20,6 +20,8 @@ pub(crate) enum Moment {
     StartSent,
     /// The FineTuneJob counts the attempt.
     StartSeen,
+    /// The FineTuneJob tells that it trains: its trainer was asked.
+    TrainingSeen,
     /// The stand-in is about to write that the pod has succeeded.
     EndSent,
     /// The batch Job is complete.
@@ -92,7 +94,11 @@ impl Board {
         if status.attempts.is_some_and(|attempts| attempts.started > 0) {
             self.note(&key, Moment::StartSeen);
         }
-        if status.conditions.iter().any(|condition| condition.type_ == "Complete" && condition.status == "True") {
+        let is_true = |kind: &str| status.conditions.iter().any(|condition| condition.type_ == kind && condition.status == "True");
+        if is_true("Running") {
+            self.note(&key, Moment::TrainingSeen);
+        }
+        if is_true("Complete") {
             self.note(&key, Moment::EndSeen);
         }
     }

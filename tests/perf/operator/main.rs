@@ -1,4 +1,5 @@
-//! The operator at scale: thousands of FineTuneJobs on a real API server. Pods have no kubelet; a stand-in writes their status.
+//! The operator at scale: thousands of FineTuneJobs on a real API server. Pods have no kubelet; a stand-in writes their status, and one server
+//! answers for all trainers.
 //!
 //! `tests/perf/operator/run` starts a control plane without nodes and runs this. It prints what docs/performance.md reports, and fails where a goal
 //! is missed: writes and events of a job's life, latency from a pod's event to the FineTuneJob's status, resident memory, takeover.
@@ -83,6 +84,7 @@ async fn main() -> ExitCode {
     let args = Args::parse();
     let client = kit::client().await;
     prepare(&client).await;
+    pods::serve_progress().await;
     let board = Arc::new(Board::default());
     board.watch(&client);
     let first = Operator::start("first", SYSTEM);
@@ -120,6 +122,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
     let created = operator.memory().await;
     pods::at_rate(client, board, &keys, rate, Moment::StartSent).await;
     until(board, &keys, Moment::StartSeen).await;
+    until(board, &keys, Moment::TrainingSeen).await;
     pods::at_rate(client, board, &keys, rate, Moment::EndSent).await;
     until(board, &keys, Moment::EndSeen).await;
     // Times to live and the last events.
@@ -177,6 +180,7 @@ async fn takeover(client: &Client, board: &Arc<Board>, leader: Operator, standby
     let keys = create(client, board, "c", count).await;
     pods::at_rate(client, board, &keys, 50.0, Moment::StartSent).await;
     until(board, &keys, Moment::StartSeen).await;
+    until(board, &keys, Moment::TrainingSeen).await;
     let killed = Instant::now();
     leader.kill();
     pods::at_rate(client, board, &keys, 1000.0, Moment::EndSent).await;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use finetune::api::{PROGRESS_PORT, Progress, Stage};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
@@ -10,6 +11,9 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::board::{Board, Moment};
+
+/// Address of every pod.
+const ADDRESS: &str = "127.0.0.1";
 
 /// Writes to each job's pod that it runs (`StartSent`) or has succeeded (`EndSent`), `rate` of them a second.
 pub(crate) async fn at_rate(client: &Client, board: &Arc<Board>, keys: &[String], rate: f64, moment: Moment) {
@@ -31,10 +35,19 @@ pub(crate) async fn at_rate(client: &Client, board: &Arc<Board>, keys: &[String]
     }
 }
 
+/// Answers for all trainers, on the port that the operator asks: every one trains, and stays where it is.
+pub(crate) async fn serve_progress() {
+    let progress = Progress { stage: Stage::Training, step: 100, total_steps: 2000, ..Progress::default() };
+    let body = serde_json::to_string(&progress).expect("JSON");
+    let listener = tokio::net::TcpListener::bind((ADDRESS, PROGRESS_PORT)).await.expect("the port of trainers is free");
+    let router = axum::Router::new().route("/progress", axum::routing::get(move || std::future::ready(body.clone())));
+    tokio::spawn(async move { axum::serve(listener, router).await.expect("it serves") });
+}
+
 fn status(phase: &str, state: &Value) -> Value {
     let container =
         json!({"name": "trainer", "image": "localhost/trainer:perf", "imageID": "", "ready": phase == "Running", "restartCount": 0, "state": state});
-    json!({"status": {"phase": phase, "containerStatuses": [container]}})
+    json!({"status": {"phase": phase, "podIP": ADDRESS, "podIPs": [{"ip": ADDRESS}], "containerStatuses": [container]}})
 }
 
 fn running() -> Value {
