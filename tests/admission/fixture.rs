@@ -6,7 +6,7 @@ use kube::Client;
 use serde_json::{Value, json};
 
 use crate::kit;
-use crate::kit::tools::{kubectl, repository};
+use crate::kit::tools::repository;
 
 /// Where these tests create jobs. No operator watches it.
 pub(crate) const NAMESPACE: &str = "admission";
@@ -14,10 +14,7 @@ pub(crate) const NAMESPACE: &str = "admission";
 /// Applies the generated CRD and waits until it is served.
 pub(crate) async fn cluster() -> Client {
     let client = kit::client().await;
-    let file = repository().join("crds/finetune.dev_finetunejobs.yaml");
-    kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file.display().to_string()])
-        .unwrap_or_else(|error| panic!("the API server refuses the CRD: {error}"));
-    kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd/finetunejobs.finetune.dev"]).unwrap_or_else(|error| panic!("{error}"));
+    kit::install_crds(&repository().join("crds/finetune.dev_finetunejobs.yaml"), &["finetunejobs.finetune.dev"]).await;
     kit::namespace(&client, NAMESPACE).await;
     kit::eventually("the new resource to be served", Duration::from_secs(30), || async { kit::create(&client, &job("probe"), true).await.ok().map(|_| ()) })
         .await;

@@ -40,9 +40,7 @@ impl Stage {
     /// An empty namespace called `name`.
     pub(crate) async fn new(name: &str) -> Self {
         let client = kit::client().await;
-        let file = repository().join("crds/finetune.dev_finetunejobs.yaml");
-        kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file.display().to_string()]).unwrap_or_else(|error| panic!("{error}"));
-        kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd/finetunejobs.finetune.dev"]).unwrap_or_else(|error| panic!("{error}"));
+        kit::install_crds(&repository().join("crds/finetune.dev_finetunejobs.yaml"), &["finetunejobs.finetune.dev"]).await;
         let namespace = format!("controller-{name}");
         let _was_not_there = kubectl(&["delete", "namespace", &namespace, "--wait", "--timeout=60s"]);
         kit::namespace(&client, &namespace).await;

@@ -1,5 +1,7 @@
 //! The chart's life on a real cluster: what the API server thinks of its objects, upgrade, rollback, removal.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use crate::jobs::micro;
@@ -13,10 +15,8 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
     let stage = stage("e2e-lifecycle").await;
     let crds = cluster(&["monitoring-crds"]);
     for kind in ["servicemonitors", "podmonitors", "prometheusrules"] {
-        let file = format!("{}/monitoring.coreos.com_{kind}.yaml", crds.trim());
-        kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file]).unwrap_or_else(|error| panic!("{error}"));
-        let name = format!("crd/{kind}.monitoring.coreos.com");
-        kubectl(&["wait", "--for=condition=Established", "--timeout=30s", &name]).unwrap_or_else(|error| panic!("{error}"));
+        let file = Path::new(crds.trim()).join(format!("monitoring.coreos.com_{kind}.yaml"));
+        kit::install_crds(&file, &[&format!("{kind}.monitoring.coreos.com")]).await;
     }
     let on = json!({"enabled": true});
     let everything = json!({

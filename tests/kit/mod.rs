@@ -103,6 +103,17 @@ pub(crate) async fn namespace(client: &Client, name: &str) {
     .await;
 }
 
+/// Installs CRDs from a file and waits until the API server serves those called `names`.
+pub(crate) async fn install_crds(file: &std::path::Path, names: &[&str]) {
+    let file = file.display().to_string();
+    tools::kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file]).unwrap_or_else(|error| panic!("{error}"));
+    for name in names {
+        // kubectl wait fails while a CRD has no conditions at all.
+        let served = || async { tools::kubectl(&["wait", "--for=condition=Established", "--timeout=5s", &format!("crd/{name}")]).ok() };
+        eventually(&format!("the CRD {name}"), Duration::from_mins(1), served).await;
+    }
+}
+
 /// Repeats `check` until it answers `Some`, and fails the test after `timeout`.
 pub(crate) async fn eventually<T, F, Fut>(what: &str, timeout: Duration, mut check: F) -> T
 where

@@ -105,11 +105,7 @@ async fn main() -> ExitCode {
 
 /// The CRD and empty namespaces.
 async fn prepare(client: &Client) {
-    let file = kit::tools::repository().join("crds/finetune.dev_finetunejobs.yaml");
-    let said = kit::tools::kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &file.display().to_string()]);
-    said.unwrap_or_else(|error| panic!("{error}"));
-    let said = kit::tools::kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd/finetunejobs.finetune.dev"]);
-    said.unwrap_or_else(|error| panic!("{error}"));
+    kit::install_crds(&kit::tools::repository().join("crds/finetune.dev_finetunejobs.yaml"), &["finetunejobs.finetune.dev"]).await;
     for namespace in NAMESPACES.into_iter().chain([SYSTEM]) {
         kit::namespace(client, namespace).await;
     }
