@@ -23,9 +23,8 @@ test-quick: tools ## All tests that need no cluster
 test-faults: export KCM_FLAGS = --node-monitor-grace-period=16s
 
 .PHONY: test-faults
-test-faults: tools cluster-up ## Slow parts on a real cluster: Kueue, the operator killed between any two calls, lost and drained nodes
+test-faults: tools cluster-up ## Slow parts on a real cluster: the operator killed between any two calls, lost and drained nodes, absent servers
 	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test controller -- --ignored --test-threads=1 faults::
-	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test e2e -- --ignored --test-threads=1 queue::
 	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test faults -- --ignored --test-threads=1
 
 .PHONY: test-diffusers
