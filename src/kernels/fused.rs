@@ -2,7 +2,8 @@
 //! the loss where the output is. On the CPU they do not exist or are made of the plain ones.
 
 use super::Buffer;
-use super::engine::{Backend, Engine, FrozenMatrix, LoraMatrix, Modulation, NormStats};
+use super::engine::{Backend, Engine};
+use super::operands::{FrozenMatrix, LoraMatrix, Modulation, NormStats};
 
 /// Layers with the same input whose weights lie together. Only a GPU's engine makes it.
 #[derive(Debug)]

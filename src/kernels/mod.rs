@@ -14,6 +14,7 @@ mod cuda;
 mod device;
 mod engine;
 mod fused;
+mod operands;
 mod pool;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ pub use cpu::group_norm::group_norm_silu;
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
 pub use device::{DeviceError, Precision, catch};
-pub use engine::{AttentionShape, Engine, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, StoredMatrix};
+pub use engine::{Engine, StoredMatrix};
 pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack};
+pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats};
 pub use pool::Buffer;

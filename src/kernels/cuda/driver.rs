@@ -139,6 +139,14 @@ impl Driver {
         result
     }
 
+    /// Waits for what still runs before something is destroyed; what went wrong there has been said elsewhere.
+    pub(super) fn settle(&self) {
+        // SAFETY: context and stream live as long as the process.
+        let _: CUresult = unsafe { sys::cuCtxSetCurrent(self.context) };
+        // SAFETY: as above.
+        let _: CUresult = unsafe { sys::cuStreamSynchronize(self.stream) };
+    }
+
     /// Waits until all that was asked is done.
     pub(super) fn synchronize(&self) {
         self.bind();

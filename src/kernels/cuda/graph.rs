@@ -44,28 +44,29 @@ impl Device {
     /// Records `work`, without doing it. It must neither upload nor download, and have been done before with these sizes.
     pub(in crate::kernels) fn capture<T>(&self, work: impl FnOnce() -> T) -> (T, DeviceGraph) {
         self.driver.bind();
+        // Counts from here on, so that what fails gives its blocks back.
+        let mut graph = DeviceGraph { driver: Arc::clone(&self.driver), pool: Arc::clone(&self.pool), executable: null_mut() };
+        self.pool.keep_arena();
         let arena = Arena::open(&self.pool);
         // Relaxed: memory that the pool lacks may be allocated meanwhile.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is valid.
         must(check("begin a recording", unsafe { sys::cuStreamBeginCapture_v2(self.driver.stream(), mode) }));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        let mut graph = null_mut();
-        // SAFETY: `graph` outlives the call.
-        let ended = check("end a recording", unsafe { sys::cuStreamEndCapture(self.driver.stream(), &raw mut graph) });
+        let mut plan = null_mut();
+        // SAFETY: `plan` outlives the call.
+        let ended = check("end a recording", unsafe { sys::cuStreamEndCapture(self.driver.stream(), &raw mut plan) });
         drop(arena);
         let result = match result {
             Ok(result) => result,
             Err(cause) => std::panic::resume_unwind(cause),
         };
         must(ended);
-        let mut executable = null_mut();
-        // SAFETY: the graph was just made, `executable` outlives the call.
-        must(check("prepare a recording", unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) }));
-        // SAFETY: the executable does not need the graph that it was made from.
-        must(check("drop a recording's plan", unsafe { sys::cuGraphDestroy(graph) }));
-        self.pool.keep_arena();
-        (result, DeviceGraph { driver: Arc::clone(&self.driver), pool: Arc::clone(&self.pool), executable })
+        // SAFETY: the plan was just made, the executable's place outlives the call.
+        must(check("prepare a recording", unsafe { sys::cuGraphInstantiateWithFlags(&raw mut graph.executable, plan, 0) }));
+        // SAFETY: the executable does not need the plan that it was made from.
+        must(check("drop a recording's plan", unsafe { sys::cuGraphDestroy(plan) }));
+        (result, graph)
     }
 
     /// Puts recorded work on the stream.
@@ -78,9 +79,11 @@ impl Device {
 
 impl Drop for DeviceGraph {
     fn drop(&mut self) {
-        self.driver.synchronize();
-        // SAFETY: made by `capture`, and not running.
-        let _: Result<(), CudaError> = check("drop a recording", unsafe { sys::cuGraphExecDestroy(self.executable) });
+        if !self.executable.is_null() {
+            self.driver.settle();
+            // SAFETY: made by `capture`, and not running.
+            let _: Result<(), CudaError> = check("drop a recording", unsafe { sys::cuGraphExecDestroy(self.executable) });
+        }
         self.pool.leave_arena();
     }
 }

@@ -22,38 +22,49 @@ struct ThinParts {
   ThinPart part[kParts];
 };
 
-// partial: from 8 · splits · first on [splits, 8, n], a split's sums. Grid (⌈n / (64 · V)⌉ of the widest part, splits, parts), block 64.
+// partial: from 8 · splits · first on [splits, 8, n], a split's sums. Grid (⌈n / (64 · V)⌉ of the widest part, splits, parts),
+// block 256: 64 threads side by side, each fourth row to each of four groups of them, which are added at the end.
 template <typename T, int V>
 __device__ __forceinline__ void thin_sums(const ThinParts& parts, float* partial, int rows, int splits) {
+  constexpr int kGroups = 4;
   const ThinPart& p = parts.part[blockIdx.z];
-  const int column = (blockIdx.x * kThinThreads + threadIdx.x) * V;
-  const int begin = blockIdx.y * kThinRows, end = min(begin + kThinRows, rows);
-  __shared__ float t[kThinRows][kThinRanks];
-  for (int i = threadIdx.x; i < kThinRows * kThinRanks; i += kThinThreads) {
-    const int row = begin + i / kThinRanks, rank = i % kThinRanks;
-    t[i / kThinRanks][rank] = row < end && rank < p.ranks ? widen(static_cast<const T*>(p.t)[int64_t(row) * p.t_stride + rank]) : 0.0f;
+  const int lane = threadIdx.x % kThinThreads, group = threadIdx.x / kThinThreads;
+  const int first = blockIdx.x * kThinThreads * V;
+  if (first >= p.n) return;
+  const int column = first + lane * V;
+  const int begin = blockIdx.y * kThinRows, count = min(kThinRows, rows - begin);
+  __shared__ __align__(16) float t[kThinRows][kThinRanks];
+  __shared__ float groups[kGroups][kThinThreads * V];
+  for (int i = threadIdx.x; i < kThinRows * kThinRanks; i += kThinThreads * kGroups) {
+    const int row = i / kThinRanks, rank = i % kThinRanks;
+    t[row][rank] = row < count && rank < p.ranks ? widen(static_cast<const T*>(p.t)[int64_t(begin + row) * p.t_stride + rank]) : 0.0f;
   }
   __syncthreads();
-  if (column >= p.n) return;
   float sum[kThinRanks][V] = {};
-  const T* x = static_cast<const T*>(p.x) + int64_t(begin) * p.x_stride + column;
-#pragma unroll 4
-  for (int row = 0; row < end - begin; ++row) {
-    float a[V];
-    load<T, V>(a, x + int64_t(row) * p.x_stride);
+  if (column < p.n) {
+    const T* x = static_cast<const T*>(p.x) + int64_t(begin) * p.x_stride + column;
+#pragma unroll 8
+    for (int row = group; row < count; row += kGroups) {
+      float a[V];
+      load<T, V>(a, x + int64_t(row) * p.x_stride);
 #pragma unroll
-    for (int r = 0; r < kThinRanks; ++r) {
-      const float b = t[row][r];
+      for (int r = 0; r < kThinRanks; ++r) {
+        const float b = t[row][r];
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum[r][j] = fmaf(a[j], b, sum[r][j]);
+        for (int j = 0; j < V; ++j) sum[r][j] = fmaf(a[j], b, sum[r][j]);
+      }
     }
   }
-  float* to = partial + (int64_t(p.first) * splits + int64_t(blockIdx.y) * p.n) * kThinRanks + column;
+  float* to = partial + (int64_t(p.first) * splits + int64_t(blockIdx.y) * p.n) * kThinRanks + first;
+  const int width = min(kThinThreads * V, p.n - first);
 #pragma unroll
-  for (int r = 0; r < kThinRanks; ++r)
+  for (int r = 0; r < kThinRanks; ++r) {
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (column + j < p.n) to[int64_t(r) * p.n + j] = sum[r][j];
+    for (int j = 0; j < V; ++j) groups[group][lane * V + j] = sum[r][j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < width; i += kThinThreads * kGroups) to[int64_t(r) * p.n + i] = (groups[0][i] + groups[1][i]) + (groups[2][i] + groups[3][i]);
+    __syncthreads();
+  }
 }
 #define THIN_SUMS(T) (const __grid_constant__ ThinParts parts, float* partial, int rows, int splits)
 KERNELS(thin_sums, THIN_SUMS, (parts, partial, rows, splits))

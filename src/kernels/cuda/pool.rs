@@ -146,7 +146,7 @@ fn take_from(free: &mut BTreeMap<usize, Vec<u64>>, size: usize) -> Option<(u64, 
 
 impl Drop for DevicePool {
     fn drop(&mut self) {
-        self.driver.synchronize();
+        self.driver.settle();
         let _: Result<(), CudaError> = self.release(&mut self.lock());
     }
 }

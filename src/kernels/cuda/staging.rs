@@ -108,7 +108,7 @@ impl Drop for Staging {
     fn drop(&mut self) {
         let pointer = self.halves.get_mut().unwrap_or_else(PoisonError::into_inner).pointer;
         let back = *self.back.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.driver.synchronize();
+        self.driver.settle();
         for pointer in [pointer, back].into_iter().filter(|pointer| *pointer != 0) {
             // SAFETY: allocated by `lock_host_memory`, and no copy is under way.
             let _: Result<(), CudaError> = check("free host memory", unsafe { sys::cuMemFreeHost(pointer as *mut c_void) });

@@ -108,7 +108,7 @@ impl Device {
             let (sums, rows, count) = (partial.pointer(), rows as i32, splits as i32);
             let grid = (widest.div_ceil(THREADS * values), splits, parts.len());
             // SAFETY: `table` has the kernel's layout; lengths were checked; there is room for the sums of every part and split.
-            unsafe { self.driver.launch(("thin_sums", suffix), grid, THREADS, 0, arguments![table, sums, rows, count]) };
+            unsafe { self.driver.launch(("thin_sums", suffix), grid, BLOCK, 0, arguments![table, sums, rows, count]) };
             let grid = ((RANKS * widest).div_ceil(BLOCK), parts.len(), 1);
             // SAFETY: as above; every gradient has its own place.
             unsafe { self.driver.launch(("thin_add", ""), grid, BLOCK, 0, arguments![table, sums, count]) };
