@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::TextError;
@@ -104,16 +105,18 @@ fn division(tokens: usize, width: usize) -> (usize, usize) {
     (captions, (RESIDENT_VALUES / (captions * tokens * width)).max(1))
 }
 
-/// The rows of a batch on the device; captions that are missing are zeros.
-fn upload_rows(ops: EncodeOps<'_>, rows: &Tensor, captions: usize) -> Result<Buffer, TextError> {
-    let mut values: Vec<f32> = rows.flatten_all()?.to_vec1()?;
-    let (present, tokens, width) = rows.dims3()?;
-    values.resize(captions * tokens * width, 0.0);
-    debug_assert!(present <= captions, "should be a batch");
+/// The rows of a batch on the device, from tensors [captions, tokens, width]; captions that are missing are zeros.
+fn upload_rows(ops: EncodeOps<'_>, rows: &[Tensor], captions: usize) -> Result<Buffer, TextError> {
+    let size = rows.first().map_or(Ok(0), |rows| rows.dims3().map(|(_, tokens, width)| tokens * width))?;
+    let mut values = Vec::with_capacity(captions * size);
+    for rows in rows {
+        values.extend(rows.flatten_all()?.to_vec1::<f32>()?);
+    }
+    values.resize(captions * size, 0.0);
     Ok(ops.upload_f32(&values))
 }
 
-/// `x + W2 f(W1 norm(x))` and its kind: puts `h Wᵀ (+ bias)` in new memory.
+/// `h Wᵀ (+ bias)` in new memory.
 fn linear(ops: EncodeOps<'_>, rows: usize, h: &Buffer, w: Matrix<'_>, bias: Option<&Buffer>) -> Buffer {
     let mut y = ops.alloc(rows * w.outputs);
     ops.product(rows, h, w, bias, &mut y, 0, false);
@@ -151,7 +154,8 @@ pub(super) fn t5(
     for pass in ids.chunks(captions * batches) {
         let mut states = Vec::new();
         for batch in pass.chunks(captions) {
-            states.push(upload_rows(ops, &embed(weights, table, config.vocab_size, d, batch, &Device::Cpu)?, captions)?);
+            let rows = batch.par_iter().map(|ids| embed(weights, table, config.vocab_size, d, std::slice::from_ref(ids), &Device::Cpu));
+            states.push(upload_rows(ops, &rows.collect::<Result<Vec<_>, _>>()?, captions)?);
         }
         weights.release(table);
         ops.stream_layers(config.num_layers, &layers, &mut |index, matrices| {
@@ -167,9 +171,8 @@ pub(super) fn t5(
         })?;
         for (batch, state) in pass.chunks(captions).zip(states) {
             let values = ops.download(&ops.rms_norm(&state, &last, epsilon));
-            for values in values.chunks_exact(tokens * d).take(batch.len()) {
-                encoded.push(Tensor::from_slice(values, (tokens, d), &Device::Cpu)?);
-            }
+            let tensors = values[..batch.len() * tokens * d].par_chunks_exact(tokens * d).map(|values| Tensor::from_slice(values, (tokens, d), &Device::Cpu));
+            encoded.extend(tensors.collect::<candle_core::Result<Vec<_>>>()?);
         }
     }
     progress(config.num_layers)?;
@@ -217,7 +220,7 @@ pub(super) fn clip(
     for pass in ids.chunks(captions * batches) {
         let mut states = Vec::new();
         for batch in pass.chunks(captions) {
-            states.push(upload_rows(ops, &clip::embed_tokens(weights, config, batch, &Device::Cpu)?, captions)?);
+            states.push(upload_rows(ops, &[clip::embed_tokens(weights, config, batch, &Device::Cpu)?], captions)?);
         }
         // With a single layer the last but one state is the embedding.
         let mut hidden: Vec<Buffer> = if count == 1 { states.iter().map(|s| ops.copy(s)).collect() } else { Vec::new() };

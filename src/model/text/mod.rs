@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, IndexOp as _, Tensor};
+use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::digest::{DigestError, component_digest};
@@ -296,17 +297,18 @@ impl PromptEncoder {
     }
 
     fn encode_group(&self, captions: &[&str], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<PromptEmbedding>, TextError> {
-        let ids = captions.iter().map(|c| self.tokenize(c)).collect::<Result<Vec<_>, _>>()?;
+        let ids = captions.par_iter().map(|c| self.tokenize(c)).collect::<Result<Vec<_>, _>>()?;
         let l = self.run_clip(0, &ids.iter().map(|i| i.clip_l.clone()).collect::<Vec<_>>(), tell)?;
         let g = self.run_clip(1, &ids.iter().map(|i| i.clip_g.clone()).collect::<Vec<_>>(), tell)?;
         let t5 = self.run_t5(&ids.iter().map(|i| i.t5.clone()).collect::<Vec<_>>(), tell)?;
         let rest = self.width - self.clip[0].hidden_size - self.clip[1].hidden_size;
-        let mut embeddings = Vec::with_capacity(captions.len());
-        for (((l_hidden, l_pooled), (g_hidden, g_pooled)), t5) in l.into_iter().zip(g).zip(t5) {
+        // Several threads: most of it is fresh memory.
+        let all: Vec<_> = l.into_iter().zip(g).zip(t5).collect();
+        let join = |(((l_hidden, l_pooled), (g_hidden, g_pooled)), t5)| {
             let clip = Tensor::cat(&[&l_hidden, &g_hidden], 1)?.pad_with_zeros(1, 0, rest)?;
-            embeddings.push(PromptEmbedding { embeds: Tensor::cat(&[&clip, &t5], 0)?, pooled: Tensor::cat(&[&l_pooled, &g_pooled], 0)? });
-        }
-        Ok(embeddings)
+            Ok(PromptEmbedding { embeds: Tensor::cat(&[&clip, &t5], 0)?, pooled: Tensor::cat(&[&l_pooled, &g_pooled], 0)? })
+        };
+        all.into_par_iter().map(join).collect()
     }
 
     /// Each caption's states [77, hidden] and pooled output [projection], on the host.
