@@ -12,6 +12,8 @@ use crate::kernels::DeviceError;
 use crate::model::layout::LayoutError;
 use crate::model::lora::LoraError;
 use crate::model::mmdit::MmditError;
+use crate::model::text::TextError;
+use crate::model::vae::VaeError;
 use crate::model::weights::WeightsError;
 use crate::plan::GpuTooSmall;
 use crate::sample::SampleError;
@@ -99,7 +101,7 @@ impl TrainError {
     /// The reason for exit code, termination message and condition.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Device(_) => Reason::GPUUnavailable,
+            Self::Device(error) => device_reason(error),
             Self::TooSmall(_) => Reason::GPUTooSmall,
             Self::Store(error) => store_reason(error),
             Self::Dataset(error) => error.reason(),
@@ -113,6 +115,7 @@ impl TrainError {
                 PrepareError::Store(error) => store_reason(error),
                 PrepareError::Dataset(error) => error.reason(),
                 PrepareError::Stopped => Reason::Interrupted,
+                PrepareError::Text(TextError::Device(error)) | PrepareError::Vae(VaeError::Device(error)) => device_reason(error),
                 PrepareError::Text(_) | PrepareError::Vae(_) | PrepareError::Layout(_) => Reason::ModelLoadFailed,
                 PrepareError::Draw(error) => draw_reason(error),
                 PrepareError::Cache(error) | PrepareError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
@@ -134,6 +137,10 @@ impl TrainError {
             Self::Interrupted { .. } => Reason::Interrupted,
         }
     }
+}
+
+fn device_reason(error: &DeviceError) -> Reason {
+    if error.is_out_of_memory() { Reason::GPUOutOfMemory } else { Reason::GPUUnavailable }
 }
 
 fn store_reason(error: &StoreError) -> Reason {
@@ -165,7 +172,7 @@ fn cache_reason(error: &CacheError) -> Reason {
 fn mmdit_reason(error: &MmditError) -> Reason {
     match error {
         MmditError::Lora(_) => Reason::InvalidConfig,
-        MmditError::Device { .. } => Reason::GPUUnavailable,
+        MmditError::Device(error) => device_reason(error),
         MmditError::Tensor(_) | MmditError::Input { .. } => Reason::TrainerCrashed,
         _ => Reason::ModelLoadFailed,
     }

@@ -248,6 +248,7 @@ impl Run<'_> {
             prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
             max_grad_norm: training.max_grad_norm,
             schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),
+            checkpointing: training.gradient_checkpointing,
             plan: ExecutionPlan {
                 device: device::name(&self.engine).to_owned(),
                 dtype: self.engine.precision().to_string(),

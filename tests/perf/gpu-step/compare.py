@@ -49,14 +49,14 @@ EAGER = {
     "512/4 checkpointing": step(512, 4, checkpointing=True),
     "512/4": step(512, 4, graph=True),
     "1024/4 checkpointing": step(1024, 4, checkpointing=True),
-    "512/1": step(512, 1),
-    "1024/1": step(1024, 1),
+    "512/1": step(512, 1, graph=True),
+    "1024/1": step(1024, 1, graph=True),
     "vae": dict(what="vae"),
     "t5": dict(what="t5"),
     "1024/1 checkpointing": step(1024, 1, checkpointing=True),
     "512/1 checkpointing": step(512, 1, checkpointing=True),
     "optimizer": dict(what="optimizer"),
-    "1024/4": step(1024, 4),
+    "1024/4": step(1024, 4, graph=True),
 }
 
 

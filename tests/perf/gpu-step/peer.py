@@ -151,6 +151,7 @@ def training(wait, pixels, batch, mode="eager", checkpointing=False, article=Fal
     model = transformer(checkpointing, lora_dtype)
     if mode == "regional":
         torch._dynamo.config.recompile_limit = 64
+        model._repeated_blocks = ["JointTransformerBlock"]  # diffusers 0.42 names none for this model
         model.compile_repeated_blocks(dynamic=False)
     elif compiled:
         model.compile(mode=None if mode == "compile" else mode, dynamic=False)
