@@ -10,8 +10,8 @@ const ROWS: usize = BLOCK / 32;
 /// Queries per block of the attention, and keys per tile.
 const QUERIES: usize = 32;
 const KEYS: usize = 64;
-/// Partial sums of a group norm, about: two blocks for each multiprocessor of a large card.
-const CHUNKS: usize = 256;
+/// Pixels of one partial sum of a group norm.
+const RUN: usize = 512;
 
 /// A frozen matrix [outputs, inputs] on the device, in the engine's precision. Its owner keeps the memory.
 #[derive(Debug, Clone, Copy)]
@@ -241,8 +241,7 @@ impl EncodeOps<'_> {
         let (x, weight, bias) = (x.device(), weight.device(), bias.device());
         let channels = weight.len();
         assert!(bias.len() == channels && x.len().is_multiple_of(channels) && channels.is_multiple_of(groups), "should be channels in groups");
-        let pixels = x.len() / channels;
-        let run = pixels.div_ceil(CHUNKS).max(8);
+        let (pixels, run) = (x.len() / channels, RUN);
         let chunks = pixels.div_ceil(run);
         let (sums, affine) = (self.0.memory_of(chunks * 2 * channels, Kind::F32), self.0.memory_of(2 * channels, Kind::F32));
         let (suffix, values) = widest(x.kind(), &[channels]);
@@ -257,26 +256,27 @@ impl EncodeOps<'_> {
         Buffer::on_device(affine)
     }
 
-    /// x · scale + shift for x [pixels, channels] and `affine` [2, channels], or its SiLU.
-    pub fn apply_affine(&self, x: &Buffer, affine: &Buffer, silu: bool) -> Buffer {
+    /// x · scale + shift for x [pixels, channels] and `affine` [2, channels].
+    pub fn apply_affine(&self, x: &Buffer, affine: &Buffer) -> Buffer {
         let (x, affine) = (x.device(), affine.device());
         let channels = affine.len() / 2;
         assert!(x.len().is_multiple_of(channels) && affine.kind() == Kind::F32, "should be [pixels, channels]");
         let y = self.0.memory_of(x.len(), x.kind());
         let (suffix, values) = widest(x.kind(), &[channels]);
         let (to, from, with, count, packs) = (y.pointer(), x.pointer(), affine.pointer(), (x.len() / values) as i64, (channels / values) as i32);
-        let (grid, silu) = (((count as usize).div_ceil(BLOCK), 1, 1), i32::from(silu));
+        let grid = ((count as usize).div_ceil(BLOCK), 1, 1);
         // SAFETY: x and y are [pixels, channels], the affine [2, channels].
-        unsafe { self.0.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs, silu]) };
+        unsafe { self.0.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs]) };
         Buffer::on_device(y)
     }
 
-    /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels] of x.
-    pub fn columns(&self, x: &Buffer, window: Window, first: usize, rows: usize) -> Buffer {
+    /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels] of x, or of silu(x · scale + shift)
+    /// where `affine` is given.
+    pub fn columns(&self, x: &Buffer, affine: Option<&Buffer>, window: Window, first: usize, rows: usize) -> Buffer {
         let Window { height, width, channels, kernel, stride, pad, double, out_width } = window;
         let x = x.device();
         assert_eq!(x.len(), height * width * channels, "should be [height, width, channels]");
-        assert!(u32::try_from(rows * kernel * kernel * channels).is_ok(), "should fit 32 bits");
+        assert!(affine.is_none_or(|a| a.len() == 2 * channels && a.device().kind() == Kind::F32), "should be [2, channels]");
         let (suffix, values) = widest(x.kind(), &[channels]);
         let geometry = Geometry {
             height: height as i32,
@@ -289,8 +289,8 @@ impl EncodeOps<'_> {
             doubled: i32::from(double),
         };
         let to = self.0.memory_of(rows * kernel * kernel * channels, x.kind());
-        let (y, from, first, count) = (to.pointer(), x.pointer(), first as i64, (to.len() / values) as i64);
-        let arguments = arguments![y, from, first, count, geometry];
+        let (y, from, affine, first, count) = (to.pointer(), x.pointer(), affine.map_or(0, |a| a.device().pointer()), first as i64, (to.len() / values) as i64);
+        let arguments = arguments![y, from, affine, first, count, geometry];
         // SAFETY: the result has `count` packs; reads outside the picture are zeros.
         unsafe { self.0.driver.launch(("columns", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
         Buffer::on_device(to)

@@ -1,7 +1,5 @@
-//! The autoencoder on a GPU: pictures as [pixels, channels], convolutions as products with columns that are made strip by strip. In the engine's
-//! precision; group statistics are f64.
-
-use rayon::prelude::*;
+//! The autoencoder on a GPU: pictures as [pixels, channels], convolutions as products with columns that are made strip by strip, the norm and
+//! SiLU before a convolution done while its columns are made. In the engine's precision; group statistics are f64.
 
 use super::layers::EPSILON;
 use super::{VaeConfig, VaeError};
@@ -14,9 +12,6 @@ const COLUMN_VALUES: usize = 1 << 27;
 const SCORE_VALUES: usize = 1 << 24;
 /// Channels of pictures and latents are padded with zeros to a multiple of this: rows of 16 bytes.
 const CHANNELS: usize = 8;
-
-/// Pixels that one thread brings into another order at a time.
-const PIECE: usize = 4096;
 
 /// Values [height · width, channels].
 struct Picture {
@@ -170,14 +165,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// norm(x), or silu(norm(x)).
-    fn norm(self, x: &Picture, norm: &Norm, silu: bool) -> Picture {
-        let affine = self.ops.group_norm(&x.values, self.groups, &norm.weight, &norm.bias, EPSILON as f32);
-        Picture { values: self.ops.apply_affine(&x.values, &affine, silu), ..*x }
+    fn norm(self, x: &Picture, norm: &Norm) -> Buffer {
+        self.ops.group_norm(&x.values, self.groups, &norm.weight, &norm.bias, EPSILON as f32)
     }
 
-    /// The convolution of x, added to `onto` where given.
-    fn conv(self, x: &Picture, conv: &Conv, onto: Option<Buffer>) -> Picture {
+    /// The convolution of x, or of silu(norm(x)) with `affine` from [`Self::norm`]; added to `onto` where given.
+    fn conv(self, x: &Picture, affine: Option<&Buffer>, conv: &Conv, onto: Option<Buffer>) -> Picture {
         let &Conv { ref weight, ref bias, inputs, outputs, kernel, how } = conv;
         let (height, width, stride, pad) = match how {
             How::Same => (x.height, x.width, 1, kernel / 2),
@@ -189,14 +182,14 @@ impl Run<'_> {
         let accumulate = onto.is_some();
         let mut y = onto.unwrap_or_else(|| self.ops.alloc(rows * outputs));
         let matrix = self.ops.matrix(weight, outputs, k);
-        if kernel == 1 {
+        if kernel == 1 && affine.is_none() {
             self.ops.product(rows, &x.values, matrix, Some(bias), &mut y, 0, accumulate);
         } else {
             let window = Window { height: x.height, width: x.width, channels: inputs, kernel, stride, pad, double: how == How::Double, out_width: width };
             let strip = (COLUMN_VALUES / k).clamp(1, rows);
             for first in (0..rows).step_by(strip) {
                 let count = strip.min(rows - first);
-                let columns = self.ops.columns(&x.values, window, first, count);
+                let columns = self.ops.columns(&x.values, affine, window, first, count);
                 self.ops.product(count, &columns, matrix, Some(bias), &mut y, first, accumulate);
             }
         }
@@ -204,19 +197,22 @@ impl Run<'_> {
     }
 
     fn resnet(self, x: Picture, resnet: &Resnet) -> Picture {
-        let h = self.conv(&self.norm(&x, &resnet.norm1, true), &resnet.conv1, None);
-        let h = self.norm(&h, &resnet.norm2, true);
+        let h = self.conv(&x, Some(&self.norm(&x, &resnet.norm1)), &resnet.conv1, None);
+        let affine = self.norm(&h, &resnet.norm2);
         let onto = match &resnet.shortcut {
-            Some(shortcut) => self.conv(&x, shortcut, None),
+            Some(shortcut) => self.conv(&x, None, shortcut, None),
             None => x,
         };
-        self.conv(&h, &resnet.conv2, Some(onto.values))
+        self.conv(&h, Some(&affine), &resnet.conv2, Some(onto.values))
     }
 
     fn attention(self, x: Picture, attention: &Attention) -> Picture {
-        let qkv = self.conv(&self.norm(&x, &attention.norm, false), &attention.qkv, None);
-        let values = self.ops.picture_attention(&qkv.values, x.channels, (SCORE_VALUES / (x.height * x.width)).max(1));
-        self.conv(&Picture { values, ..x }, &attention.out, Some(x.values))
+        let normal = self.ops.apply_affine(&x.values, &self.norm(&x, &attention.norm));
+        let normal = Picture { values: normal, ..x };
+        let qkv = self.conv(&normal, None, &attention.qkv, None);
+        let tokens = x.height * x.width;
+        let mixed = self.ops.picture_attention(&qkv.values, x.channels, (SCORE_VALUES / tokens).max(1));
+        self.conv(&Picture { values: mixed, ..normal }, None, &attention.out, Some(x.values))
     }
 
     fn middle(self, x: Picture, middle: &Middle) -> Picture {
@@ -233,7 +229,7 @@ impl Run<'_> {
                 x = self.resnet(x, resnet);
             }
             if let Some(resize) = &level.resize {
-                x = self.conv(&x, resize, None);
+                x = self.conv(&x, None, resize, None);
             }
         }
         x
@@ -243,24 +239,21 @@ impl Run<'_> {
     fn upload(self, values: &[f32], (channels, height, width): (usize, usize, usize), padded: usize) -> Picture {
         let pixels = height * width;
         let mut rows = vec![0.0; pixels * padded];
-        rows.par_chunks_mut(PIECE * padded).enumerate().for_each(|(piece, rows)| {
-            for (pixel, row) in rows.chunks_exact_mut(padded).enumerate() {
-                for channel in 0..channels {
-                    row[channel] = values[channel * pixels + piece * PIECE + pixel];
-                }
+        for (channel, values) in values.chunks_exact(pixels).enumerate().take(channels) {
+            for (row, value) in rows.chunks_exact_mut(padded).zip(values) {
+                row[channel] = *value;
             }
-        });
+        }
         Picture { values: self.ops.upload(&rows), height, width, channels: padded }
     }
 
     /// The first `channels` channels as host values [channels, height, width].
     fn download(self, x: &Picture, channels: usize) -> (Vec<f32>, usize, usize) {
         let rows = self.ops.download(&x.values);
-        let pixels = x.height * x.width;
-        let mut values = vec![0.0; channels * pixels];
-        values.par_chunks_mut(pixels).enumerate().for_each(|(channel, values)| {
-            values.iter_mut().zip(rows.chunks_exact(x.channels)).for_each(|(value, row)| *value = row[channel]);
-        });
+        let mut values = Vec::with_capacity(channels * x.height * x.width);
+        for channel in 0..channels {
+            values.extend(rows.chunks_exact(x.channels).map(|row| row[channel]));
+        }
         (values, x.height, x.width)
     }
 }
@@ -310,11 +303,11 @@ impl Encoder {
     pub(super) fn moments(&self, picture: &[f32], height: usize, width: usize) -> Option<(Vec<f32>, usize, usize)> {
         let run = Run { ops: self.engine.encode_ops()?, groups: self.config.norm_num_groups };
         let x = run.upload(picture, (self.config.in_channels, height, width), self.conv_in.inputs);
-        let x = run.levels(run.conv(&x, &self.conv_in, None), &self.down);
+        let x = run.levels(run.conv(&x, None, &self.conv_in, None), &self.down);
         let x = run.middle(x, &self.middle);
-        let mut x = run.conv(&run.norm(&x, &self.norm_out, true), &self.conv_out, None);
+        let mut x = run.conv(&x, Some(&run.norm(&x, &self.norm_out)), &self.conv_out, None);
         if let Some(quant) = &self.quant {
-            x = run.conv(&x, quant, None);
+            x = run.conv(&x, None, quant, None);
         }
         Some(run.download(&x, 2 * self.config.latent_channels))
     }
@@ -367,10 +360,10 @@ impl Decoder {
         let run = Run { ops: self.engine.encode_ops()?, groups: self.config.norm_num_groups };
         let mut x = run.upload(latents, (self.config.latent_channels, height, width), self.conv_in.inputs);
         if let Some(conv) = &self.post_quant {
-            x = run.conv(&x, conv, None);
+            x = run.conv(&x, None, conv, None);
         }
-        let x = run.middle(run.conv(&x, &self.conv_in, None), &self.middle);
+        let x = run.middle(run.conv(&x, None, &self.conv_in, None), &self.middle);
         let x = run.levels(x, &self.up);
-        Some(run.download(&run.conv(&run.norm(&x, &self.norm_out, true), &self.conv_out, None), self.config.out_channels))
+        Some(run.download(&run.conv(&x, Some(&run.norm(&x, &self.norm_out)), &self.conv_out, None), self.config.out_channels))
     }
 }
