@@ -12,7 +12,6 @@ pub mod history;
 pub mod inspect;
 pub mod interrupt;
 pub mod job;
-pub mod loss_scale;
 pub mod output;
 pub mod prepare;
 pub mod publish;

@@ -8,11 +8,9 @@ use super::checkpoint::{ExecutionPlan, Snapshot, State};
 use super::division;
 use super::history::{self, History, Record};
 use super::interrupt::Interrupt;
-use super::loss_scale::LossScale;
 use super::prepare::{Prepared, PreparedError};
 use super::step::{self, Example, Objective};
 use crate::data::sampler::{Item, Position, Sampler, SamplerError};
-use crate::kernels::Precision;
 use crate::model::lora::{LoraError, LoraLayout};
 use crate::model::mmdit::{Mmdit, MmditError};
 use crate::optim::{self, Optimizer, Param, Schedule, StateError};
@@ -84,14 +82,9 @@ pub struct Trainer {
     step: u64,
     /// The first batch of the open accumulation window.
     boundary: Position,
-    /// The factor on the loss; f16 alone has one.
-    loss_scale: Option<LossScale>,
     training_seconds: f64,
     started: f64,
 }
-
-/// What an overflow in f16 shows in.
-const GRADIENT_NORM: &str = "gradient norm";
 
 /// What an update is made of.
 struct Window {
@@ -128,7 +121,6 @@ impl Trainer {
         model.set_lora(&params)?;
         let boundary = sampler.position();
         let started = history::now();
-        let loss_scale = (settings.plan.dtype == Precision::F16.to_string()).then(LossScale::default);
         Ok(Self {
             settings,
             model,
@@ -140,7 +132,6 @@ impl Trainer {
             history: History::default(),
             step: 0,
             boundary,
-            loss_scale,
             training_seconds: 0.0,
             started,
         })
@@ -160,7 +151,6 @@ impl Trainer {
         if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
             self.model.set_recompute(&vec![true; began.recomputed_blocks as usize]);
             self.settings.plan = state.plan.clone();
-            self.loss_scale = state.loss_scale;
         } else {
             tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");
         }
@@ -184,7 +174,6 @@ impl Trainer {
                 position: self.boundary,
                 seed: self.settings.objective.seed,
                 plan: self.settings.plan.clone(),
-                loss_scale: self.loss_scale,
                 training_seconds: self.training_seconds,
                 started: self.started,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -196,37 +185,27 @@ impl Trainer {
     }
 
     /// One optimizer update: micro-batches until the window closes, clipping, optimizer, schedule. A window for which the device had too
-    /// little memory, or whose gradients overflowed in f16, is computed again.
+    /// little memory is divided further and computed again.
     ///
     /// # Errors
     /// [`TrainerError::Diverged`] if a loss or the gradient is not finite; the parameters are unchanged then.
     pub fn update(&mut self, interrupt: &Interrupt) -> Result<Update, TrainerError> {
         let begin = Instant::now();
         let step = self.step + 1;
-        let (window, gradient_norm) = loop {
-            let error = match self.window(step, interrupt) {
+        let window = loop {
+            match self.window(step, interrupt) {
+                Ok(Some(window)) => break window,
                 Ok(None) => {
                     self.sampler.seek(self.boundary)?;
                     return Ok(Update::Interrupted);
                 }
-                Ok(Some(mut window)) => {
-                    let norm = self.clip(&mut window.grads);
-                    match finite(step, GRADIENT_NORM, norm) {
-                        Ok(()) => break (window, norm),
-                        Err(error) => error,
-                    }
-                }
-                Err(error) => error,
-            };
-            if !self.can_retry(&error) {
-                return Err(error);
+                Err(error) if self.divides_further(&error) => self.sampler.seek(self.boundary)?,
+                Err(error) => return Err(error),
             }
-            self.sampler.seek(self.boundary)?;
         };
-        if let Some(scale) = &mut self.loss_scale {
-            scale.succeeded();
-        }
-        let Window { grads, loss, prior_loss, batches } = window;
+        let Window { mut grads, loss, prior_loss, batches } = window;
+        let gradient_norm = self.clip(&mut grads);
+        finite(step, "gradient norm", gradient_norm)?;
         let learning_rate = self.settings.schedule.lr(self.step);
         self.optimizer.step(&mut self.params, &grads, learning_rate);
         self.model.set_lora(&self.params)?;
@@ -256,14 +235,13 @@ impl Trainer {
     fn window(&mut self, step: u64, interrupt: &Interrupt) -> Result<Option<Window>, TrainerError> {
         let grads = self.params.iter().map(|p| vec![0.0; p.value.len()]).collect();
         let mut window = Window { grads, loss: 0.0, prior_loss: 0.0, batches: 0 };
-        let factor = self.loss_scale.map_or(1.0, LossScale::factor);
         loop {
             if interrupt.requested() {
                 return Ok(None);
             }
             let batch = self.sampler.next_batch();
             let Settings { objective, device, accumulation, prior_weight, plan, .. } = &self.settings;
-            let weight = factor / batch.items.len() as f64 / f64::from(*accumulation);
+            let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
             let (mut loss, mut prior_loss) = (0.0, 0.0);
             for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
                 let (examples, ordinals) = self.inputs(items)?;
@@ -285,33 +263,25 @@ impl Trainer {
                 break;
             }
         }
-        if self.loss_scale.is_some() {
-            let inverse = (1.0 / factor) as f32;
-            window.grads.iter_mut().flatten().for_each(|g| *g *= inverse);
-        }
         Ok(Some(window))
     }
 
-    /// Whether there is another way to compute the window that failed; takes it. The sums and the random numbers stay the same.
-    fn can_retry(&mut self, error: &TrainerError) -> bool {
-        match error {
-            TrainerError::Model(MmditError::Device(cause)) if cause.is_out_of_memory() => {
-                let layers = self.model.config().num_layers as u32;
-                let Some(plan) = division::smaller(&self.settings.plan, layers, self.settings.checkpointing) else { return false };
-                tracing::warn!(
-                    error = cause as &dyn std::error::Error,
-                    micro_batch = plan.micro_batch,
-                    recomputed_blocks = plan.recomputed_blocks,
-                    "out of GPU memory: the step is divided further and computed again"
-                );
-                self.model.set_recompute(&vec![true; plan.recomputed_blocks as usize]);
-                self.model.trim();
-                self.settings.plan = plan;
-                true
-            }
-            TrainerError::Diverged { what: GRADIENT_NORM, .. } => self.loss_scale.as_mut().is_some_and(LossScale::overflowed),
-            _ => false,
-        }
+    /// After an out-of-memory: divides the work further, if that is possible. The sums and the random numbers stay the same.
+    fn divides_further(&mut self, error: &TrainerError) -> bool {
+        let TrainerError::Model(MmditError::Device(cause)) = error else { return false };
+        let layers = self.model.config().num_layers as u32;
+        let plan = cause.is_out_of_memory().then(|| division::smaller(&self.settings.plan, layers, self.settings.checkpointing)).flatten();
+        let Some(plan) = plan else { return false };
+        tracing::warn!(
+            error = cause as &dyn std::error::Error,
+            micro_batch = plan.micro_batch,
+            recomputed_blocks = plan.recomputed_blocks,
+            "out of GPU memory: the step is divided further and computed again"
+        );
+        self.model.set_recompute(&vec![true; plan.recomputed_blocks as usize]);
+        self.model.trim();
+        self.settings.plan = plan;
+        true
     }
 
     /// The data of a batch's items, after them those of their class pictures, and the names of their random numbers.

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::data::sampler::Position;
 use crate::optim::{Param, StateTensor};
 use crate::train::history::History;
-use crate::train::loss_scale::LossScale;
 use crate::train::tensor_file::{self, TensorFileError};
 
 /// The masters.
@@ -53,9 +52,6 @@ pub struct State {
     pub seed: u64,
     /// How the numbers were made; the run goes on in the same way.
     pub plan: ExecutionPlan,
-    /// The factor on the loss, where there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss_scale: Option<LossScale>,
     /// Seconds spent training so far, all attempts together.
     pub training_seconds: f64,
     /// When the first attempt began (seconds since 1970).
