@@ -69,7 +69,7 @@ pub struct LoraSpread {
 /// Where a layer's parameters lie among all: A's first value, B's first value, and the scale that B carries.
 pub type LoraSource = (usize, usize, f32);
 
-#[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::unused_self, reason = "used with the feature"))]
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::needless_pass_by_value, reason = "used with the feature"))]
 impl Engine {
     /// Lays the weights [out, in] and biases of layers with the same input together, if that makes them faster here.
     pub fn stack(&self, weights: &mut [&mut FrozenMatrix], biases: &mut [&mut Buffer]) -> Option<Stack> {

@@ -330,6 +330,7 @@ impl PromptEncoder {
         Ok(captions)
     }
 
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "the engine decides with the feature"))]
     fn clip_outputs(
         &self,
         weights: &Weights,
