@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::ModelDir;
@@ -151,14 +151,7 @@ impl Options {
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
             match arg.as_str() {
-                "--precision" => {
-                    options.precision = match value()?.as_str() {
-                        "fp32" => Precision::F32,
-                        "fp16" => Precision::F16,
-                        "bf16" => Precision::Bf16,
-                        other => bail!("unknown precision {other}"),
-                    }
-                }
+                "--precision" => options.precision = value()?.parse()?,
                 "--layers" => options.layers = value()?.parse()?,
                 count => options.counts.push(count.parse()?),
             }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::Weights;
@@ -102,14 +102,7 @@ impl Options {
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
             match arg.as_str() {
-                "--precision" => {
-                    options.precision = match value()?.as_str() {
-                        "fp32" => Precision::F32,
-                        "fp16" => Precision::F16,
-                        "bf16" => Precision::Bf16,
-                        other => bail!("unknown precision {other}"),
-                    }
-                }
+                "--precision" => options.precision = value()?.parse()?,
                 "--steps" => options.steps = value()?.parse()?,
                 "--layers" => options.layers = value()?.parse()?,
                 "--rank" => options.rank = value()?.parse()?,

@@ -1,6 +1,7 @@
 //! Devices, precisions, and how an operation's failure reaches its caller.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Type of activations and frozen weights. Statistics, sums and LoRA's parameters and gradients are f32 in every precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -41,6 +42,24 @@ impl fmt::Display for Precision {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         })
+    }
+}
+
+/// A name that is no precision.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no precision: fp32, fp16 and bf16 are")]
+pub struct UnknownPrecision(String);
+
+impl FromStr for Precision {
+    type Err = UnknownPrecision;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPrecision> {
+        match name {
+            "fp32" => Ok(Self::F32),
+            "fp16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(UnknownPrecision(other.to_owned())),
+        }
     }
 }
 

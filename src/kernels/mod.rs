@@ -23,7 +23,7 @@ pub use cpu::conv::{ConvShape, conv2d};
 pub use cpu::group_norm::group_norm_silu;
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
-pub use device::{DeviceError, Precision, catch};
+pub use device::{DeviceError, Precision, UnknownPrecision, catch};
 pub use engine::{Engine, StoredMatrix};
 pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack};
 pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats};

@@ -58,23 +58,9 @@ mod tests {
 
     #[test]
     fn the_shape_of_a_configuration_is_that_of_the_published_model() {
-        let mut config = MmditConfig {
-            patch_size: 2,
-            in_channels: 16,
-            num_layers: 24,
-            attention_head_dim: 64,
-            num_attention_heads: 24,
-            joint_attention_dim: 4096,
-            caption_projection_dim: 1536,
-            pooled_projection_dim: 2048,
-            out_channels: Some(16),
-            pos_embed_max_size: 192,
-            qk_norm: None,
-            dual_attention_layers: vec![],
-        };
+        let config = MmditConfig::medium(None, vec![]);
         assert_eq!(ModelShape { name: ModelShape::SD3_MEDIUM.name, ..shape(&config) }, ModelShape::SD3_MEDIUM);
-        config.qk_norm = Some("rms_norm".into());
-        config.dual_attention_layers = (0..13).collect();
+        let config = MmditConfig::medium(Some("rms_norm"), (0..13).collect());
         assert_eq!(ModelShape { name: ModelShape::SD35_MEDIUM.name, ..shape(&config) }, ModelShape::SD35_MEDIUM);
     }
 }

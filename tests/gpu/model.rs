@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::Weights;
-use finetune::model::lora::LoraSpec;
+use finetune::model::lora::{EVERY_TARGET, LoraSpec};
 use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
 use finetune::nn::DropoutKey;
 use finetune::nn::flow_matching::{LossKind, Weighting, mix};
@@ -59,23 +59,6 @@ fn weights(config: &MmditConfig) -> (tempfile::TempDir, Arc<Weights>) {
 }
 
 const ATTENTION: [&str; 8] = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"];
-const EVERYTHING: [&str; 15] = [
-    "linear_1",
-    "linear_2",
-    "context_embedder",
-    "linear",
-    "to_q",
-    "to_k",
-    "to_v",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_out.0",
-    "to_add_out",
-    "net.0.proj",
-    "net.2",
-    "proj_out",
-];
 
 struct Step {
     velocity: Vec<f32>,
@@ -118,11 +101,11 @@ fn the_transformer_computes_the_same_on_both_devices() {
     let mut failures = Vec::new();
     for (heads, head_dim, dual, targets, dropout) in [
         (3, 12, &[][..], &ATTENTION[..], 0.0),
-        (3, 12, &[0, 2], &EVERYTHING, 0.3),
+        (3, 12, &[0, 2], &EVERY_TARGET, 0.3),
         (2, 64, &[], &ATTENTION, 0.0),
-        (2, 64, &[0, 1], &EVERYTHING, 0.2),
+        (2, 64, &[0, 1], &EVERY_TARGET, 0.2),
         (2, 64, &[0, 1], &ATTENTION, 0.0),
-        (3, 12, &[1], &EVERYTHING, 0.0),
+        (3, 12, &[1], &EVERY_TARGET, 0.0),
         (2, 64, &[], &["ff_context.net.0.proj"], 0.0),
     ] {
         let config = config(heads, head_dim, dual);

@@ -11,28 +11,11 @@
 // A result is a fixed function of its inputs: no atomics.
 
 #include "attention.cuh"
+#include "values.cuh"
 
 namespace attention {
 
 constexpr int kThreads = 256;
-
-template <typename T>
-__device__ __forceinline__ float widen(T x);
-template <>
-__device__ __forceinline__ float widen(float x) { return x; }
-template <>
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-template <>
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ __forceinline__ T narrow(float x);
-template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
-template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // Threads stand as 16 × 16; thread (y, x) has rows y + 16 i and columns x + 16 j of a product.
 template <int D_, int M_, int N_>
@@ -73,7 +56,7 @@ template <typename T, int R, int D, int LD>
 __device__ __forceinline__ void load_rows(float* to, const Rows<T>& from, int first, int limit, int head_dim) {
   for (int i = threadIdx.x; i < R * D; i += kThreads) {
     const int r = i / D, c = i % D;
-    to[r * LD + c] = first + r < limit && c < head_dim ? widen<T>(from.at(first + r)[c]) : 0.0f;
+    to[r * LD + c] = first + r < limit && c < head_dim ? widen(from.at(first + r)[c]) : 0.0f;
   }
 }
 
@@ -188,7 +171,7 @@ __device__ __forceinline__ void backward_q_any(const AttentionParameters& p) {
     const int r = y + 16 * i, token = first + r;
     float sum = 0.0f;
     if (token < p.queries)
-      for (int c = x; c < p.head_dim; c += 16) sum = fmaf(widen<T>(out_rows.at(token)[c]), d_out[r * S::LD + c], sum);
+      for (int c = x; c < p.head_dim; c += 16) sum = fmaf(widen(out_rows.at(token)[c]), d_out[r * S::LD + c], sum);
     delta[i] = row_sum(sum);
     lse[i] = token < p.queries ? p.lse[row + token] : 0.0f;
     if (x == 0 && token < p.queries) p.rows[row + token] = make_float2(lse[i] * kLog2e, delta[i]);

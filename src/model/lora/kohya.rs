@@ -119,7 +119,7 @@ pub fn convert(layout: &LoraLayout, params: &[Param], blocks: usize) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::lora::{LoraSpec, delta_weight};
+    use crate::model::lora::{EVERY_TARGET, LoraSpec, delta_weight};
     use crate::model::mmdit::MmditConfig;
     use crate::rng::{Purpose, Stream};
 
@@ -133,24 +133,7 @@ mod tests {
     /// once, and sets that leave parts of a fused layer untouched.
     #[test]
     fn up_times_down_is_every_modules_delta() {
-        let all: Vec<&str> = vec![
-            "linear_1",
-            "linear_2",
-            "context_embedder",
-            "linear",
-            "to_q",
-            "to_k",
-            "to_v",
-            "add_q_proj",
-            "add_k_proj",
-            "add_v_proj",
-            "to_out.0",
-            "to_add_out",
-            "net.0.proj",
-            "net.2",
-            "proj_out",
-        ];
-        for targets in [all, vec!["to_q", "to_v"], vec!["attn.to_k"]] {
+        for targets in [EVERY_TARGET.to_vec(), vec!["to_q", "to_v"], vec!["attn.to_k"]] {
             let spec = LoraSpec { rank: 3, alpha: 5.0, dropout: 0.0, target_modules: targets.iter().map(|t| (*t).to_owned()).collect() };
             let layout = LoraLayout::new(&spec, &config().linear_sites()).unwrap();
             let mut params = layout.init(1);

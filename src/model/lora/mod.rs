@@ -19,6 +19,25 @@ use crate::rng::{Purpose, Stream};
 /// The prefix of every key of a transformer's LoRA.
 pub const PREFIX: &str = "transformer.";
 
+/// Target modules that together name every linear module of the transformer.
+pub const EVERY_TARGET: [&str; 15] = [
+    "linear_1",
+    "linear_2",
+    "context_embedder",
+    "linear",
+    "to_q",
+    "to_k",
+    "to_v",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_out.0",
+    "to_add_out",
+    "net.0.proj",
+    "net.2",
+    "proj_out",
+];
+
 /// What to train: rank, scale, dropout and the modules.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraSpec {

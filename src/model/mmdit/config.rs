@@ -160,11 +160,10 @@ impl MmditConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn medium(qk_norm: Option<&str>, dual: Vec<usize>) -> MmditConfig {
-        MmditConfig {
+impl MmditConfig {
+    /// SD3-Medium, or with RMSNorm and dual attention SD3.5-Medium.
+    pub(crate) fn medium(qk_norm: Option<&str>, dual: Vec<usize>) -> Self {
+        Self {
             patch_size: 2,
             in_channels: 16,
             num_layers: 24,
@@ -179,13 +178,19 @@ mod tests {
             dual_attention_layers: dual,
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     /// Published sizes: SD3-Medium 2,028,328,000 parameters, SD3.5-Medium 2,243,171,520, without position tables.
     #[test]
     fn parameter_counts_are_the_published_ones() {
-        for (config, norms, expected) in
-            [(medium(None, vec![]), 0, 2_028_328_000), (medium(Some("rms_norm"), (0..13).collect()), (24 * 4 + 13 * 2) * 64, 2_243_171_520_usize)]
-        {
+        for (config, norms, expected) in [
+            (MmditConfig::medium(None, vec![]), 0, 2_028_328_000),
+            (MmditConfig::medium(Some("rms_norm"), (0..13).collect()), (24 * 4 + 13 * 2) * 64, 2_243_171_520_usize),
+        ] {
             config.check().unwrap();
             let linears: usize = config.linear_sites().iter().map(|s| s.out_features * (s.in_features + 1)).sum();
             let patch = 1536 * (16 * 4 + 1);
@@ -197,7 +202,7 @@ mod tests {
     #[test]
     fn lora_counts_are_those_of_peft() {
         use crate::model::lora::{LoraLayout, LoraSpec};
-        let config = medium(None, vec![]);
+        let config = MmditConfig::medium(None, vec![]);
         let count = |targets: &[&str]| {
             let spec = LoraSpec { rank: 4, alpha: 4.0, dropout: 0.0, target_modules: targets.iter().map(|t| (*t).to_owned()).collect() };
             let layout = LoraLayout::new(&spec, &config.linear_sites()).unwrap();
@@ -210,7 +215,7 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_named() {
-        let mut config = medium(Some("layer_norm"), vec![]);
+        let mut config = MmditConfig::medium(Some("layer_norm"), vec![]);
         assert!(config.check().unwrap_err().to_string().contains("qk_norm"));
         config.qk_norm = None;
         config.caption_projection_dim = 7;

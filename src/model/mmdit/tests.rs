@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 
 use super::load::load;
 use super::*;
+use crate::model::lora::EVERY_TARGET;
 use crate::nn::DropoutKey;
 use crate::optim::{AdamW, AdamWSettings, Optimizer as _};
 use crate::rng::{Purpose, Stream};
@@ -71,24 +72,6 @@ fn spec(targets: &[&str], dropout: f64) -> LoraSpec {
 }
 
 const ATTENTION: [&str; 8] = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"];
-
-const EVERYTHING: [&str; 15] = [
-    "linear_1",
-    "linear_2",
-    "context_embedder",
-    "linear",
-    "to_q",
-    "to_k",
-    "to_v",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_out.0",
-    "to_add_out",
-    "net.0.proj",
-    "net.2",
-    "proj_out",
-];
 
 fn model(config: &MmditConfig, spec: &LoraSpec) -> (tempfile::TempDir, Mmdit, Vec<Param>) {
     let (dir, weights) = weights(config, false);
@@ -161,7 +144,7 @@ fn relative(got: &[f32], want: &[f32]) -> f64 {
 fn results_are_bit_identical_for_any_number_of_threads() {
     for dual in [&[][..], &[0, 2]] {
         let config = config(dual);
-        let (_dir, model, _) = model(&config, &spec(&EVERYTHING, 0.3));
+        let (_dir, model, _) = model(&config, &spec(&EVERY_TARGET, 0.3));
         let batch = batch(&config, 3);
         let run = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| batch.step(&model));
         let one = run(1);
@@ -174,7 +157,7 @@ fn results_are_bit_identical_for_any_number_of_threads() {
 #[test]
 fn recomputed_blocks_give_the_same_bits() {
     let config = config(&[1]);
-    let (_dir, mut model, _) = model(&config, &spec(&EVERYTHING, 0.2));
+    let (_dir, mut model, _) = model(&config, &spec(&EVERY_TARGET, 0.2));
     let batch = batch(&config, 2);
     let kept = batch.step(&model);
     for flags in [&[true, true, true][..], &[false, true, false], &[true]] {
@@ -202,7 +185,7 @@ fn stored_weights_give_the_same_bits_as_converted_ones() {
 #[test]
 fn micro_batches_add_up() {
     let config = config(&[0, 1]);
-    let (_dir, model, _) = model(&config, &spec(&EVERYTHING, 0.25));
+    let (_dir, model, _) = model(&config, &spec(&EVERY_TARGET, 0.25));
     let batch = batch(&config, 3);
     let (velocity, gradients) = batch.step(&model);
     let (first, mut sum) = batch.part(0, 1).step(&model);
@@ -218,7 +201,7 @@ fn micro_batches_add_up() {
 /// discarded: exactly zero. Before it (B = 0) A has none.
 #[test]
 fn every_parameter_is_trained() {
-    for (dual, targets) in [(&[][..], &ATTENTION[..]), (&[0, 2], &EVERYTHING)] {
+    for (dual, targets) in [(&[][..], &ATTENTION[..]), (&[0, 2], &EVERY_TARGET)] {
         let config = config(dual);
         let (_dir, mut model, _) = model(&config, &spec(targets, 0.0));
         let layout = model.layout().clone();
@@ -241,7 +224,7 @@ fn every_parameter_is_trained() {
 /// Along random directions in parameter space the objective's slope is the gradient's. With dropout: its masks are fixed by name.
 #[test]
 fn gradients_are_slopes_of_the_objective() {
-    for (dual, targets) in [(&[][..], &EVERYTHING[..]), (&[0, 1], &EVERYTHING), (&[], &["ff_context.net.0.proj"]), (&[1], &["attn2.to_k"])] {
+    for (dual, targets) in [(&[][..], &EVERY_TARGET[..]), (&[0, 1], &EVERY_TARGET), (&[], &["ff_context.net.0.proj"]), (&[1], &["attn2.to_k"])] {
         let config = config(dual);
         let (_dir, mut model, params) = model(&config, &spec(targets, 0.2));
         let batch = batch(&config, 2);
