@@ -17,6 +17,8 @@ const TEXT_MAX_BYTES: usize = 1024;
 const URI_MAX_BYTES: usize = 2048;
 /// Most artifacts.
 const ARTIFACTS_MAX: usize = 8;
+/// Samples or blocks beyond this are not believed.
+const DIVISION_MAX: u32 = 65_536;
 /// Steps beyond this are not believed.
 const STEPS_MAX: u64 = 1_000_000_000;
 
@@ -47,6 +49,12 @@ pub struct Progress {
     /// Memory in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryReport>,
+    /// Samples per forward pass; smaller than the batch where the batch does not fit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<u32>,
+    /// Blocks of the transformer that are computed again in the backward pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recomputed_blocks: Option<u32>,
     /// The newest checkpoint in the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_checkpoint: Option<ReportedCheckpoint>,
@@ -257,6 +265,8 @@ impl Progress {
             ("epoch", number(self.epoch, 0.0..=1e9)),
             ("stepsPerSecond", number(self.steps_per_second, 0.0..=1e6)),
             ("loss", number(self.loss, -1e12..=1e12)),
+            ("microBatch", self.micro_batch.is_none_or(|samples| (1..=DIVISION_MAX).contains(&samples))),
+            ("recomputedBlocks", self.recomputed_blocks.is_none_or(|blocks| blocks <= DIVISION_MAX)),
             ("specHash", self.spec_hash.as_ref().is_none_or(digest)),
             ("datasetDigest", self.dataset_digest.as_ref().is_none_or(digest)),
             ("lastCheckpoint", self.last_checkpoint.as_ref().is_none_or(|c| c.step <= STEPS_MAX && digest(&c.sha256) && !c.uri.is_empty())),

@@ -209,6 +209,12 @@ pub struct ProgressStatus {
     /// Most memory that the trainer has held on its device, in MiB.
     #[serde(rename = "peakMemoryMiB", skip_serializing_if = "Option::is_none")]
     pub peak_memory_mib: Option<u64>,
+    /// Samples per forward pass; fewer than the batch where the batch does not fit the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch: Option<u32>,
+    /// Blocks of the transformer that are computed again in the backward pass, to save memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recomputed_blocks: Option<u32>,
     /// "900/2000 (45%)".
     pub summary: String,
     /// When the trainer was last asked.

@@ -2,7 +2,7 @@
 //!
 //! The activations are those of the explicit backward: per token and block 11 `D` values are kept (input of both norms, modulated input, query,
 //! key, value, attention's output, and the 4 `D` of the feed-forward), 5 `D` more for a second attention. A block that is computed again keeps
-//! its input alone. The block at work needs 25 `D`. Attention never holds its scores.
+//! its input alone, and while it is computed again what it would have kept. The block at work needs 25 `D`. Attention never holds its scores.
 
 use serde::{Deserialize, Serialize};
 
@@ -239,6 +239,7 @@ impl<'a> Sizes<'a> {
         let kept = (kept_blocks * KEPT * tokens + kept_dual * KEPT_DUAL * picture_tokens) * d * self.value;
         let inputs = recomputed * tokens * d * self.value;
         let at_work = AT_WORK * tokens * d * self.value;
+        let again = if recomputed > 0 { (KEPT * tokens + u64::from(self.shape.dual_layers > 0) * KEPT_DUAL * picture_tokens) * d * self.value } else { 0 };
         let lora = self.shape.lora_parameters(u64::from(self.training.lora.rank), &self.training.lora.target_modules) * LORA_BYTES;
         let prompts = pictures * ((77 + u64::from(self.training.max_sequence_length)) * self.shape.joint + self.shape.pooled) * self.value;
         let latent = u64::from(self.training.resolution).pow(2) / self.shape.vae_factor.pow(2) * self.shape.channels;
@@ -250,6 +251,7 @@ impl<'a> Sizes<'a> {
                 ("kept activations", kept),
                 ("inputs of blocks computed again", inputs),
                 ("block at work", at_work),
+                ("kept activations of the block computed again", again),
                 ("LoRA and optimizer", lora),
                 ("prompts and latents of the batch", prompts + latents),
                 ("libraries", self.library),

@@ -26,7 +26,7 @@ pub fn open(request: DeviceRequest, precision: plan::Precision) -> Result<Engine
 }
 
 /// What the process may hold on the device, from what others have left of it; buffers may take that less what the driver and the
-/// libraries need.
+/// libraries need. To be called before anything is put on the device.
 pub fn limit_memory(engine: &Engine) -> MemoryBudget {
     let Some((free, _)) = engine.device_memory() else { return MemoryBudget::Cpu };
     let budget = BUDGET_BYTES.min(free as u64 + LIBRARY_BYTES / 2);

@@ -32,7 +32,7 @@ use crate::model::mmdit::{Mmdit, MmditConfig};
 use crate::model::weights::Weights;
 use crate::nn::flow_matching::SigmaTable;
 use crate::optim::Param;
-use crate::plan::{ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
+use crate::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
 use crate::store::claims::Claim;
 use crate::store::model_source::{ModelFolder, Parts};
 use crate::store::{Store, StoreErrorKind};
@@ -66,6 +66,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
     let engine = device::open(config.device, config.training.precision)?;
+    let budget = device::limit_memory(&engine);
     let output = environment.open(&config.output.uri, config)?;
 
     let found = publish::look(&output, &config.spec_hash).await?;
@@ -89,7 +90,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
         ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
     };
     let held_out = held_out(config, environment).await?;
-    let run = Run { config, environment, engine, dataset, held_out, checkpoints };
+    let run = Run { config, environment, engine, budget, dataset, held_out, checkpoints };
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
     let result = run.publish(&output, &trainer, &model).await?;
@@ -142,6 +143,8 @@ struct Run<'a> {
     config: &'a TrainConfig,
     environment: &'a JobEnvironment,
     engine: Engine,
+    /// What the process may hold on the device, as it was found at the start.
+    budget: MemoryBudget,
     dataset: Dataset,
     held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
@@ -222,7 +225,10 @@ impl Run<'_> {
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
         let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.engine)?;
         let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
-        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), device::limit_memory(&self.engine))?;
+        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), self.budget)?;
+        let MemoryPlan { micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
+        let bytes = memory.stages.last().map(crate::plan::Stage::bytes);
+        tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = match warm {
             None => layout.init(training.seed),
@@ -295,7 +301,10 @@ impl Run<'_> {
         while trainer.step() < total {
             match block_in_place(|| trainer.update(interrupt))? {
                 Update::Interrupted => return Err(self.interrupted(trainer, saved_step).await?),
-                Update::Done(record) => reporter.update(&record, trainer.history().smoothed_loss()),
+                Update::Done(record) => {
+                    reporter.execution(trainer.plan(), self.engine.peak_memory());
+                    reporter.update(&record, trainer.history().smoothed_loss());
+                }
             }
             if !self.draw(trainer, model, total).await? {
                 return Err(self.interrupted(trainer, saved_step).await?);

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 
-use super::checkpoint::Saved;
+use super::checkpoint::{ExecutionPlan, Saved};
 use super::history::{self, Record};
-use crate::api::{MemoryReport, Progress, ReportedArtifact, ReportedCheckpoint, Stage, TrainingResult};
+use crate::api::{Progress, ReportedArtifact, ReportedCheckpoint, Stage, TrainingResult};
 use crate::store;
 
 /// Where no bar is drawn, at most one line per this time.
@@ -120,6 +120,15 @@ impl Reporter {
         }
     }
 
+    /// How a step is divided now, and the most bytes that buffers took on a GPU so far (0 on the CPU).
+    pub fn execution(&self, plan: &ExecutionPlan, device_peak_bytes: usize) {
+        let progress = &mut self.lock().progress;
+        progress.micro_batch = Some(plan.micro_batch);
+        progress.recomputed_blocks = Some(plan.recomputed_blocks);
+        let memory = progress.memory.get_or_insert_default();
+        memory.device_peak_bytes = (device_peak_bytes > 0).then_some(device_peak_bytes as u64);
+    }
+
     /// An update is done.
     pub fn update(&self, record: &Record, smoothed_loss: Option<f64>) {
         let mut shared = self.lock();
@@ -133,7 +142,7 @@ impl Reporter {
         progress.loss = smoothed_loss;
         progress.steps_per_second = (smoothed > 0.0).then(|| (1.0 / smoothed).min(1e6));
         progress.estimated_completion_time = SignedDuration::try_from_secs_f64(left).ok().and_then(|left| Timestamp::now().checked_add(left).ok());
-        progress.memory = Some(MemoryReport { host_peak_bytes: record.memory_bytes, ..MemoryReport::default() });
+        progress.memory.get_or_insert_default().host_peak_bytes = record.memory_bytes;
         let (step, total, rate) = (record.step, progress.total_steps, progress.steps_per_second.unwrap_or_default());
         shared.latest = Some(record.clone());
         if let Some(bar) = &shared.bar {
@@ -184,7 +193,7 @@ impl Reporter {
         let shared = self.lock();
         let latest = shared.latest.clone().unwrap_or_default();
         let progress = &shared.progress;
-        let rows: [(&str, &str, &str, Option<f64>); 15] = [
+        let rows: [(&str, &str, &str, Option<f64>); 18] = [
             ("step", "gauge", "Optimizer updates done.", Some(progress.step as f64)),
             ("steps_planned", "gauge", "Optimizer updates in all.", Some(progress.total_steps as f64)),
             ("epoch", "gauge", "Passes over the dataset done.", progress.epoch),
@@ -199,6 +208,14 @@ impl Reporter {
             ("checkpoint_bytes", "gauge", "Bytes of the last checkpoint.", Some(shared.checkpoint_bytes as f64)),
             ("checkpoint_failing", "gauge", "1 while checkpoints cannot be saved.", Some(f64::from(u8::from(progress.checkpoint_error.is_some())))),
             ("downloaded_bytes_total", "counter", "Bytes downloaded by this attempt.", Some(shared.transferred_bytes as f64)),
+            ("micro_batch", "gauge", "Samples per forward pass.", progress.micro_batch.map(f64::from)),
+            ("recomputed_blocks", "gauge", "Blocks that are computed again in the backward pass.", progress.recomputed_blocks.map(f64::from)),
+            (
+                "device_memory_peak_bytes",
+                "gauge",
+                "Most bytes of buffers on the GPU so far.",
+                progress.memory.and_then(|m| m.device_peak_bytes).map(|b| b as f64),
+            ),
             ("host_memory_peak_bytes", "gauge", "Most memory of the process so far.", history::peak_memory_bytes().map(|b| b as f64)),
         ];
         let mut text = String::new();

@@ -315,6 +315,11 @@ impl Trainer {
         Ok(loss)
     }
 
+    /// How a step is divided now.
+    pub fn plan(&self) -> &ExecutionPlan {
+        &self.settings.plan
+    }
+
     /// Optimizer updates done.
     pub fn step(&self) -> u64 {
         self.step

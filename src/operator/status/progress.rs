@@ -75,6 +75,8 @@ fn progress(report: &Progress) -> ProgressStatus {
         steps_per_second: report.steps_per_second.map(significant),
         loss: report.loss.map(significant),
         peak_memory_mib: report.memory.and_then(|memory| memory.device_peak_bytes.or(memory.host_peak_bytes)).map(|bytes| bytes / (1 << 20)),
+        micro_batch: report.micro_batch,
+        recomputed_blocks: report.recomputed_blocks,
         summary: format!("{}/{} ({percent}%)", report.step, report.total_steps),
         last_report_time: None,
     }
