@@ -26,13 +26,13 @@ class Recipe:
     t5_length: int  # tokens of a caption for T5
     positions: int  # largest grid of patches
     clip_vocabulary: int
-    subjects: int | None  # how many are drawn; all without a number
+    subjects: int | None  # how many are drawn; without a number those of short names
     plain: bool  # subjects on white only
 
 
 RECIPES = {
-    "quickstart": Recipe(64, (16, 48, 96, 128), 4, 16, 24, 2000, 240, True),
-    "broad": Recipe(128, (32, 64, 96, 128), 8, 24, 16, 1900, None, False),
+    "plain": Recipe(64, (16, 48, 96, 128), 4, 16, 24, 2000, 240, True),
+    "broad": Recipe(96, (32, 64, 96, 128), 8, 24, 16, 1900, None, False),
 }
 
 

@@ -19,6 +19,9 @@ SETS = {"noto": "@iconify-json/noto", "twemoji": "@iconify-json/twemoji", "flat"
 GROUPS = {3, 4, 5, 6, 7}
 SMILEYS = {0, 2, 8, 11, 12, 13, 14}
 ALIKE = ("o’clock", "-thirty", "oncoming", "moon", "globe showing", "card index", "hourglass not", "speaker", "heart with", "mail", "two-hump")
+# Most words of a name by group, and what is drawn although its group has too few.
+WORDS = {0: 2, 3: 2, 4: 2, 5: 1, 6: 1}
+KEPT = {"crown", "top hat", "graduation cap", "guitar", "teddy bear", "glasses", "camera", "key", "candle", "fire engine"}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "hexagon", "ring", "cross", "crescent")
 
 
@@ -54,9 +57,11 @@ def pack(node_modules, path):
 
 
 def load(path, count=None):
-    """The subjects, or so many of them, always the same."""
+    """So many subjects, always the same; without a number those of short names."""
     subjects = json.loads(lzma.decompress(pathlib.Path(path).read_bytes()))
-    return subjects if count is None else random.Random(0).sample(subjects, count)
+    if count is not None:
+        return random.Random(0).sample(subjects, count)
+    return [subject for subject in subjects if subject["label"] in KEPT or len(subject["label"].split()) <= WORDS.get(subject["group"], 0)]
 
 
 def render(drawing, size):

@@ -17,7 +17,7 @@ PROMPTS = (
     "rocket, noto style, on a blue background", "red apple, flat style, on a yellow background", "fox, noto style, on a green and white striped background", "white line drawing of a rocket, on a blue background",
     "line drawing of owl", "red silhouette of cat", "sticker of panda, flat style, on a purple background", "pixel art of mushroom, noto style",
     "red circle left of blue square", "striped green star, on a yellow background", "red apple and banana, noto style", "cat above house, flat style",
-    "sunflower, noto style, on a blue to purple gradient", "small turtle at the left, noto style", "butterfly, twemoji style, on a black background", "tree",
+    "sunflower, noto style, on a blue to purple gradient", "small turtle at the left, noto style", "butterfly, twemoji style, on a black background", "deciduous tree",
 )  # fmt: skip
 PLAIN = 16  # The first prompts ask for nothing but a subject and a style.
 

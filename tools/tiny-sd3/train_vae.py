@@ -34,7 +34,8 @@ def train(model, stock, batches, end, log):
     fast = device.type == "cuda"
     if fast:
         vae.to(memory_format=torch.channels_last)
-    encoder, decoder = (torch.compile(part, dynamic=False) if fast else part for part in (vae.encoder, vae.decoder))
+    # Compiling the two, and the decoder for two sizes, takes longer than it saves in a few minutes.
+    encoder, decoder = vae.encoder, vae.decoder
     optimiser = torch.optim.AdamW(vae.parameters(), RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     step, started, told, sums = 0, None, time.time(), torch.zeros(3, device=device)
     count = 0
