@@ -295,6 +295,8 @@ mod tests {
             loss: Some(0.0831),
             estimated_completion_time: Some("2026-08-24T10:12:00Z".parse().unwrap()),
             memory: Some(MemoryReport { device_peak_bytes: Some(1 << 33), ..MemoryReport::default() }),
+            micro_batch: Some(4),
+            recomputed_blocks: Some(10),
             last_checkpoint: Some(ReportedCheckpoint {
                 step: 5,
                 uri: "s3://b/step-5/".into(),
@@ -352,6 +354,8 @@ mod tests {
         assert!(refused(|v| v["step"] = (-1).into()));
         assert!(refused(|v| v["totalSteps"] = 1e18.into()));
         assert!(refused(|v| v["loss"] = 1e300.into()));
+        assert!(refused(|v| v["microBatch"] = 0.into()));
+        assert!(refused(|v| v["recomputedBlocks"] = 1_000_000.into()));
         assert!(refused(|v| v["specHash"] = "sha256:XYZ".into()));
         assert!(refused(|v| v["artifacts"][0]["sha256"] = "".into()));
         assert!(refused(|v| v["result"]["failure"]["reason"] = "Surprise".into()));

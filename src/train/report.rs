@@ -320,12 +320,19 @@ mod tests {
     fn metrics_are_in_prometheus_text_format() {
         let reporter = Reporter::new();
         reporter.training(0, 10);
+        reporter.execution(&ExecutionPlan { device: "cuda".into(), dtype: "bf16".into(), micro_batch: 4, recomputed_blocks: 10 }, 1 << 33);
         reporter.update(&Record { step: 1, loss: Some(0.25), ..Record::default() }, Some(0.25));
         store::Progress::start(&reporter, "a", 10, 0);
         store::Progress::advance(&reporter, "a", 7);
         let text = reporter.metrics();
-        for line in ["# TYPE finetune_trainer_loss gauge", "finetune_trainer_loss 0.25", "finetune_trainer_step 1", "finetune_trainer_downloaded_bytes_total 7"]
-        {
+        for line in [
+            "# TYPE finetune_trainer_loss gauge",
+            "finetune_trainer_loss 0.25",
+            "finetune_trainer_step 1",
+            "finetune_trainer_downloaded_bytes_total 7",
+            "finetune_trainer_recomputed_blocks 10",
+            "finetune_trainer_device_memory_peak_bytes 8589934592",
+        ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }
     }

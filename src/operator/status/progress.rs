@@ -159,6 +159,16 @@ mod tests {
     }
 
     #[test]
+    fn a_step_that_was_divided_further_shows() {
+        let report = |recomputed| Progress { step: 1, total_steps: 2, micro_batch: Some(4), recomputed_blocks: Some(recomputed), ..Progress::default() };
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let first = merged(None, progress(&report(10)), at(100));
+        assert_eq!((first.micro_batch, first.recomputed_blocks), (Some(4), Some(10)));
+        let divided = merged(Some(&first), progress(&report(16)), at(200));
+        assert_eq!((divided.recomputed_blocks, divided.last_report_time), (Some(16), Some(Time(at(200)))));
+    }
+
+    #[test]
     fn an_estimate_is_absolute_and_to_the_minute() {
         let report = Progress { step: 1, total_steps: 2, estimated_completion_time: Some("2026-08-24T10:12:43.5Z".parse().unwrap()), ..Progress::default() };
         assert_eq!(progress(&report).estimated_completion_time.unwrap().0.to_string(), "2026-08-24T10:12:00Z");
