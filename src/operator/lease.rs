@@ -111,6 +111,20 @@ struct Observed {
     resource_version: String,
     spec: LeaseSpec,
     since: Option<Instant>,
+    /// The Lease as the API server returned it to our last write, until the next one is tried: the holder renews it without looking first.
+    ours: Option<Lease>,
+}
+
+/// What one attempt has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    /// This process holds the Lease since the attempt began, at that time.
+    Held(Instant),
+    /// Another process holds it.
+    Others,
+    /// It changed between our look and our write. By another process, or by an earlier write of ours whose answer did not come in time: only
+    /// another look can tell.
+    Contended,
 }
 
 /// What to do about the Lease now.
@@ -158,11 +172,11 @@ impl Elector {
         let mut observed = Observed::default();
         loop {
             match self.attempt(&mut observed).await {
-                Ok(Some(renewed)) => {
+                Ok(Attempt::Held(since)) => {
                     tracing::info!(lease = %self.name, identity = %self.identity, "holds the leader lease");
-                    return Leadership::until(renewed + self.intervals.renew_deadline);
+                    return Leadership::until(since + self.intervals.renew_deadline);
                 }
-                Ok(None) => {}
+                Ok(Attempt::Others | Attempt::Contended) => {}
                 Err(error) => tracing::warn!(lease = %self.name, error = &error as &dyn std::error::Error, "failed to reach the leader lease"),
             }
             tokio::time::sleep(jittered(self.intervals.retry)).await;
@@ -177,11 +191,12 @@ impl Elector {
         loop {
             tokio::time::sleep(self.intervals.retry).await;
             match self.attempt(&mut observed).await {
-                Ok(Some(renewed)) => {
-                    last = renewed;
-                    leadership.extend(renewed + self.intervals.renew_deadline);
+                Ok(Attempt::Held(since)) => {
+                    last = since;
+                    leadership.extend(since + self.intervals.renew_deadline);
                 }
-                Ok(None) => {
+                Ok(Attempt::Contended) => "it changed while it was renewed".clone_into(&mut why),
+                Ok(Attempt::Others) => {
                     let holder = observed.spec.holder_identity.clone().unwrap_or_default();
                     return LeaseError::Lost { name: self.name.clone(), why: format!("{holder:?} holds it") };
                 }
@@ -215,38 +230,52 @@ impl Elector {
         }
     }
 
-    /// One look at the Lease and at most one write. `Ok(Some(start of the attempt))` when this process holds it now.
-    async fn attempt(&self, observed: &mut Observed) -> Result<Option<Instant>, AttemptError> {
-        let started = Instant::now();
+    /// One attempt to hold the Lease, bounded in time. One write where the Lease is as our last write left it, else a look and at most one write.
+    async fn attempt(&self, observed: &mut Observed) -> Result<Attempt, AttemptError> {
         let budget = self.intervals.renew_deadline / 2;
-        let held = tokio::time::timeout(budget, self.attempt_unbounded(observed)).await.map_err(|_elapsed| AttemptError::TimedOut(budget))??;
-        Ok(held.then_some(started))
+        tokio::time::timeout(budget, self.attempt_unbounded(observed)).await.map_err(|_elapsed| AttemptError::TimedOut(budget))?
     }
 
-    async fn attempt_unbounded(&self, observed: &mut Observed) -> Result<bool, AttemptError> {
+    async fn attempt_unbounded(&self, observed: &mut Observed) -> Result<Attempt, AttemptError> {
+        let started = Instant::now();
+        // Taken, not borrowed: after a write without an answer nobody knows which version the API server has.
+        if let Some(ours) = observed.ours.take()
+            && let Attempt::Held(_) = self.replace(ours, observed, started).await?
+        {
+            return Ok(Attempt::Held(started));
+        }
         let lease = self.api.get_opt(&self.name).await?;
         if let Some(lease) = &lease {
             let resource_version = lease.resource_version().unwrap_or_default();
             if observed.since.is_none() || observed.resource_version != resource_version {
-                *observed = Observed { resource_version, spec: lease.spec.clone().unwrap_or_default(), since: Some(Instant::now()) };
+                *observed = Observed { resource_version, spec: lease.spec.clone().unwrap_or_default(), since: Some(Instant::now()), ours: None };
             }
         }
-        let written = match decide(lease.as_ref(), observed, &self.identity, Instant::now()) {
-            Decision::Wait => return Ok(false),
+        match decide(lease.as_ref(), observed, &self.identity, Instant::now()) {
+            Decision::Wait => Ok(Attempt::Others),
             Decision::Create => {
                 let metadata = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
-                self.api.create(&PostParams::default(), &Lease { metadata, spec: Some(self.record(None)) }).await
+                let created = self.api.create(&PostParams::default(), &Lease { metadata, spec: Some(self.record(None)) }).await;
+                Self::written(created, observed, started)
             }
-            Decision::Take | Decision::Renew => {
-                let mut lease = lease.unwrap_or_default();
-                lease.spec = Some(self.record(lease.spec.as_ref()));
-                self.api.replace(&self.name, &PostParams::default(), &lease).await
-            }
-        };
+            Decision::Take | Decision::Renew => self.replace(lease.unwrap_or_default(), observed, started).await,
+        }
+    }
+
+    /// Replaces the Lease at the resource version that `lease` has.
+    async fn replace(&self, mut lease: Lease, observed: &mut Observed, started: Instant) -> Result<Attempt, AttemptError> {
+        lease.spec = Some(self.record(lease.spec.as_ref()));
+        Self::written(self.api.replace(&self.name, &PostParams::default(), &lease).await, observed, started)
+    }
+
+    fn written(written: kube::Result<Lease>, observed: &mut Observed, started: Instant) -> Result<Attempt, AttemptError> {
         match written {
-            Ok(_) => Ok(true),
-            // Somebody else was faster; look again.
-            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() => Ok(false),
+            Ok(lease) => {
+                observed.ours = Some(lease);
+                Ok(Attempt::Held(started))
+            }
+            // Changed or deleted since it was seen.
+            Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() || status.is_not_found() => Ok(Attempt::Contended),
             Err(error) => Err(error.into()),
         }
     }
@@ -284,6 +313,7 @@ fn jittered(duration: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use axum::http::{Method, Request, Response};
 
     fn lease(holder: Option<&str>, seconds: i32) -> Lease {
         let spec = LeaseSpec { holder_identity: holder.map(str::to_owned), lease_duration_seconds: Some(seconds), ..LeaseSpec::default() };
@@ -327,6 +357,107 @@ mod tests {
             let intervals = Intervals { duration: seconds(duration), renew_deadline: seconds(renew), retry: seconds(retry) };
             assert!(intervals.checked().is_err(), "{intervals:?}");
         }
+    }
+
+    /// An API server with one Lease: how it answers a PUT is the test's to say. Returns a client of it and the requests that it was sent.
+    fn api_server(mut put: impl FnMut(&mut Lease, Lease) -> u16 + Send + 'static) -> (Client, Arc<Mutex<Vec<Method>>>) {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let requests = Arc::clone(&seen);
+        let mut stored = lease(Some(""), 15);
+        stored.metadata.resource_version = Some("1".to_owned());
+        let state = Arc::new(Mutex::new(move |method: &Method, body: &[u8]| {
+            let code = if *method == Method::PUT { put(&mut stored, serde_json::from_slice(body).unwrap()) } else { 200 };
+            let answer = serde_json::to_vec(&stored).unwrap();
+            let reason = if code == 409 { "Conflict" } else { "Timeout" };
+            let refusal = serde_json::json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason});
+            (code, if code == 200 { answer } else { refusal.to_string().into_bytes() })
+        }));
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let (requests, state) = (Arc::clone(&requests), Arc::clone(&state));
+            async move {
+                let method = request.method().clone();
+                requests.lock().unwrap().push(method.clone());
+                let body = request.into_body().collect_bytes().await?;
+                let (code, answer) = (*state.lock().unwrap())(&method, &body);
+                Ok::<_, kube::Error>(Response::builder().status(code).body(kube::client::Body::from(answer)).unwrap())
+            }
+        });
+        (Client::new(service, "default"), seen)
+    }
+
+    /// Stores what was sent, as a new version, if it was made from the current one.
+    fn store(stored: &mut Lease, sent: Lease) -> u16 {
+        if sent.metadata.resource_version != stored.metadata.resource_version {
+            return 409;
+        }
+        let version: u64 = stored.resource_version().unwrap().parse().unwrap();
+        *stored = sent;
+        stored.metadata.resource_version = Some((version + 1).to_string());
+        200
+    }
+
+    fn elector(client: Client) -> Elector {
+        Elector::new(client, "here", "operator", "me", Intervals::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_holder_renews_with_one_request() {
+        let (client, requests) = api_server(store);
+        let (elector, mut observed) = (elector(client), Observed::default());
+        for _ in 0..3 {
+            assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
+        }
+        assert_eq!(*requests.lock().unwrap(), [Method::GET, Method::PUT, Method::PUT, Method::PUT]);
+    }
+
+    #[tokio::test]
+    async fn a_renewal_whose_answer_was_lost_is_not_a_lost_lease() {
+        // The second renewal is stored but answered with an error; the third meets its version.
+        let mut number = 0;
+        let (client, requests) = api_server(move |stored, sent| {
+            number += 1;
+            let code = store(stored, sent);
+            if number == 2 { 504 } else { code }
+        });
+        let (elector, mut observed) = (elector(client), Observed::default());
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
+        assert!(matches!(elector.attempt(&mut observed).await, Err(AttemptError::Api(_))));
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
+        assert_eq!(*requests.lock().unwrap(), [Method::GET, Method::PUT, Method::PUT, Method::GET, Method::PUT], "after an error it looks first");
+    }
+
+    #[tokio::test]
+    async fn a_late_renewal_of_our_own_between_look_and_write_is_not_a_lost_lease() {
+        // Trap: a write that was given up after its time arrives between our next look and our next write.
+        let mut number = 0;
+        let (client, _) = api_server(move |stored, sent| {
+            number += 1;
+            if number == 1 {
+                let late = Lease { spec: sent.spec.clone(), metadata: stored.metadata.clone() };
+                store(stored, late);
+            }
+            store(stored, sent)
+        });
+        let (elector, mut observed) = (elector(client), Observed::default());
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Contended)));
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_another_took_is_lost() {
+        let mut number = 0;
+        let (client, _) = api_server(move |stored, sent| {
+            number += 1;
+            if number == 2 {
+                let mut theft = stored.clone();
+                theft.spec.get_or_insert_default().holder_identity = Some("thief".to_owned());
+                store(stored, theft);
+            }
+            store(stored, sent)
+        });
+        let (elector, mut observed) = (elector(client), Observed::default());
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
+        assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Others)));
     }
 
     #[test]
