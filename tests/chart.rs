@@ -33,6 +33,7 @@ affinity: {nodeAffinity: {}}
 topologySpreadConstraints: [{maxSkew: 1, topologyKey: zone, whenUnsatisfiable: DoNotSchedule}]
 priorityClassName: high
 networkPolicy: {enabled: true, metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}], apiServerCIDRs: [10.0.0.0/8]}
+leaderElection: {flowSchema: true}
 metrics:
   serviceMonitor: {enabled: true, labels: {release: prometheus}}
   podMonitor: {enabled: true, labels: {release: prometheus}}
@@ -143,6 +144,11 @@ fn every_optional_part_renders() {
     for kind in ["NetworkPolicy", "ServiceMonitor", "PodMonitor", "PrometheusRule"] {
         assert_eq!(only(&objects, kind)["metadata"]["namespace"], NAMESPACE, "{kind}");
     }
+    let flow = &only(&objects, "FlowSchema")["spec"];
+    assert_eq!(flow["priorityLevelConfiguration"]["name"], "leader-election");
+    let (subject, lease) = (&flow["rules"][0]["subjects"][0]["serviceAccount"], only(&objects, "Role"));
+    assert_eq!(subject, &json!({"name": only(&objects, "ServiceAccount")["metadata"]["name"], "namespace": NAMESPACE}));
+    assert_eq!(rights(&json!([flow["rules"][0]["resourceRules"][0]])), rights(&lease["rules"]), "it is for the Lease and nothing else");
     let pod = &only(&objects, "Deployment")["spec"]["template"];
     assert_eq!(pod["metadata"]["labels"]["team"], "one");
     assert_eq!(pod["metadata"]["annotations"]["team"], "one");

@@ -23,6 +23,7 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
         "networkPolicy": {"enabled": true, "metricsFrom": [{"namespaceSelector": {}}], "apiServerCIDRs": ["10.99.0.0/24"]},
         "metrics": {"dashboard": on, "serviceMonitor": on, "podMonitor": on, "prometheusRule": on},
         "operator": {"allowTtlScopeAll": true},
+        "leaderElection": {"flowSchema": true},
     });
     let dry_run =
         |manifests: &str| kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"], manifests);
@@ -34,7 +35,7 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
         let rendered = helm(&["template", RELEASE, &chart, "-n", SYSTEM, "-f", &file.display().to_string()]).unwrap_or_else(|error| panic!("{error}"));
         let said = dry_run(&rendered).unwrap_or_else(|error| panic!("{error}"));
         let monitors = ["servicemonitor", "podmonitor", "prometheusrule"];
-        let others = ["networkpolicy", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
+        let others = ["networkpolicy", "flowschema", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
         for kind in monitors.into_iter().chain(others) {
             assert!(said.contains(kind), "{kind}: {said}");
         }
