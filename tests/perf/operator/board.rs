@@ -18,6 +18,8 @@ pub(crate) enum Moment {
     PodSeen,
     /// The stand-in is about to write that the pod runs.
     StartSent,
+    /// A watch has told that the pod runs: what lies before is the API server's, what follows the operator's, and the API server's again.
+    RunSeen,
     /// The FineTuneJob counts the attempt.
     StartSeen,
     /// The FineTuneJob tells that it trains: its trainer was asked.
@@ -117,6 +119,9 @@ impl Board {
         let key = format!("{}/{job}", pod.namespace().unwrap_or_default());
         self.pods.lock().expect("no panic").insert(key.clone(), pod.name_any());
         self.note(&key, Moment::PodSeen);
+        if pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running") {
+            self.note(&key, Moment::RunSeen);
+        }
     }
 }
 

@@ -69,6 +69,10 @@ struct Wave {
     jobs: usize,
     /// From a pod's start to the FineTuneJob that tells it.
     started: [Duration; 3],
+    /// Of that, until a watch of the measurement's own is told that the pod runs.
+    delivered: [Duration; 3],
+    /// From that watch to the FineTuneJob that tells it.
+    told: [Duration; 3],
     /// From the Job's end, as a watch sees it, to the FineTuneJob's.
     ended: [Duration; 3],
     /// From the pod's end, with the Job controller in between.
@@ -117,6 +121,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
     let keys = create(client, board, name, count).await;
     let created = operator.memory().await;
     pods::at_rate(client, board, &keys, rate, Moment::StartSent).await;
+    until(board, &keys, Moment::RunSeen).await;
     until(board, &keys, Moment::StartSeen).await;
     until(board, &keys, Moment::TrainingSeen).await;
     pods::at_rate(client, board, &keys, rate, Moment::EndSent).await;
@@ -129,6 +134,8 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
     Wave {
         jobs: count,
         started: between(Moment::StartSent, Moment::StartSeen),
+        delivered: between(Moment::StartSent, Moment::RunSeen),
+        told: between(Moment::RunSeen, Moment::StartSeen),
         ended: between(Moment::ChildSeen, Moment::EndSeen),
         in_all: between(Moment::EndSent, Moment::EndSeen),
         requests,
@@ -206,6 +213,8 @@ fn report(waves: &[Wave]) -> bool {
         met &= goal("writes of a job's life", writes, WRITES) & goal("events of a job's life", events, EVENTS);
         for (what, [middle, high, most], bound) in [
             ("pod runs -> FineTuneJob tells it", wave.started, true),
+            ("of that, until another watch is told that the pod runs", wave.delivered, false),
+            ("from there until the FineTuneJob tells it", wave.told, false),
             ("Job complete -> FineTuneJob complete", wave.ended, true),
             ("pod succeeded -> FineTuneJob complete (Job controller between)", wave.in_all, false),
         ] {
