@@ -156,7 +156,7 @@ fn the_base_models_own_pictures_change_less() {
     copy(&quickstart.join("bucket/datasets"), &bucket.join("datasets"));
     let manifest = std::fs::read_to_string(quickstart.join("job.yaml")).unwrap();
     let mut job: Value = serde_json::to_value(finetune::api::validate::manifest(&manifest).unwrap().remove(0)).unwrap();
-    merge(&mut job["spec"], &json!({"training": {"maxSteps": 80, "batchSize": 4}, "scheduling": {"gpu": {"perReplica": 0}}}));
+    merge(&mut job["spec"], &json!({"training": {"maxSteps": 150, "batchSize": 4}, "scheduling": {"gpu": {"perReplica": 0}}}));
     job["spec"].as_object_mut().unwrap().remove("validation");
     let side = job["spec"]["training"]["resolution"].as_u64().unwrap() as u32;
     let length = job["spec"]["training"]["maxSequenceLength"].as_u64().unwrap() as usize;
