@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::batch::v1::Job;
-use kube::runtime::events::Recorder;
 use kube::{Client, ResourceExt as _};
 use tokio::time::Instant;
 
@@ -65,8 +64,6 @@ pub struct Context {
     pub settings: Settings,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    /// Publishes events; one for the process, since it aggregates.
-    pub recorder: Recorder,
     /// Whether this process may write.
     pub leadership: Leadership,
     /// Pauses after errors.
@@ -84,8 +81,8 @@ impl fmt::Debug for Context {
 
 impl Context {
     /// A context with nothing remembered.
-    pub fn new(client: Client, settings: Settings, metrics: Arc<Metrics>, recorder: Recorder, leadership: Leadership, faults: FaultHook) -> Self {
-        Self { client, settings, metrics, recorder, leadership, backoff: Backoff::default(), faults, memory: Mutex::default() }
+    pub fn new(client: Client, settings: Settings, metrics: Arc<Metrics>, leadership: Leadership, faults: FaultHook) -> Self {
+        Self { client, settings, metrics, leadership, backoff: Backoff::default(), faults, memory: Mutex::default() }
     }
 
     /// Makes one call: bounded in time, and a write only while this process leads.

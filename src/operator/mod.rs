@@ -24,6 +24,7 @@ pub mod context;
 pub mod decide;
 pub mod dereference;
 pub mod error;
+pub mod events;
 #[cfg(test)]
 mod fixtures;
 pub mod http;

@@ -18,6 +18,7 @@ use super::context::{BELIEF_ENDS, Context};
 use super::decide::{self, Intent, Wait};
 use super::dereference::dereference;
 use super::error::{Error, Operation, Retry};
+use super::events::Events;
 use super::progress::Poller;
 use super::status::{self, Inputs, Outcome};
 use super::transitions::{self, Measure};
@@ -41,6 +42,8 @@ pub struct Scope {
     pub caches: Caches,
     /// What trainers say.
     pub poller: Arc<Poller>,
+    /// Where events go.
+    pub events: Events,
     /// Bounds the reconciliations of the process.
     pub permits: Arc<tokio::sync::Semaphore>,
 }
@@ -98,7 +101,7 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Action, Error
     };
     let inputs = Inputs { job, before: &before, validated: validated.as_ref(), world: &world, attempts: &attempts, intent: &intent, outcome: &outcome, now };
     let after = status::status(&inputs);
-    let wait = write(job, &before, &after, &attempts, now, ctx).await?;
+    let wait = write(job, &before, &after, &attempts, now, scope).await?;
     if let Some(error) = failed {
         return Err(error);
     }
@@ -119,8 +122,9 @@ async fn write(
     after: &FineTuneJobStatus,
     attempts: &Attempts,
     now: Timestamp,
-    ctx: &Context,
+    scope: &Scope,
 ) -> Result<Option<Duration>, Error> {
+    let ctx = &scope.ctx;
     if before == after {
         return Ok(None);
     }
@@ -155,10 +159,7 @@ async fn write(
     let reference = job.object_ref(&());
     for event in transitions::events(before, after, &attempts.ended_now) {
         tracing::info!(reason = %event.reason, note = event.note.as_deref().unwrap_or_default(), "job changed");
-        // An event that is lost is no reason to do anything again.
-        if let Err(error) = ctx.call(Operation::PublishEvent, ctx.recorder.publish(&event, &reference)).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "failed to publish an event");
-        }
+        scope.events.publish(event, &reference);
     }
     Ok(None)
 }

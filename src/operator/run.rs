@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use super::caches::{self, Request};
 use super::client;
 use super::context::{Context, FaultHook};
+use super::events::Events;
 use super::http::{HttpError, Readiness, Server};
 use super::lease::{Elector, Intervals, Leadership, LeaseError};
 use super::metrics::Metrics;
@@ -178,14 +179,10 @@ async fn control(
     metrics.set_leader(true);
     readiness.set_leading();
     let reporter = Reporter { controller: "finetune-operator".to_owned(), instance: options.instance.clone() };
-    let ctx = Arc::new(Context::new(
-        client.clone(),
-        options.settings.clone(),
-        Arc::clone(metrics),
-        Recorder::new(client.clone(), reporter),
-        leadership.clone(),
-        options.faults.clone(),
-    ));
+    let ctx = Arc::new(Context::new(client.clone(), options.settings.clone(), Arc::clone(metrics), leadership.clone(), options.faults.clone()));
+    let (events, publishers) = Events::new();
+    // One recorder for the process, since it aggregates.
+    let mut publishing = publishers.start(&Recorder::new(client.clone(), reporter), &ctx);
     let poller = http_client().map_err(RunError::Http)?;
     let permits = Arc::new(Semaphore::new(usize::from(options.concurrency.max(1))));
     let namespaces: Vec<Option<&str>> =
@@ -206,7 +203,7 @@ async fn control(
         let (told, changes) = mpsc::unbounded_channel();
         let pods = caches.pods.clone();
         tasks.spawn(Arc::clone(&poller).run(move || pods.state(), told));
-        let scope = Scope { ctx: Arc::clone(&ctx), caches, poller, permits: Arc::clone(&permits) };
+        let scope = Scope { ctx: Arc::clone(&ctx), caches, poller, events: events.clone(), permits: Arc::clone(&permits) };
         scopes.push((Arc::new(scope), received, changes));
     }
     tokio::select! {
@@ -219,13 +216,18 @@ async fn control(
     }
     readiness.set_synced();
     tracing::info!("the caches are filled");
+    drop(events);
     let ending = shutdown.clone();
     let controllers = scopes.into_iter().map(|(scope, received, changes)| drive(scope, received, changes, options.concurrency, ending.clone()));
-    let all = futures::future::join_all(controllers);
+    let all = async {
+        futures::future::join_all(controllers).await;
+        // With the scopes the queues' other ends are gone: the publishers end when they have published what waits.
+        while publishing.join_next().await.is_some() {}
+    };
     tokio::select! {
-        _ended = all => Ok(()),
+        () = all => Ok(()),
         () = async { shutdown.await; tokio::time::sleep(SHUTDOWN).await } => {
-            tracing::warn!("reconciliations did not end in time");
+            tracing::warn!("reconciliations or events did not end in time");
             Ok(())
         }
     }
