@@ -296,7 +296,7 @@ pub struct PriorPreservationSpec {
     #[serde(default = "sample_batch_size")]
     #[schemars(range(min = 1, max = 64))]
     pub sample_batch_size: u32,
-    /// Number format while drawing that memory is planned for. This version draws in `training.precision` on a GPU and in 32 bits on the CPU.
+    /// Number format while drawing on a GPU. `Auto`: the training's. The CPU draws in 32 bits.
     #[serde(default)]
     pub precision: Precision,
 }

@@ -54,6 +54,16 @@ impl Engine {
         Err(DeviceError::NotBuilt)
     }
 
+    /// The same device and memory, computing in another precision. The CPU computes in f32 whatever is asked.
+    ///
+    /// # Errors
+    /// If the device cannot compute in it.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
+    pub fn in_precision(&self, precision: Precision) -> Result<Self, DeviceError> {
+        on_gpu!(self, gpu => Ok(Self { backend: Backend::Cuda(Arc::new(gpu.in_precision(precision)?)) }));
+        Ok(self.clone())
+    }
+
     /// Whether it computes on a GPU.
     pub fn is_cuda(&self) -> bool {
         on_gpu!(self, _gpu => true);

@@ -128,7 +128,10 @@ pub fn memory_plan(
     };
     let mut stages = sizes.preparation();
     if let Some(prior) = &training.prior_preservation {
-        let value = bytes_of_a_value(prior.precision, matches!(budget, MemoryBudget::Gpu(_)));
+        let value = match prior.precision {
+            Precision::Auto => sizes.value,
+            precision => bytes_of_a_value(precision, matches!(budget, MemoryBudget::Gpu(_))),
+        };
         stages.push(sizes.sampling(CLASS_STAGE, u64::from(prior.sample_batch_size), value));
     }
     if validation.is_some() {

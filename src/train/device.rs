@@ -13,15 +13,28 @@ pub const fn has_gpu_code() -> bool {
 /// # Errors
 /// If it asks for a GPU and there is none that works.
 pub fn open(request: DeviceRequest, precision: plan::Precision) -> Result<Engine, DeviceError> {
-    let auto = precision == plan::Precision::Auto;
-    let precision = match precision {
-        plan::Precision::FP32 => Precision::F32,
-        plan::Precision::FP16 => Precision::F16,
-        plan::Precision::Auto | plan::Precision::BF16 => Precision::Bf16,
-    };
-    match request {
-        DeviceRequest::Cpu => Ok(Engine::cpu()),
-        DeviceRequest::Gpu => Engine::cuda(0, precision).or_else(|error| if auto { Engine::cuda(0, Precision::F16) } else { Err(error) }),
+    match (request, wanted(precision)) {
+        (DeviceRequest::Cpu, _) => Ok(Engine::cpu()),
+        (DeviceRequest::Gpu, Some(precision)) => Engine::cuda(0, precision),
+        (DeviceRequest::Gpu, None) => Engine::cuda(0, Precision::Bf16).or_else(|_| Engine::cuda(0, Precision::F16)),
+    }
+}
+
+/// The engine to draw class pictures with: the run's own, in the precision that was asked for; `Auto` is the run's. On the CPU always f32.
+///
+/// # Errors
+/// If the device cannot compute in it.
+pub fn drawing(engine: &Engine, precision: plan::Precision) -> Result<Engine, DeviceError> {
+    wanted(precision).map_or_else(|| Ok(engine.clone()), |precision| engine.in_precision(precision))
+}
+
+/// None: whatever suits the device.
+fn wanted(precision: plan::Precision) -> Option<Precision> {
+    match precision {
+        plan::Precision::Auto => None,
+        plan::Precision::FP32 => Some(Precision::F32),
+        plan::Precision::FP16 => Some(Precision::F16),
+        plan::Precision::BF16 => Some(Precision::Bf16),
     }
 }
 

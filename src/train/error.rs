@@ -115,7 +115,9 @@ impl TrainError {
                 PrepareError::Store(error) => store_reason(error),
                 PrepareError::Dataset(error) => error.reason(),
                 PrepareError::Stopped => Reason::Interrupted,
-                PrepareError::Text(TextError::Device(error)) | PrepareError::Vae(VaeError::Device(error)) => device_reason(error),
+                PrepareError::ClassPrecision(error) | PrepareError::Text(TextError::Device(error)) | PrepareError::Vae(VaeError::Device(error)) => {
+                    device_reason(error)
+                }
                 PrepareError::Text(_) | PrepareError::Vae(_) | PrepareError::Layout(_) => Reason::ModelLoadFailed,
                 PrepareError::Draw(error) => draw_reason(error),
                 PrepareError::Cache(error) | PrepareError::Prepared(PreparedError::Cache(error)) => cache_reason(error),

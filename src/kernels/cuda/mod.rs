@@ -2,7 +2,7 @@
 //!
 //! Activations and frozen weights have the engine's precision; statistics, sums and LoRA's gradients are f32. No result
 //! depends on the order in which threads happen to run: there are no atomic additions. Nothing waits for the device
-//! but [`Device::download`].
+//! but [`Device::download_to`].
 #![expect(unsafe_code, reason = "calls of the driver, of cuBLASLt and of kernels")]
 
 mod attention;
@@ -53,22 +53,28 @@ const BLOCK: usize = 256;
 pub(super) struct Device {
     driver: Arc<Driver>,
     pool: Arc<DevicePool>,
-    blas: Blas,
+    blas: Arc<Blas>,
     precision: Precision,
-    staging: Staging,
+    staging: Arc<Staging>,
 }
 
 impl Device {
     /// Opens GPU `ordinal`.
     pub(super) fn open(ordinal: i32, precision: Precision) -> Result<Self, CudaError> {
         let driver = Arc::new(Driver::open(ordinal)?);
+        let pool = Arc::new(DevicePool::new(Arc::clone(&driver)));
+        let blas = Arc::new(Blas::open(Arc::clone(&driver))?);
+        let staging = Arc::new(Staging::new(Arc::clone(&driver)));
+        Self { driver, pool, blas, precision: Precision::F32, staging }.in_precision(precision)
+    }
+
+    /// The same device, stream and memory, computing in another precision.
+    pub(super) fn in_precision(&self, precision: Precision) -> Result<Self, CudaError> {
+        let Self { driver, pool, blas, staging, .. } = self;
         if precision == Precision::Bf16 && driver.capability < (8, 0) {
             return Err(CudaError::Precision { precision, device: driver.name.clone(), capability: driver.capability });
         }
-        let pool = Arc::new(DevicePool::new(Arc::clone(&driver)));
-        let blas = Blas::open(Arc::clone(&driver))?;
-        let staging = Staging::new(Arc::clone(&driver));
-        Ok(Self { driver, pool, blas, precision, staging })
+        Ok(Self { driver: Arc::clone(driver), pool: Arc::clone(pool), blas: Arc::clone(blas), precision, staging: Arc::clone(staging) })
     }
 
     pub(super) fn precision(&self) -> Precision {
@@ -218,11 +224,16 @@ impl Device {
 
     /// The values on the host; waits for the device.
     pub(super) fn download(&self, buffer: &Buffer) -> Vec<f32> {
+        let mut values = vec![0.0_f32; buffer.device().len()];
+        self.download_to(buffer, &mut [&mut values]);
+        values
+    }
+
+    /// The first values to places on the host, one after another; waits for the device.
+    pub(super) fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
         let memory = buffer.device();
-        let mut values = vec![0.0_f32; memory.len()];
-        if values.is_empty() {
-            return values;
-        }
+        let count: usize = places.iter().map(|place| place.len()).sum();
+        assert!(count <= memory.len(), "should be as many");
         let converted;
         let source = if memory.kind() == Kind::F32 {
             memory
@@ -231,11 +242,9 @@ impl Device {
             self.convert_into(&converted, memory);
             &converted
         };
-        // SAFETY: as many bytes as the values have, and any bits are values.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values.as_slice())) };
+        let mut places: Vec<&mut [u8]> = places.iter_mut().map(|place| bytes_of(place)).collect();
         // SAFETY: the source has as many values.
-        unsafe { self.staging.download(source.pointer(), bytes) };
-        values
+        unsafe { self.staging.download(source.pointer(), &mut places) };
     }
 
     /// A copy on the device.
@@ -255,6 +264,12 @@ impl Device {
             must(check("copy", unsafe { sys::cuMemcpyDtoDAsync_v2(target.pointer(), source.pointer(), bytes, self.driver.stream()) }));
         }
     }
+}
+
+/// The bytes of f32 values.
+fn bytes_of(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: as many bytes as the values have, and any bits are values.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values)) }
 }
 
 /// The suffix of kernels with single accesses.

@@ -2,6 +2,7 @@
 
 use crate::data::cache::CacheError;
 use crate::data::dataset::DatasetError;
+use crate::kernels::DeviceError;
 use crate::model::layout::LayoutError;
 use crate::model::text::TextError;
 use crate::model::vae::VaeError;
@@ -24,6 +25,9 @@ pub enum PrepareError {
     /// Captions could not be encoded.
     #[error("failed to encode the captions")]
     Text(#[source] TextError),
+    /// The device cannot draw class pictures in the precision that was asked for.
+    #[error("failed to use training.priorPreservation.precision")]
+    ClassPrecision(#[source] DeviceError),
     /// Class pictures could not be drawn.
     #[error("failed to draw the class pictures")]
     Draw(#[source] SampleError),

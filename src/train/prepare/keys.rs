@@ -4,7 +4,8 @@ use crate::data::cache;
 use crate::data::dataset::Dataset;
 use crate::data::transform::{Augmentation, Transform};
 use crate::digest::{Sha256Digest, sha256_parts};
-use crate::plan::{Precision, PriorPreservationConfig, TrainConfig, TrainingConfig};
+use crate::kernels::Precision;
+use crate::plan::{PriorPreservationConfig, TrainConfig, TrainingConfig};
 use crate::sample::Denoise;
 
 /// The keys of everything that a run needs prepared.
@@ -27,8 +28,8 @@ pub struct Fingerprints {
     pub vae: Sha256Digest,
     /// Transformer and scheduler; read for class pictures only.
     pub transformer: Sha256Digest,
-    /// Whether the device is the CPU, which draws in 32 bits whatever the precision.
-    pub cpu: bool,
+    /// What class pictures are drawn in.
+    pub drawn_in: Precision,
 }
 
 impl Keys {
@@ -44,13 +45,6 @@ impl Keys {
 
     /// What decides the class pictures, besides their numbers. Neither how many there are nor how many are drawn at once does.
     fn class(&self, training: &TrainingConfig, prior: &PriorPreservationConfig, model: &Fingerprints, denoise: &Denoise) -> Sha256Digest {
-        let precision = match prior.precision {
-            _ if model.cpu => "f32",
-            Precision::Auto => "auto",
-            Precision::BF16 => "bf16",
-            Precision::FP16 => "f16",
-            Precision::FP32 => "f32",
-        };
         sha256_parts([
             &b"class pictures v1"[..],
             &self.prompt(&prior.class_prompt),
@@ -61,7 +55,7 @@ impl Keys {
             &(denoise.steps as u64).to_le_bytes(),
             &denoise.guidance_scale.to_le_bytes(),
             &training.resolution.to_le_bytes(),
-            precision.as_bytes(),
+            model.drawn_in.to_string().as_bytes(),
         ])
     }
 
@@ -134,7 +128,7 @@ mod tests {
             }
             crate::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &crate::plan::Facts::default()).unwrap().config
         };
-        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], cpu: false };
+        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::Bf16 };
         let key = |change, model: &Fingerprints| Keys::new(&config(change), model).class_picture(0).unwrap();
         let none = || serde_json::json!({});
         let base = key(none(), &model);
@@ -147,20 +141,22 @@ mod tests {
         let mut seen = std::collections::BTreeSet::from([base, Keys::new(&config(none()), &model).class_picture(1).unwrap()]);
         for other in [
             serde_json::json!({"priorPreservation": {"classPrompt": "a cat"}}),
-            serde_json::json!({"priorPreservation": {"precision": "FP32"}}),
             serde_json::json!({"seed": 7}),
             serde_json::json!({"resolution": 256}),
             serde_json::json!({"maxSequenceLength": 99}),
         ] {
             assert!(seen.insert(key(other.clone(), &model)), "{other}");
         }
-        for other in [Fingerprints { encoders: [9; 32], ..model }, Fingerprints { vae: [9; 32], ..model }, Fingerprints { transformer: [9; 32], ..model }] {
+        for other in [
+            Fingerprints { encoders: [9; 32], ..model },
+            Fingerprints { vae: [9; 32], ..model },
+            Fingerprints { transformer: [9; 32], ..model },
+            Fingerprints { drawn_in: Precision::F32, ..model },
+        ] {
             assert!(seen.insert(key(none(), &other)), "{other:?}");
         }
-        // The CPU draws in 32 bits whatever the precision.
-        let (cpu, precision) = (Fingerprints { cpu: true, ..model }, |p| serde_json::json!({"priorPreservation": {"precision": p}}));
-        assert_eq!(key(none(), &cpu), key(precision("FP16"), &cpu));
-        assert_eq!(key(none(), &cpu), key(precision("FP32"), &model));
+        // What was asked for has no part in it, what does the drawing has: the CPU draws in f32 whatever is asked.
+        assert_eq!(key(none(), &model), key(serde_json::json!({"priorPreservation": {"precision": "FP16"}}), &model));
         let keys = Keys::new(&config(none()), &model);
         assert_ne!(keys.class_latents(0), keys.class_latents(1));
         assert_ne!(keys.class_latents(0), keys.class_picture(0));

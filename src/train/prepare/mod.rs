@@ -21,6 +21,7 @@ pub use error::{PrepareError, PreparedError};
 pub use keys::{Fingerprints, Keys};
 pub use prepared::Prepared;
 
+use super::device;
 use super::environment::JobEnvironment;
 use super::step::LatentScaling;
 use crate::api::Stage;
@@ -63,17 +64,20 @@ pub async fn prepare(
         Precision::F32 => digest,
         short => sha256_parts([&digest[..], short.to_string().as_bytes()]),
     };
+    let prior = config.training.prior_preservation.as_ref();
+    let drawing = prior.map_or(Ok(engine.clone()), |prior| device::drawing(engine, prior.precision)).map_err(PrepareError::ClassPrecision)?;
     let fingerprints = Fingerprints {
         encoders: computed(folder.fingerprint(Parts::TOKENIZERS | Parts::TEXT_ENCODERS).await?),
         vae: computed(folder.fingerprint(Parts::VAE).await?),
         // In a mounted volume this reads the whole file.
-        transformer: match config.training.prior_preservation {
+        transformer: match prior {
             Some(_) => folder.fingerprint(Parts::TRANSFORMER | Parts::SCHEDULER).await?,
             None => [0; 32],
         },
-        cpu: !engine.is_cuda(),
+        drawn_in: drawing.precision(),
     };
-    let preparation = Preparation { config, dataset, held_out, pictures, folder, engine, environment, keys: Keys::new(config, &fingerprints) };
+    let preparation =
+        Preparation { config, dataset, held_out, pictures, folder, engine, drawing: &drawing, environment, keys: Keys::new(config, &fingerprints) };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -81,7 +85,6 @@ pub async fn prepare(
         cache.flush().await?;
     }
     let scaling = prepared?;
-    let prior = config.training.prior_preservation.as_ref();
     Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, prior, scaling))
 }
 
@@ -92,6 +95,7 @@ struct Preparation<'a> {
     pictures: &'a Store,
     folder: &'a ModelFolder,
     engine: &'a Engine,
+    drawing: &'a Engine,
     environment: &'a JobEnvironment,
     keys: Keys,
 }
@@ -173,7 +177,7 @@ impl Preparation<'_> {
             Ok::<_, PrepareError>(PromptEmbedding { embeds, pooled })
         };
         let (prompt, negative) = (embedding(&prior.class_prompt)?, embedding("")?);
-        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.engine))?;
+        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.drawing))?;
         reporter.stage(Stage::PreparingData, "drawing class pictures", missing.len() as u64);
         let mut written = Instant::now();
         for indices in missing.chunks(prior.sample_batch_size.max(1) as usize) {
