@@ -129,6 +129,11 @@ impl EncodeOps<'_> {
         self.0.download(buffer)
     }
 
+    /// The first values to places on the host, one after another.
+    pub fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
+        self.0.download_to(buffer, places);
+    }
+
     /// A matrix in memory of its own.
     pub fn matrix<'a>(&self, values: &'a Buffer, outputs: usize, inputs: usize) -> Matrix<'a> {
         let memory = values.device();

@@ -74,25 +74,57 @@ impl Staging {
 }
 
 impl Staging {
-    /// Copies from the device, and waits for it.
+    /// Copies from the device to places that follow each other there, and waits for it. While one half goes to its places the next is on
+    /// its way.
     ///
     /// # Safety
-    /// `source` has as many bytes.
-    pub(super) unsafe fn download(&self, source: u64, bytes: &mut [u8]) {
+    /// `source` has as many bytes as all of them.
+    pub(super) unsafe fn download(&self, source: u64, places: &mut [&mut [u8]]) {
         let mut back = self.back.lock().unwrap_or_else(PoisonError::into_inner);
         self.driver.bind();
         if *back == 0 {
-            *back = lock_host_memory(HALF);
+            *back = lock_host_memory(2 * HALF);
         }
-        for (i, part) in bytes.chunks_mut(HALF).enumerate() {
-            // SAFETY: as the caller vouches; the memory has room for a half and nobody else uses it.
-            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(*back as *mut c_void, source + (i * HALF) as u64, part.len(), self.driver.stream()) };
+        let mut loads: Vec<Load<'_>> = Vec::new();
+        for piece in places.iter_mut().flat_map(|place| place.chunks_mut(PIECE)) {
+            match loads.last_mut() {
+                Some(load) if load.bytes + piece.len() <= HALF => load.push(piece),
+                _ => loads.push(Load { bytes: piece.len(), pieces: vec![(0, piece)] }),
+            }
+        }
+        let (mut arriving, mut offset) = (None, 0);
+        for (i, load) in loads.into_iter().enumerate() {
+            let half = *back + i % 2 * HALF;
+            // SAFETY: as the caller vouches; the half has room, and what was in it has gone to its places.
+            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(half as *mut c_void, source + offset, load.bytes, self.driver.stream()) };
             must(check("copy to the host", result));
-            self.driver.synchronize();
-            // SAFETY: the copy is done.
-            let arrived = unsafe { std::slice::from_raw_parts(*back as *const u8, part.len()) };
-            part.par_chunks_mut(PIECE).zip(arrived.par_chunks(PIECE)).for_each(|(to, from)| to.copy_from_slice(from));
+            offset += load.bytes as u64;
+            let before = arriving.replace((half, Event::now(&self.driver), load));
+            before.into_iter().for_each(|(half, event, load)| load.settle(half, &event));
         }
+        arriving.into_iter().for_each(|(half, event, load)| load.settle(half, &event));
+    }
+}
+
+/// What one half brings: pieces with their distance from its beginning.
+struct Load<'a> {
+    bytes: usize,
+    pieces: Vec<(usize, &'a mut [u8])>,
+}
+
+impl<'a> Load<'a> {
+    fn push(&mut self, piece: &'a mut [u8]) {
+        let first = self.bytes;
+        self.bytes += piece.len();
+        self.pieces.push((first, piece));
+    }
+
+    /// Brings the pieces to their places, once the half is there.
+    fn settle(self, half: usize, arrived: &Event) {
+        arrived.wait();
+        // SAFETY: the copy is done; it filled as many bytes.
+        let half = unsafe { std::slice::from_raw_parts(half as *const u8, self.bytes) };
+        self.pieces.into_par_iter().for_each(|(first, place)| place.copy_from_slice(&half[first..first + place.len()]));
     }
 }
 

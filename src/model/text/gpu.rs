@@ -11,7 +11,6 @@ use safetensors::Dtype;
 
 use super::TextError;
 use super::clip::{self, Activation, ClipConfig, ClipOutput};
-use super::layers::embed;
 use super::t5::T5Config;
 use crate::kernels::{Buffer, EncodeOps, LayerSource, Matrix, Precision, StoredRows, TextActivation, TextAttention};
 use crate::model::weights::{Weights, WeightsError};
@@ -105,13 +104,11 @@ fn division(tokens: usize, width: usize) -> (usize, usize) {
     (captions, (RESIDENT_VALUES / (captions * tokens * width)).max(1))
 }
 
-/// The rows of a batch on the device, from tensors [captions, tokens, width]; captions that are missing are zeros.
-fn upload_rows(ops: EncodeOps<'_>, rows: &[Tensor], captions: usize) -> Result<Buffer, TextError> {
-    let size = rows.first().map_or(Ok(0), |rows| rows.dims3().map(|(_, tokens, width)| tokens * width))?;
-    let mut values = Vec::with_capacity(captions * size);
-    for rows in rows {
-        values.extend(rows.flatten_all()?.to_vec1::<f32>()?);
-    }
+/// The rows of a batch on the device, from a tensor [captions, tokens, width]; captions that are missing are zeros.
+fn upload_rows(ops: EncodeOps<'_>, rows: &Tensor, captions: usize) -> Result<Buffer, TextError> {
+    let (_, tokens, width) = rows.dims3()?;
+    let size = tokens * width;
+    let mut values = rows.flatten_all()?.to_vec1::<f32>()?;
     values.resize(captions * size, 0.0);
     Ok(ops.upload_f32(&values))
 }
@@ -123,15 +120,32 @@ fn linear(ops: EncodeOps<'_>, rows: usize, h: &Buffer, w: Matrix<'_>, bias: Opti
     y
 }
 
-/// T5's final states [tokens, d_model] of each caption. `progress` gets the number of layers done.
+/// The rows of T5's table for a batch of captions on the device, as f32; captions that are missing are zeros. They travel as they are stored.
+fn upload_tokens(ops: EncodeOps<'_>, weights: &Weights, table: &str, config: &T5Config, batch: &[Vec<u32>], rows: usize) -> Result<Buffer, TextError> {
+    let view = weights.view_of_shape(table, &[config.vocab_size, config.d_model])?;
+    let Some(kind) = stored(view.dtype) else {
+        return Err(WeightsError::Dtype { path: weights.path().to_owned(), name: table.to_owned(), dtype: view.dtype }.into());
+    };
+    let ids: Vec<u32> = batch.iter().flatten().copied().collect();
+    if let Some(&id) = ids.iter().find(|id| **id as usize >= config.vocab_size) {
+        return Err(TextError::TokenOutOfRange { id, vocabulary: config.vocab_size, path: weights.path().to_owned() });
+    }
+    let width = config.d_model * kind.bytes();
+    let mut bytes = vec![0; rows * width];
+    bytes.par_chunks_exact_mut(width).zip(&ids).for_each(|(row, id)| row.copy_from_slice(&view.bytes[*id as usize * width..][..width]));
+    Ok(ops.upload_stored_f32(&bytes, kind))
+}
+
+/// T5's final states [tokens, d_model] of each caption, to its place. `progress` gets the number of layers done.
 pub(super) fn t5(
     ops: EncodeOps<'_>,
     weights: &Weights,
     config: &T5Config,
     ids: &[Vec<u32>],
+    places: &mut [&mut [f32]],
     progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
-) -> Result<Vec<Tensor>, TextError> {
-    let Some(tokens) = ids.first().map(Vec::len) else { return Ok(Vec::new()) };
+) -> Result<(), TextError> {
+    let Some(tokens) = ids.first().map(Vec::len) else { return Ok(()) };
     let (d, ff, heads, dim) = (config.d_model, config.d_ff, config.num_heads, config.d_kv);
     let (inner, epsilon) = (heads * dim, config.layer_norm_epsilon as f32);
     let shapes = [
@@ -150,12 +164,10 @@ pub(super) fn t5(
     let attention = TextAttention { tokens, heads, dim, scale: 1.0, causal: false };
     let (captions, batches) = division(tokens, d);
     let rows = captions * tokens;
-    let mut encoded = Vec::with_capacity(ids.len());
-    for pass in ids.chunks(captions * batches) {
+    for (pass, places) in ids.chunks(captions * batches).zip(places.chunks_mut(captions * batches)) {
         let mut states = Vec::new();
         for batch in pass.chunks(captions) {
-            let rows = batch.par_iter().map(|ids| embed(weights, table, config.vocab_size, d, std::slice::from_ref(ids), &Device::Cpu));
-            states.push(upload_rows(ops, &rows.collect::<Result<Vec<_>, _>>()?, captions)?);
+            states.push(upload_tokens(ops, weights, table, config, batch, rows)?);
         }
         weights.release(table);
         ops.stream_layers(config.num_layers, &layers, &mut |index, matrices| {
@@ -169,14 +181,11 @@ pub(super) fn t5(
             }
             Ok::<_, TextError>(())
         })?;
-        for (batch, state) in pass.chunks(captions).zip(states) {
-            let values = ops.download(&ops.rms_norm(&state, &last, epsilon));
-            let tensors = values[..batch.len() * tokens * d].par_chunks_exact(tokens * d).map(|values| Tensor::from_slice(values, (tokens, d), &Device::Cpu));
-            encoded.extend(tensors.collect::<candle_core::Result<Vec<_>>>()?);
+        for (places, state) in places.chunks_mut(captions).zip(states) {
+            ops.download_to(&ops.rms_norm(&state, &last, epsilon), places);
         }
     }
-    progress(config.num_layers)?;
-    Ok(encoded)
+    progress(config.num_layers)
 }
 
 /// What CLIP says about each batch of captions, as [`clip::encode`].
@@ -220,7 +229,7 @@ pub(super) fn clip(
     for pass in ids.chunks(captions * batches) {
         let mut states = Vec::new();
         for batch in pass.chunks(captions) {
-            states.push(upload_rows(ops, &[clip::embed_tokens(weights, config, batch, &Device::Cpu)?], captions)?);
+            states.push(upload_rows(ops, &clip::embed_tokens(weights, config, batch, &Device::Cpu)?, captions)?);
         }
         // With a single layer the last but one state is the embedding.
         let mut hidden: Vec<Buffer> = if count == 1 { states.iter().map(|s| ops.copy(s)).collect() } else { Vec::new() };

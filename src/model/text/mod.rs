@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, IndexOp as _, Tensor};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -298,36 +298,45 @@ impl PromptEncoder {
 
     fn encode_group(&self, captions: &[&str], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<PromptEmbedding>, TextError> {
         let ids = captions.par_iter().map(|c| self.tokenize(c)).collect::<Result<Vec<_>, _>>()?;
-        let l = self.run_clip(0, &ids.iter().map(|i| i.clip_l.clone()).collect::<Vec<_>>(), tell)?;
-        let g = self.run_clip(1, &ids.iter().map(|i| i.clip_g.clone()).collect::<Vec<_>>(), tell)?;
-        let t5 = self.run_t5(&ids.iter().map(|i| i.t5.clone()).collect::<Vec<_>>(), tell)?;
-        let rest = self.width - self.clip[0].hidden_size - self.clip[1].hidden_size;
-        // Several threads: most of it is fresh memory.
-        let all: Vec<_> = l.into_iter().zip(g).zip(t5).collect();
-        let join = |(((l_hidden, l_pooled), (g_hidden, g_pooled)), t5)| {
-            let clip = Tensor::cat(&[&l_hidden, &g_hidden], 1)?.pad_with_zeros(1, 0, rest)?;
-            Ok(PromptEmbedding { embeds: Tensor::cat(&[&clip, &t5], 0)?, pooled: Tensor::cat(&[&l_pooled, &g_pooled], 0)? })
+        let PromptShape { tokens, width, pooled } = self.shape();
+        // Zeros that nothing has touched cost nothing; each encoder writes its part where it stays.
+        let mut embeds: Vec<Vec<f32>> = ids.iter().map(|_| vec![0.0; tokens * width]).collect();
+        let mut pooled: Vec<Vec<f32>> = ids.iter().map(|_| Vec::with_capacity(pooled)).collect();
+        self.run_clip(0, &ids.iter().map(|i| i.clip_l.clone()).collect::<Vec<_>>(), (&mut embeds, 0), &mut pooled, tell)?;
+        self.run_clip(1, &ids.iter().map(|i| i.clip_g.clone()).collect::<Vec<_>>(), (&mut embeds, self.clip[0].hidden_size), &mut pooled, tell)?;
+        self.run_t5(&ids.iter().map(|i| i.t5.clone()).collect::<Vec<_>>(), &mut embeds, tell)?;
+        let join = |(embeds, pooled): (Vec<f32>, Vec<f32>)| {
+            let length = pooled.len();
+            Ok(PromptEmbedding { embeds: Tensor::from_vec(embeds, (tokens, width), &Device::Cpu)?, pooled: Tensor::from_vec(pooled, length, &Device::Cpu)? })
         };
-        all.into_par_iter().map(join).collect()
+        embeds.into_iter().zip(pooled).map(join).collect()
     }
 
-    /// Each caption's states [77, hidden] and pooled output [projection], on the host.
+    /// Each caption's states [77, hidden] into its first rows from this column on; its pooled output [projection] after what is there.
     fn run_clip(
         &self,
         which: usize,
         ids: &[Vec<u32>],
+        (embeds, column): (&mut [Vec<f32>], usize),
+        pooled: &mut [Vec<f32>],
         tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>,
-    ) -> Result<Vec<(Tensor, Tensor)>, TextError> {
+    ) -> Result<(), TextError> {
         let (encoder, part) = [(Encoder::ClipL, Part::TextEncoder), (Encoder::ClipG, Part::TextEncoder2)][which];
         let config = &self.clip[which];
         let weights = Weights::open(&self.model.path(part))?;
-        let mut captions = Vec::with_capacity(ids.len());
-        for ClipOutput { hidden, pooled } in self.clip_outputs(&weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers))? {
-            for i in 0..hidden.dim(0)? {
-                captions.push((hidden.i(i)?, pooled.i(i)?));
-            }
+        let mut captions = embeds.iter_mut().zip(pooled);
+        for output in self.clip_outputs(&weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers))? {
+            let (count, tokens, hidden) = output.hidden.dims3()?;
+            let (states, pools) = (output.hidden.flatten_all()?.to_vec1::<f32>()?, output.pooled.to_vec2::<f32>()?);
+            let targets: Vec<_> = captions.by_ref().take(count).collect();
+            targets.into_par_iter().zip(states.par_chunks_exact(tokens * hidden)).zip(pools).for_each(|(((embeds, pooled), states), pool)| {
+                for (row, states) in embeds.chunks_exact_mut(self.width).zip(states.chunks_exact(hidden)) {
+                    row[column..column + hidden].copy_from_slice(states);
+                }
+                pooled.extend(pool);
+            });
         }
-        Ok(captions)
+        Ok(())
     }
 
     #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "the engine decides with the feature"))]
@@ -345,24 +354,24 @@ impl PromptEncoder {
         clip::encode(weights, config, &batches(ids), &Device::Cpu, progress)
     }
 
-    /// Each caption's states [S, J], on the host; zeros without T5.
-    fn run_t5(&self, ids: &[Vec<u32>], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<Tensor>, TextError> {
-        let Some(config) = &self.t5 else {
-            return Ok(vec![Tensor::zeros((self.length, self.width), DType::F32, &Device::Cpu)?; ids.len()]);
-        };
+    /// Each caption's states [S, J] into its rows after CLIP's; without T5 they stay zeros.
+    fn run_t5(&self, ids: &[Vec<u32>], embeds: &mut [Vec<f32>], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<(), TextError> {
+        let Some(config) = &self.t5 else { return Ok(()) };
+        let first = self.tokenizers[0].length() * self.width;
+        let mut places: Vec<&mut [f32]> = embeds.iter_mut().map(|embeds| &mut embeds[first..]).collect();
         let weights = Weights::open(&self.model.path(Part::TextEncoder3))?;
         let progress = &mut |done| tell(Encoder::T5, done, config.num_layers);
         #[cfg(feature = "cuda")]
         if let Some(ops) = self.engine.encode_ops() {
-            return catch(|| gpu::t5(ops, &weights, config, ids, progress))?;
+            return catch(|| gpu::t5(ops, &weights, config, ids, &mut places, progress))?;
         }
-        let mut captions = Vec::with_capacity(ids.len());
+        let mut places = places.iter_mut();
         for states in t5::encode(&weights, config, &batches(ids), &Device::Cpu, progress)? {
-            for i in 0..states.dim(0)? {
-                captions.push(states.i(i)?);
+            for (states, place) in states.flatten_from(1)?.to_vec2::<f32>()?.iter().zip(places.by_ref()) {
+                place.copy_from_slice(states);
             }
         }
-        Ok(captions)
+        Ok(())
     }
 }
 
