@@ -1,7 +1,8 @@
 //! Preparation on a GPU: T5-XXL's encoder streamed from its file, and the autoencoder of Stable Diffusion 3, with random weights.
 //!
-//! `cargo bench --features cuda --bench gpu_encode -- MODEL [--precision bf16] [--layers 24] [COUNT...]`: MODEL is a folder whose tokenizers and CLIP encoders
-//! are used (as tests/golden/cases/encode-prompt-old-eos/model), COUNT numbers of distinct captions. Prints one JSON line per figure.
+//! `cargo bench --features cuda --bench gpu_encode -- MODEL [--precision bf16] [--layers 24] [--profile] [COUNT...]`: MODEL is a folder whose tokenizers and CLIP encoders
+//! are used (as tests/golden/cases/encode-prompt-old-eos/model), COUNT numbers of distinct captions. Prints one JSON line per figure;
+//! `--profile` adds the time by kind of kernel of one picture's encoding.
 #![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
 
 use std::io::Write as _;
@@ -13,7 +14,7 @@ use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
 use finetune::kernels::{Engine, Precision};
 use finetune::model::ModelDir;
-use finetune::model::text::PromptEncoder;
+use finetune::model::text::{EncodeProgress, Encoder, PromptEncoder};
 use finetune::model::vae::{VaeDecoder, VaeEncoder};
 use rayon::prelude::*;
 use serde_json::json;
@@ -140,6 +141,7 @@ struct Options {
     model: std::path::PathBuf,
     precision: Precision,
     layers: usize,
+    profile: bool,
     counts: Vec<usize>,
 }
 
@@ -147,12 +149,13 @@ impl Options {
     fn parse() -> Result<Self> {
         let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
         let model = args.next().context("MODEL is missing")?.into();
-        let mut options = Self { model, precision: Precision::Bf16, layers: 24, counts: Vec::new() };
+        let mut options = Self { model, precision: Precision::Bf16, layers: 24, profile: false, counts: Vec::new() };
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
             match arg.as_str() {
                 "--precision" => options.precision = value()?.parse()?,
                 "--layers" => options.layers = value()?.parse()?,
+                "--profile" => options.profile = true,
                 count => options.counts.push(count.parse()?),
             }
         }
@@ -192,7 +195,7 @@ fn main() -> Result<()> {
     let model = ModelDir::open(folder.path())?;
 
     let engine = Engine::cuda(0, options.precision)?;
-    vae(&engine, &model)?;
+    vae(&engine, &model, options.profile)?;
     engine.trim();
     let engine = Engine::cuda(0, options.precision)?;
     for &count in &options.counts {
@@ -201,13 +204,25 @@ fn main() -> Result<()> {
         let started = Instant::now();
         let mut embeddings = 0;
         let mut finite = true;
-        encoder.encode_each::<anyhow::Error>(&captions, &mut |_| ControlFlow::Continue(()), &mut |_, embedding| {
+        // Seconds up to each kind of progress: an encoder's layers; "start" is everything between the last layer of T5 and the next group.
+        let (mut phases, mut since) = (std::collections::BTreeMap::<String, f64>::new(), Instant::now());
+        let mut progress = |progress: EncodeProgress| {
+            let phase = if progress.encoder == Encoder::ClipL && progress.layers_done == 0 { "start".to_owned() } else { format!("{:?}", progress.encoder) };
+            *phases.entry(phase).or_default() += since.elapsed().as_secs_f64();
+            since = Instant::now();
+            ControlFlow::Continue(())
+        };
+        encoder.encode_each::<anyhow::Error>(&captions, &mut progress, &mut |_, embedding| {
             embeddings += 1;
             finite &= embedding.embeds.narrow(0, 100, 1)?.abs()?.sum_all()?.to_scalar::<f32>()?.is_finite();
             Ok(())
         })?;
         let seconds = started.elapsed().as_secs_f64();
-        report(&engine, "t5_encode", &json!({"captions": embeddings, "seconds": seconds, "per_s": f64::from(embeddings) / seconds, "finite": finite}));
+        report(
+            &engine,
+            "t5_encode",
+            &json!({"captions": embeddings, "seconds": seconds, "phases": phases, "per_s": f64::from(embeddings) / seconds, "finite": finite}),
+        );
     }
     Ok(())
 }
@@ -225,12 +240,19 @@ fn timed(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(times[times.len() / 2])
 }
 
-fn vae(engine: &Engine, model: &ModelDir) -> Result<()> {
+fn vae(engine: &Engine, model: &ModelDir, profile: bool) -> Result<()> {
     let encoder = VaeEncoder::load(model, engine)?;
     for side in [512, 1024] {
         let pixels = Tensor::rand(-1.0_f32, 1.0, (1, 3, side, side), &Device::Cpu)?;
         let ms = timed(|| encoder.encode(&pixels).map(drop).map_err(Into::into))?;
         report(engine, "vae_encode", &json!({"pixels": side, "batch": 1, "ms": ms, "per_s": 1e3 / ms}));
+        if profile {
+            engine.start_profile();
+            encoder.encode(&pixels)?;
+            for (kernel, calls, ms) in engine.end_profile() {
+                println!("{side} px: {kernel} {calls} calls {ms:.3} ms");
+            }
+        }
         engine.trim();
     }
     drop(encoder);

@@ -1,8 +1,9 @@
 //! Time and memory of one micro-step (forward, loss, backward) of Stable Diffusion 3 Medium on a GPU, with random weights.
 //!
 //! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24]
-//! [--recompute BLOCKS] [--cap GIB] SIZE/BATCH...`
-//! with sizes in pixels, as 512/4; prints one JSON line per shape. `--profile` adds the time by kind of kernel.
+//! [--recompute BLOCKS] [--cap GIB] [--rank 4] [--optimizer] SIZE/BATCH...`
+//! with sizes in pixels, as 512/4; prints one JSON line per shape. `--profile` adds the time by kind of kernel, `--optimizer`
+//! one update (sums, clipping, AdamW, the model's new factors) on the GPU and on the host.
 #![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
 
 use std::io::Write as _;
@@ -12,11 +13,13 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
-use finetune::kernels::{Engine, Precision};
+use finetune::kernels::{Engine, Precision, starts_together};
 use finetune::model::Weights;
 use finetune::model::lora::LoraSpec;
 use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
 use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
+use finetune::optim::gpu::{GpuAdamW, HostAdamW};
+use finetune::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer as _, Param, clip_global_norm};
 use finetune::rng::{Purpose, Stream};
 use rayon::prelude::*;
 
@@ -91,13 +94,15 @@ struct Options {
     /// Most GiB for buffers; the forward pass alone is then not timed.
     cap: Option<f64>,
     profile: bool,
+    optimizer: bool,
     /// (pixels, batch)
     shapes: Vec<(usize, usize)>,
 }
 
 impl Options {
     fn parse() -> Result<Self> {
-        let mut options = Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: 0, cap: None, profile: false, shapes: Vec::new() };
+        let mut options =
+            Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: 0, cap: None, profile: false, optimizer: false, shapes: Vec::new() };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
@@ -109,6 +114,7 @@ impl Options {
                 "--recompute" => options.recompute = value()?.parse()?,
                 "--cap" => options.cap = Some(value()?.parse()?),
                 "--profile" => options.profile = true,
+                "--optimizer" => options.optimizer = true,
                 "--bench" => {}
                 shape => {
                     let (pixels, batch) = shape.split_once('/').with_context(|| format!("{shape} is not a shape such as 512/4"))?;
@@ -159,6 +165,62 @@ fn main() -> Result<()> {
     for &(pixels, batch) in &options.shapes {
         shape(&options, &engine, &model, &config, pixels, batch)?;
     }
+    if options.optimizer {
+        update(&engine, &mut model, &params)?;
+    }
+    Ok(())
+}
+
+/// Milliseconds of the median of ten.
+fn timed(engine: &Engine, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut times = Vec::new();
+    for _ in 0..12 {
+        engine.synchronize();
+        let started = Instant::now();
+        run()?;
+        engine.synchronize();
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok(median(times.split_off(2)))
+}
+
+/// One update from a micro-batch's gradients on the GPU to the model's new factors.
+fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
+    let ops = engine.update_ops().context("not on a GPU")?;
+    let starts = starts_together(params.iter().map(|p| p.value.len()));
+    let mut values = vec![0.0; starts[params.len()]];
+    Stream::new(3, Purpose::Noise, 0, 0).fill_normal(&mut values);
+    let gradients = ops.upload(&values);
+    let settings = AdamWSettings::default();
+    let mut report = |what: &str, ms: f64| {
+        println!("{}", serde_json::json!({"what": "optimizer", "engine": "finetune", "mode": what, "parameters": values.len(), "ms": ms}));
+    };
+    let hosts = [("adamw", HostAdamW::Full(AdamW::new(settings, params))), ("adamw8bit", HostAdamW::Codes(AdamW8bit::new(settings, params)))];
+    for (name, host) in hosts {
+        let mut gpu = GpuAdamW::new(engine, params, host)?.context("not on a GPU")?;
+        let ms = timed(engine, || {
+            gpu.begin()?;
+            ops.add_scaled(gpu.sums(), &gradients, 1.0);
+            gpu.clip(1.0)?;
+            gpu.step(1e-4)?;
+            model.set_lora_from(gpu.values())?;
+            Ok(())
+        })?;
+        report(name, ms);
+    }
+    let (mut optimizer, mut masters) = (AdamW::new(settings, params), params.to_vec());
+    let ms = timed(engine, || {
+        let all = engine.download(&gradients);
+        let mut sums: Vec<Vec<f32>> = masters.iter().map(|p| vec![0.0; p.value.len()]).collect();
+        for (sum, start) in sums.iter_mut().zip(&starts) {
+            sum.iter_mut().zip(&all[*start..]).for_each(|(sum, g)| *sum += g);
+        }
+        clip_global_norm(&mut sums, 1.0);
+        optimizer.step(&mut masters, &sums, 1e-4);
+        model.set_lora(&masters)?;
+        Ok(())
+    })?;
+    report("adamw on the host", ms);
     Ok(())
 }
 

@@ -79,6 +79,15 @@ impl Engine {
         }
     }
 
+    /// The operations of optimizers, if the engine is on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn update_ops(&self) -> Option<super::UpdateOps<'_>> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(gpu) => Some(super::UpdateOps(gpu)),
+        }
+    }
+
     /// What it computes in.
     pub fn precision(&self) -> Precision {
         on_gpu!(self, gpu => gpu.precision());

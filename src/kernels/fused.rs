@@ -66,6 +66,19 @@ pub struct LoraSpread {
     spread: super::cuda::DeviceSpread,
 }
 
+/// Tensors that lie together begin at multiples of this many values.
+const TOGETHER: usize = 64;
+
+/// Where tensors of these lengths begin that lie together, and where the last one ends.
+pub fn starts_together(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let mut starts = vec![0];
+    starts.extend(lengths.scan(0, |end, len| {
+        *end += len.next_multiple_of(TOGETHER);
+        Some(*end)
+    }));
+    starts
+}
+
 /// Where a layer's parameters lie among all: A's first value, B's first value, and the scale that B carries.
 pub type LoraSource = (usize, usize, f32);
 
@@ -106,8 +119,16 @@ impl Engine {
         }
     }
 
-    /// Sets all parameters, which lie one after another.
+    /// Sets all parameters, which begin at [`starts_together`].
     pub fn spread_lora(&self, spread: &LoraSpread, parameters: &[f32]) {
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend {
+            gpu.spread_lora(&spread.spread, &super::UpdateOps(gpu).upload(parameters));
+        }
+    }
+
+    /// As [`Engine::spread_lora`], from a buffer of f32 on the device.
+    pub fn spread_lora_from(&self, spread: &LoraSpread, parameters: &Buffer) {
         #[cfg(feature = "cuda")]
         if let Backend::Cuda(gpu) = &self.backend {
             gpu.spread_lora(&spread.spread, parameters);
@@ -261,6 +282,15 @@ impl Engine {
             Backend::Cpu(_) => lengths.iter().map(|len| self.zeros(*len)).collect(),
             #[cfg(feature = "cuda")]
             Backend::Cuda(gpu) => gpu.zeros_together(lengths),
+        }
+    }
+
+    /// All of what [`Engine::zeros_together`] made on a GPU, as one buffer: parts begin at [`starts_together`], zeros between them.
+    #[cfg(feature = "cuda")]
+    pub fn whole(&self, buffers: &[Buffer]) -> Option<Buffer> {
+        match &self.backend {
+            Backend::Cpu(_) => None,
+            Backend::Cuda(gpu) => Some(gpu.whole(buffers)),
         }
     }
 

@@ -22,9 +22,11 @@ mod tests;
 pub use cpu::conv::{ConvShape, conv2d};
 pub use cpu::group_norm::group_norm_silu;
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaError, EncodeOps, LayerSource, Matrix, StoredRows, TextActivation, TextAttention, Timer, Window};
+pub use cuda::{
+    AdamWNumbers, CodedMoment, CudaError, EncodeOps, LayerSource, Matrix, Range, StoredRows, TextActivation, TextAttention, Timer, UpdateOps, Window,
+};
 pub use device::{DeviceError, Precision, UnknownPrecision, catch};
 pub use engine::{Engine, StoredMatrix};
-pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack};
+pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack, starts_together};
 pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats};
 pub use pool::Buffer;

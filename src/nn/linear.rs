@@ -20,6 +20,12 @@ impl Gradients {
         engine.download_all(&self.values)
     }
 
+    /// All of them on a GPU, as [`Engine::whole`].
+    #[cfg(feature = "cuda")]
+    pub fn whole(&self, engine: &Engine) -> Option<Buffer> {
+        engine.whole(&self.values)
+    }
+
     /// A's and B's gradients of the module at `slot`, for an engine that adds to them where they are.
     pub(super) fn of(&self, slot: usize) -> (&Buffer, &Buffer) {
         (&self.values[2 * slot], &self.values[2 * slot + 1])

@@ -33,10 +33,10 @@ impl Default for AdamWSettings {
 /// ```
 #[derive(Debug, Clone)]
 pub struct AdamW {
-    settings: AdamWSettings,
+    pub(super) settings: AdamWSettings,
     layout: Layout,
-    step: u64,
-    moments: Vec<Moments>,
+    pub(super) step: u64,
+    pub(super) moments: Vec<Moments>,
 }
 
 /// First and second moment of a parameter.

@@ -16,31 +16,31 @@ pub const MIN_8BIT_SIZE: usize = 4096;
 /// AdamW whose moments are codes of 8 bits with one f32 scale per block of 256 values: 2.03 bytes per value instead of 8.
 #[derive(Debug, Clone)]
 pub struct AdamW8bit {
-    settings: AdamWSettings,
+    pub(super) settings: AdamWSettings,
     layout: Layout,
-    step: u64,
-    slots: Vec<Slot>,
-    tables: Tables,
+    pub(super) step: u64,
+    pub(super) slots: Vec<Slot>,
+    pub(super) tables: Tables,
 }
 
 #[derive(Debug, Clone)]
-struct Tables {
-    first: CodeTable,
-    second: CodeTable,
+pub(super) struct Tables {
+    pub(super) first: CodeTable,
+    pub(super) second: CodeTable,
 }
 
 /// State of a parameter.
 #[derive(Debug, Clone)]
-enum Slot {
+pub(super) enum Slot {
     Full(Moments),
     Codes { first: Quantized, second: Quantized },
 }
 
 /// Codes and one scale per block.
 #[derive(Debug, Clone)]
-struct Quantized {
-    codes: Vec<u8>,
-    absmax: Vec<f32>,
+pub(super) struct Quantized {
+    pub(super) codes: Vec<u8>,
+    pub(super) absmax: Vec<f32>,
 }
 
 impl Quantized {

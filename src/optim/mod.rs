@@ -1,11 +1,13 @@
 //! Optimizers, learning-rate schedules and gradient clipping on f32 master parameters.
 //!
-//! Everything here runs on the host over plain slices. Updates are element by element and every sum has a fixed
-//! partition, so results do not depend on the number of threads.
+//! It runs on the host over plain slices; AdamW and its 8-bit form also where the model is on a GPU (`gpu`). Updates are element
+//! by element and every sum has a fixed partition, so results do not depend on the number of threads.
 
 pub mod adamw;
 pub mod adamw8bit;
 pub mod clip;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod prodigy;
 mod quantize;
 pub mod schedule;

@@ -46,6 +46,12 @@ impl CodeTable {
         Self { values, nearest }
     }
 
+    /// The value of each code, and the code of each point of the grid.
+    #[cfg(feature = "cuda")]
+    pub(super) fn tables(&self) -> (&[f32; 256], &[u8]) {
+        (&self.values, &self.nearest)
+    }
+
     /// The value of a code.
     pub(super) fn value(&self, code: u8) -> f32 {
         self.values[usize::from(code)]

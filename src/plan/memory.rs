@@ -26,8 +26,10 @@ const AT_WORK: u64 = 25;
 const CLASS_STAGE: &str = "draw class pictures";
 /// Forward passes per class picture: 28 steps with guidance.
 const CLASS_PASSES: f64 = 56.0;
-/// LoRA: value, gradient and two moments in 32 bits.
-const LORA_BYTES: u64 = 16;
+/// LoRA: value, gradient, the gradients' sum and two moments in 32 bits.
+const LORA_BYTES: u64 = 20;
+/// Places in which a GPU's products read LoRA's factors, in the precision of the model.
+const LORA_PLACES: u64 = 2;
 
 /// The device that memory is planned for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -243,7 +245,7 @@ impl<'a> Sizes<'a> {
         let inputs = recomputed * tokens * d * self.value;
         let at_work = AT_WORK * tokens * d * self.value;
         let again = if recomputed > 0 { (KEPT * tokens + u64::from(self.shape.dual_layers > 0) * KEPT_DUAL * picture_tokens) * d * self.value } else { 0 };
-        let lora = self.shape.lora_parameters(u64::from(self.training.lora.rank), &self.training.lora.target_modules) * LORA_BYTES;
+        let lora = self.shape.lora_parameters(u64::from(self.training.lora.rank), &self.training.lora.target_modules) * (LORA_BYTES + LORA_PLACES * self.value);
         let prompts = pictures * ((77 + u64::from(self.training.max_sequence_length)) * self.shape.joint + self.shape.pooled) * self.value;
         let latent = u64::from(self.training.resolution).pow(2) / self.shape.vae_factor.pow(2) * self.shape.channels;
         let latents = pictures * latent * 6 * 4;

@@ -127,6 +127,7 @@ impl TrainError {
             Self::Trainer(error) => match error {
                 TrainerError::Diverged { .. } => Reason::Diverged,
                 TrainerError::Model(error) => mmdit_reason(error),
+                TrainerError::Device(error) => device_reason(error),
                 TrainerError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
                 TrainerError::Prepared(_) | TrainerError::Lora(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
             },

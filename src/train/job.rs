@@ -13,6 +13,7 @@ use super::comparison::{self, HeldOut};
 use super::environment::JobEnvironment;
 use super::error::TrainError;
 use super::output;
+use super::parameters::Parameters;
 use super::prepare::{self, PrepareError, Prepared};
 use super::publish::{self, Decision};
 use super::result::{FileDigest, RunResult};
@@ -272,8 +273,9 @@ impl Run<'_> {
             seed: training.seed,
         })
         .map_err(super::trainer::TrainerError::from)?;
-        let optimizer = setup::optimizer(&training.optimizer, &params);
-        let mut trainer = Trainer::new(settings, mmdit, layout, params, optimizer, sampler, prepared)?;
+        layout.check(&params).map_err(super::trainer::TrainerError::from)?;
+        let parameters = Parameters::new(&self.engine, &training.optimizer, params)?;
+        let mut trainer = Trainer::new(settings, mmdit, layout, parameters, sampler, prepared)?;
         if let Some(snapshot) = snapshot {
             trainer.restore(snapshot)?;
         }
@@ -349,7 +351,7 @@ impl Run<'_> {
 
     async fn save(&self, trainer: &Trainer) -> Result<Saved, TrainError> {
         let begin = Instant::now();
-        let snapshot = trainer.snapshot();
+        let snapshot = block_in_place(|| trainer.snapshot())?;
         let saved = self.checkpoints.save(&snapshot).await?;
         self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
         self.checkpoints.retain(self.config.checkpoint.keep_last).await?;

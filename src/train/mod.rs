@@ -13,6 +13,7 @@ pub mod inspect;
 pub mod interrupt;
 pub mod job;
 pub mod output;
+mod parameters;
 pub mod prepare;
 pub mod publish;
 pub mod report;

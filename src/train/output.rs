@@ -74,12 +74,13 @@ pub fn make(
     compute: &Engine,
 ) -> Result<(RunResult, BTreeMap<String, Bytes>), TrainError> {
     let lora = &config.training.lora;
+    let params = trainer.params()?;
     let mut files = BTreeMap::new();
     let mut artifacts = Vec::new();
     for format in &config.output.formats {
         let (file, bytes) = match format {
-            OutputFormat::Diffusers => (DIFFUSERS_FILE.to_owned(), diffusers(trainer.params(), lora)),
-            OutputFormat::Kohya => (kohya_file(&config.job), kohya(trainer.params(), trainer.layout(), lora, trainer.model().config().num_layers)?),
+            OutputFormat::Diffusers => (DIFFUSERS_FILE.to_owned(), diffusers(&params, lora)),
+            OutputFormat::Kohya => (kohya_file(&config.job), kohya(&params, trainer.layout(), lora, trainer.model().config().num_layers)?),
         };
         let FileDigest { size, sha256 } = FileDigest::of(&bytes);
         artifacts.push(Artifact { format: *format, file: file.clone(), sha256, size_bytes: size });

@@ -6,11 +6,25 @@ use crate::optim::schedule::Shape;
 use crate::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, Prodigy, ProdigySettings, Schedule};
 use crate::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, WeightingScheme};
 
-/// The optimizer at update 0.
+fn adam(config: &OptimizerConfig) -> AdamWSettings {
+    AdamWSettings { beta1: config.beta1, beta2: config.beta2, epsilon: config.epsilon, weight_decay: config.weight_decay }
+}
+
+/// AdamW's settings and whether its moments have 8 bits, if it is AdamW.
+#[cfg(feature = "cuda")]
+pub fn adamw(config: &OptimizerConfig) -> Option<(AdamWSettings, bool)> {
+    match config.kind {
+        OptimizerKind::AdamW => Some((adam(config), false)),
+        OptimizerKind::AdamW8bit => Some((adam(config), true)),
+        OptimizerKind::Prodigy => None,
+    }
+}
+
+/// The optimizer at update 0, on the host.
 pub fn optimizer(config: &OptimizerConfig, params: &[Param]) -> Box<dyn Optimizer> {
     let OptimizerConfig { kind, learning_rate: _, beta1, beta2, weight_decay, epsilon, prodigy } = config;
     let (beta1, beta2, weight_decay, epsilon) = (*beta1, *beta2, *weight_decay, *epsilon);
-    let adam = AdamWSettings { beta1, beta2, epsilon, weight_decay };
+    let adam = adam(config);
     match kind {
         OptimizerKind::AdamW => Box::new(AdamW::new(adam, params)),
         OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(adam, params)),

@@ -5,6 +5,7 @@
 
 use candle_core::{Device, Tensor};
 
+use super::parameters::MicroBatch;
 use crate::model::mmdit::{FlowTarget, Mmdit, MmditError};
 use crate::nn::DropoutKey;
 use crate::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
@@ -124,13 +125,10 @@ impl Inputs {
     }
 }
 
-/// The outcome of a micro-batch.
-#[derive(Debug)]
-pub struct MicroBatch {
-    /// Each sample's loss.
-    pub losses: Vec<f64>,
-    /// Gradients of the weighted loss, aligned with the parameters.
-    pub grads: Vec<Vec<f32>>,
+impl Inputs {
+    fn target<'a>(&'a self, batch: &MicroBatch<'a>) -> FlowTarget<'a> {
+        FlowTarget { kind: batch.objective.kind, x0: &self.x0, noise: &self.noise, sigmas: &self.sigmas, coefficients: batch.coefficients }
+    }
 }
 
 /// What each sample's loss counts in the gradients: `weight` (1 / samples of the batch / batches per update) for each of `samples`,
@@ -142,26 +140,31 @@ pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64>
     coefficients
 }
 
-/// Forward, loss and backward of one micro-batch. `ordinals` name the samples' random numbers within `epoch`; `coefficients` say what
-/// each sample's loss counts in the gradients.
+/// Forward, loss and backward of one micro-batch: each sample's loss, and the gradients of the weighted loss, aligned with the parameters.
 ///
 /// # Errors
 /// If the model refuses the inputs.
-pub fn micro_batch(
-    model: &Mmdit,
-    objective: &Objective,
-    device: &Device,
-    examples: &[&Example],
-    epoch: u64,
-    ordinals: &[u64],
-    coefficients: &[f64],
-) -> Result<MicroBatch, MmditError> {
+pub fn micro_batch(model: &Mmdit, batch: &MicroBatch<'_>) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
+    let (inputs, dropout) = draw(batch)?;
+    model.flow_step(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref(), &inputs.target(batch))
+}
+
+/// [`micro_batch`] on a GPU, whose gradients are added to `sum` there.
+///
+/// # Errors
+/// If the model refuses the inputs, or the device fails.
+#[cfg(feature = "cuda")]
+pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch<'_>, sum: &mut crate::kernels::Buffer) -> Result<Vec<f64>, MmditError> {
+    let (inputs, dropout) = draw(batch)?;
+    model.flow_step_into((&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled), dropout.as_ref(), &inputs.target(batch), sum)
+}
+
+/// The inputs of a micro-batch, and the names of its dropout masks.
+fn draw(batch: &MicroBatch<'_>) -> candle_core::Result<(Inputs, Option<DropoutKey>)> {
+    let &MicroBatch { device, objective, examples, ordinals, epoch, .. } = batch;
     let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
-    let inputs = Inputs::new(&objective.table, examples, &draws, device)?;
     let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
-    let target = FlowTarget { kind: objective.kind, x0: &inputs.x0, noise: &inputs.noise, sigmas: &inputs.sigmas, coefficients };
-    let (losses, grads) = model.flow_step(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref(), &target)?;
-    Ok(MicroBatch { losses, grads })
+    Ok((Inputs::new(&objective.table, examples, &draws, device)?, dropout))
 }
 
 /// The losses of a batch without gradients, one per sample.
@@ -262,13 +265,14 @@ mod tests {
         let (weight, prior) = (0.25, 0.7);
         let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
             let (examples, ordinals): (Vec<&Example>, Vec<u64>) = range.map(|i| (&examples[i], i as u64)).unzip();
-            micro_batch(&model, &objective, &Device::Cpu, &examples, 3, &ordinals, coefficients).unwrap()
+            let batch = MicroBatch { device: &Device::Cpu, objective: &objective, examples: &examples, ordinals: &ordinals, epoch: 3, coefficients };
+            micro_batch(&model, &batch).unwrap()
         };
         assert_eq!(coefficients(2, weight, None), [weight; 2]);
         let mixed = run(0..4, &coefficients(2, weight, Some(prior)));
         let (own, class) = (run(0..2, &[weight; 2]), run(2..4, &[weight; 2]));
         let mut largest: f64 = 0.0;
-        for ((mixed, own), class) in mixed.grads.iter().zip(&own.grads).zip(&class.grads) {
+        for ((mixed, own), class) in mixed.1.iter().zip(&own.1).zip(&class.1) {
             let norm = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             for ((mixed, own), class) in mixed.iter().zip(own).zip(class) {
                 let sum = f64::from(*own) + prior * f64::from(*class);
@@ -277,7 +281,7 @@ mod tests {
             }
         }
         assert!(largest > 1e-4, "gradients are there: {largest}");
-        let alone: Vec<f64> = own.losses.iter().chain(&class.losses).copied().collect();
-        assert!(mixed.losses.iter().zip(&alone).all(|(a, b)| (a - b).abs() <= 1e-6 * b), "{:?} {alone:?}", mixed.losses);
+        let alone: Vec<f64> = own.0.iter().chain(&class.0).copied().collect();
+        assert!(mixed.0.iter().zip(&alone).all(|(a, b)| (a - b).abs() <= 1e-6 * b), "{:?} {alone:?}", mixed.0);
     }
 }

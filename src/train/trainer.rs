@@ -8,12 +8,14 @@ use super::checkpoint::{ExecutionPlan, Snapshot, State};
 use super::division;
 use super::history::{self, History, Record};
 use super::interrupt::Interrupt;
+use super::parameters::{MicroBatch, Parameters};
 use super::prepare::{Prepared, PreparedError};
 use super::step::{self, Example, Objective};
 use crate::data::sampler::{Item, Position, Sampler, SamplerError};
+use crate::kernels::DeviceError;
 use crate::model::lora::{LoraError, LoraLayout};
 use crate::model::mmdit::{Mmdit, MmditError};
-use crate::optim::{self, Optimizer, Param, Schedule, StateError};
+use crate::optim::{Param, Schedule, StateError};
 use crate::plan::GradientCheckpointing;
 
 /// Why training cannot go on.
@@ -22,6 +24,9 @@ pub enum TrainerError {
     /// The model failed.
     #[error("failed to compute a training step")]
     Model(#[from] MmditError),
+    /// The device failed.
+    #[error("failed to update the parameters")]
+    Device(#[from] DeviceError),
     /// Prepared data is gone or damaged.
     #[error("failed to load prepared data")]
     Prepared(#[from] PreparedError),
@@ -74,8 +79,7 @@ pub struct Trainer {
     settings: Settings,
     model: Mmdit,
     layout: LoraLayout,
-    params: Vec<Param>,
-    optimizer: Box<dyn Optimizer>,
+    parameters: Parameters,
     sampler: Sampler,
     prepared: Prepared,
     history: History,
@@ -86,9 +90,9 @@ pub struct Trainer {
     started: f64,
 }
 
-/// What an update is made of.
+/// What is summed over an update beside the gradients.
+#[derive(Default)]
 struct Window {
-    grads: Vec<Vec<f32>>,
     loss: f64,
     prior_loss: f64,
     batches: u32,
@@ -104,7 +108,7 @@ pub enum Update {
 }
 
 impl Trainer {
-    /// A run at its beginning. `params` must be the layout's.
+    /// A run at its beginning. The parameters must be the layout's.
     ///
     /// # Errors
     /// If the parameters do not fit the layout.
@@ -112,29 +116,14 @@ impl Trainer {
         settings: Settings,
         mut model: Mmdit,
         layout: LoraLayout,
-        params: Vec<Param>,
-        optimizer: Box<dyn Optimizer>,
+        parameters: Parameters,
         sampler: Sampler,
         prepared: Prepared,
     ) -> Result<Self, TrainerError> {
-        layout.check(&params)?;
-        model.set_lora(&params)?;
+        parameters.give(&mut model)?;
         let boundary = sampler.position();
         let started = history::now();
-        Ok(Self {
-            settings,
-            model,
-            layout,
-            params,
-            optimizer,
-            sampler,
-            prepared,
-            history: History::default(),
-            step: 0,
-            boundary,
-            training_seconds: 0.0,
-            started,
-        })
+        Ok(Self { settings, model, layout, parameters, sampler, prepared, history: History::default(), step: 0, boundary, training_seconds: 0.0, started })
     }
 
     /// Goes on where the snapshot was taken.
@@ -143,10 +132,6 @@ impl Trainer {
     /// If a part of the snapshot does not fit this run.
     pub fn restore(&mut self, snapshot: Snapshot) -> Result<(), TrainerError> {
         let Snapshot { state, params, optimizer, history } = snapshot;
-        let mut by_name: std::collections::BTreeMap<String, Param> = params.into_iter().map(|p| (p.name.clone(), p)).collect();
-        let mut params: Vec<Param> = self.params.iter().filter_map(|p| by_name.remove(&p.name)).collect();
-        params.extend(by_name.into_values());
-        self.layout.check(&params)?;
         let (began, now) = (&state.plan, &self.settings.plan);
         if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
             self.model.set_recompute(&vec![true; began.recomputed_blocks as usize]);
@@ -154,10 +139,9 @@ impl Trainer {
         } else {
             tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");
         }
-        self.optimizer.load_state(optimizer)?;
+        self.parameters.restore(&self.layout, params, optimizer)?;
         self.sampler.seek(state.position)?;
-        self.model.set_lora(&params)?;
-        self.params = params;
+        self.parameters.give(&mut self.model)?;
         self.history = history;
         self.step = state.step;
         self.boundary = state.position;
@@ -167,8 +151,11 @@ impl Trainer {
     }
 
     /// All that a resumed run needs, as of the last update.
-    pub fn snapshot(&self) -> Snapshot {
-        Snapshot {
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn snapshot(&self) -> Result<Snapshot, TrainerError> {
+        Ok(Snapshot {
             state: State {
                 step: self.step,
                 position: self.boundary,
@@ -178,10 +165,10 @@ impl Trainer {
                 started: self.started,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
-            params: self.params.clone(),
-            optimizer: self.optimizer.state(),
+            params: self.parameters.params()?,
+            optimizer: self.parameters.state()?,
             history: self.history.clone(),
-        }
+        })
     }
 
     /// One optimizer update: micro-batches until the window closes, clipping, optimizer, schedule. A window for which the device had too
@@ -203,12 +190,11 @@ impl Trainer {
                 Err(error) => return Err(error),
             }
         };
-        let Window { mut grads, loss, prior_loss, batches } = window;
-        let gradient_norm = self.clip(&mut grads);
+        let Window { loss, prior_loss, batches } = window;
+        let gradient_norm = self.parameters.clip(self.settings.max_grad_norm)?;
         finite(step, "gradient norm", gradient_norm)?;
         let learning_rate = self.settings.schedule.lr(self.step);
-        self.optimizer.step(&mut self.params, &grads, learning_rate);
-        self.model.set_lora(&self.params)?;
+        self.parameters.step(&mut self.model, learning_rate)?;
         self.step = step;
         self.boundary = self.sampler.position();
         let step_seconds = begin.elapsed().as_secs_f64();
@@ -231,10 +217,10 @@ impl Trainer {
         Ok(Update::Done(record))
     }
 
-    /// Gradients and losses of the next window; `None` if asked to stop.
+    /// Losses of the next window, whose gradients are summed; `None` if asked to stop.
     fn window(&mut self, step: u64, interrupt: &Interrupt) -> Result<Option<Window>, TrainerError> {
-        let grads = self.params.iter().map(|p| vec![0.0; p.value.len()]).collect();
-        let mut window = Window { grads, loss: 0.0, prior_loss: 0.0, batches: 0 };
+        let mut window = Window::default();
+        self.parameters.begin()?;
         loop {
             if interrupt.requested() {
                 return Ok(None);
@@ -246,13 +232,12 @@ impl Trainer {
             for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
                 let (examples, ordinals) = self.inputs(items)?;
                 let coefficients = step::coefficients(items.len(), weight, *prior_weight);
-                let micro = step::micro_batch(&self.model, objective, device, &examples.iter().collect::<Vec<_>>(), batch.epoch, &ordinals, &coefficients)?;
-                let (own, class) = micro.losses.split_at(items.len());
+                let examples: Vec<&Example> = examples.iter().collect();
+                let micro = MicroBatch { device, objective, examples: &examples, ordinals: &ordinals, epoch: batch.epoch, coefficients: &coefficients };
+                let losses = self.parameters.add(&self.model, &micro)?;
+                let (own, class) = losses.split_at(items.len());
                 let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
                 finite(step, "loss", own + class)?;
-                for (sum, grad) in window.grads.iter_mut().zip(&micro.grads) {
-                    sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
-                }
                 loss += own;
                 prior_loss += class;
             }
@@ -289,10 +274,6 @@ impl Trainer {
         let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy)?, item.ordinal)));
         let class = items.iter().filter_map(|item| item.class).map(|class| Ok((self.prepared.class_example(class.index)?, class.ordinal)));
         own.chain(class).collect()
-    }
-
-    fn clip(&self, grads: &mut [Vec<f32>]) -> f64 {
-        if self.settings.max_grad_norm > 0.0 { optim::clip_global_norm(grads, self.settings.max_grad_norm) } else { optim::clip::global_norm(grads) }
     }
 
     /// Measures the evaluation loss and records it, unless this step's is known or the run is asked to stop.
@@ -336,9 +317,12 @@ impl Trainer {
         &self.history
     }
 
-    /// The trained parameters.
-    pub fn params(&self) -> &[Param] {
-        &self.params
+    /// A copy of the trained parameters.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn params(&self) -> Result<Vec<Param>, TrainerError> {
+        self.parameters.params()
     }
 
     /// The modules with LoRA.

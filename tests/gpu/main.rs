@@ -6,4 +6,5 @@
 mod encode;
 mod model;
 mod operations;
+mod optimizer;
 mod support;

@@ -4,10 +4,7 @@ use super::driver::arguments;
 use super::gemm::{Finish, Operand, Product};
 use super::{BLOCK, Device, DeviceWeight, Kind, any};
 use crate::kernels::Buffer;
-use crate::kernels::fused::{FlowData, PatchLayout};
-
-/// Lengths of buffers that lie together are padded to a multiple of this, for aligned rows.
-const TOGETHER: usize = 64;
+use crate::kernels::fused::{FlowData, PatchLayout, starts_together};
 
 impl Device {
     pub(in crate::kernels) fn linear_gelu(&self, rows: usize, x: &Buffer, w: &DeviceWeight, bias: &Buffer) -> Option<(Buffer, Buffer)> {
@@ -51,29 +48,23 @@ impl Device {
     }
 
     pub(in crate::kernels) fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
-        let padded = |len: &usize| len.next_multiple_of(TOGETHER);
-        let whole = self.memory_of(lengths.iter().map(padded).sum(), Kind::F32);
+        let starts = starts_together(lengths.iter().copied());
+        let whole = self.memory_of(starts[lengths.len()], Kind::F32);
         self.fill_memory(&whole);
-        let mut start = 0;
-        let part = |len: &usize| {
-            let part = whole.part(start, *len);
-            start += padded(len);
-            Buffer::on_device(part)
-        };
-        lengths.iter().map(part).collect()
+        lengths.iter().zip(starts).map(|(len, start)| Buffer::on_device(whole.part(start, *len))).collect()
+    }
+
+    pub(in crate::kernels) fn whole(&self, buffers: &[Buffer]) -> Buffer {
+        let total = starts_together(buffers.iter().map(Buffer::len))[buffers.len()];
+        match buffers.first() {
+            Some(first) => Buffer::on_device(first.device().extended(total)),
+            None => self.alloc_f32(0),
+        }
     }
 
     pub(in crate::kernels) fn download_all(&self, buffers: &[Buffer]) -> Vec<Vec<f32>> {
-        let Some(first) = buffers.first() else { return Vec::new() };
-        let total = buffers.iter().map(|b| b.len().next_multiple_of(TOGETHER)).sum();
-        let whole = Buffer::on_device(first.device().extended(total));
-        let values = self.download(&whole);
-        let mut rest = values.as_slice();
-        let part = |b: &Buffer| {
-            let (part, after) = rest.split_at(b.len().next_multiple_of(TOGETHER));
-            rest = after;
-            part[..b.len()].to_vec()
-        };
-        buffers.iter().map(part).collect()
+        let values = self.download(&self.whole(buffers));
+        let starts = starts_together(buffers.iter().map(Buffer::len));
+        buffers.iter().zip(starts).map(|(b, start)| values[start..start + b.len()].to_vec()).collect()
     }
 }

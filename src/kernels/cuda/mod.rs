@@ -20,6 +20,7 @@ mod staging;
 mod stream;
 mod thin;
 mod timer;
+mod update;
 
 use std::sync::Arc;
 
@@ -34,6 +35,7 @@ pub(super) use stack::{DeviceStack, DeviceStackLora};
 pub use stream::{LayerSource, StoredRows};
 pub(super) use thin::DeviceSpread;
 pub use timer::Timer;
+pub use update::{AdamWNumbers, CodedMoment, Range, UpdateOps};
 
 use self::driver::{Driver, arguments, check};
 use self::error::must;

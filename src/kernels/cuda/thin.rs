@@ -4,6 +4,7 @@ use super::driver::arguments;
 use super::linear::DeviceLora;
 use super::stack::{DeviceStack, DeviceStackLora};
 use super::{BLOCK, Device, Kind, Memory, any, widest};
+use crate::kernels::Buffer;
 
 /// Ranks up to which the gradients are computed by `thin_sums`; above, products are faster.
 pub(super) const MOST: usize = 32;
@@ -149,9 +150,9 @@ impl Device {
     }
 
     /// Sets all parameters of a LoRA.
-    pub(in crate::kernels) fn spread_lora(&self, spread: &DeviceSpread, parameters: &[f32]) {
-        assert_eq!(parameters.len(), spread.parameters, "should be all parameters");
-        let values = self.upload_f32(parameters);
+    pub(in crate::kernels) fn spread_lora(&self, spread: &DeviceSpread, parameters: &Buffer) {
+        let values = parameters.device();
+        assert!(values.kind() == Kind::F32 && values.len() == spread.parameters, "should be all parameters in f32");
         let (table, from) = (spread.table.pointer(), values.pointer());
         let grid = (spread.largest.div_ceil(4 * BLOCK), spread.matrices, 1);
         // SAFETY: the table names places in buffers that the layers keep, and parts of the parameters.

@@ -50,39 +50,76 @@ impl Mmdit {
             let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), velocity.device())?;
             return Ok((loss.per_sample, self.backward(saved, &d_velocity)?));
         }
+        self.scaled_flow_step((x, timestep, prompt_embeds, pooled), dropout, target, &mut |gradients, scale, last| {
+            let gradients = gradients.download(&self.engine);
+            (last || gradients.iter().flatten().all(|g| g.is_finite())).then(|| unscaled(gradients, scale))
+        })
+    }
+
+    /// [`Mmdit::flow_step`] on a GPU, whose gradients are added to `sum` there ([`crate::kernels::starts_together`] says where each lies).
+    ///
+    /// # Errors
+    /// If an input does not fit, or the device fails.
+    #[cfg(feature = "cuda")]
+    pub fn flow_step_into(
+        &self,
+        inputs: (&Tensor, &Tensor, &Tensor, &Tensor),
+        dropout: Option<&DropoutKey>,
+        target: &FlowTarget<'_>,
+        sum: &mut Buffer,
+    ) -> Result<Vec<f64>, MmditError> {
+        let add = &mut |gradients: &Gradients, scale: f32, last: bool| {
+            let (ops, whole) = self.engine.update_ops().zip(gradients.whole(&self.engine))?;
+            (last || ops.square_sum(&whole).is_finite()).then(|| ops.add_scaled(sum, &whole, 1.0 / scale))
+        };
+        self.scaled_flow_step(inputs, dropout, target, add).map(|(losses, ())| losses)
+    }
+
+    /// On a GPU: steps with smaller and smaller gradients until `take` takes them. It is given them, what they were multiplied with, and
+    /// whether there will be no others.
+    fn scaled_flow_step<T>(
+        &self,
+        inputs: (&Tensor, &Tensor, &Tensor, &Tensor),
+        dropout: Option<&DropoutKey>,
+        target: &FlowTarget<'_>,
+        take: &mut dyn FnMut(&Gradients, f32, bool) -> Option<T>,
+    ) -> Result<(Vec<f64>, T), MmditError> {
         let mut scale = self.gradient_scale(samples(target, 1.0).iter().fold(0.0_f32, |most, s| most.max(s.factor.abs() as f32)));
         let mut tries = 0;
         loop {
-            let step = crate::kernels::catch(|| self.try_flow_step((x, timestep, prompt_embeds, pooled), dropout, target, f64::from(scale)));
+            tries += 1;
+            // A power of two that is 1 where the precision has enough small numbers.
+            let last = scale == 1.0 || tries > SMALLER;
+            let taken = &mut |gradients: &Gradients| take(gradients, scale, last);
+            let step = crate::kernels::catch(|| self.try_flow_step(inputs, dropout, target, f64::from(scale), taken));
             if step.is_err() {
                 // Recordings hold memory.
                 self.recorded.clear();
             }
-            let (losses, gradients) = step??;
-            tries += 1;
-            if scale == 1.0 || tries > SMALLER || gradients.iter().flatten().all(|g| g.is_finite()) {
-                return Ok((losses, unscaled(gradients, scale)));
+            if let (losses, Some(taken)) = step?? {
+                return Ok((losses, taken));
             }
             scale /= 16.0;
         }
     }
 
     /// On a GPU, gradients multiplied by `scale`. The second step of the same sizes is recorded, later ones replay it.
-    fn try_flow_step(
+    fn try_flow_step<T>(
         &self,
         (x, timestep, prompt_embeds, pooled): (&Tensor, &Tensor, &Tensor, &Tensor),
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         scale: f64,
-    ) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
+        take: &mut dyn FnMut(&Gradients) -> T,
+    ) -> Result<(Vec<f64>, T), MmditError> {
         let engine = &self.engine;
         let samples = samples(target, scale);
         let batch = samples.len();
-        let outcome = |gradients: &Gradients, sums: &Buffer| {
+        let mut outcome = |gradients: &Gradients, sums: &Buffer| {
             let sums = engine.download(sums);
             let n = target.x0.len() / batch;
             let losses = sums.chunks_exact(sums.len() / batch).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / n as f64);
-            (losses.collect(), gradients.download(engine))
+            (losses.collect(), take(gradients))
         };
         // Each step's dropout masks are others.
         let records = engine.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);

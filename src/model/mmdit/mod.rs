@@ -25,7 +25,7 @@ pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
-use crate::kernels::{DeviceError, Engine, LoraSpread, Stack};
+use crate::kernels::{DeviceError, Engine, LoraSpread, Stack, starts_together};
 use crate::nn::Linear;
 use crate::optim::Param;
 
@@ -184,7 +184,9 @@ impl Mmdit {
     pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
         self.layout.check(params)?;
         if let Some(spread) = &self.spread {
-            let all: Vec<f32> = params.iter().flat_map(|p| p.value.iter().copied()).collect();
+            let starts = starts_together(params.iter().map(|p| p.value.len()));
+            let mut all = vec![0.0; starts[params.len()]];
+            params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
             crate::kernels::catch(|| self.engine.spread_lora(spread, &all))?;
             return Ok(());
         }
@@ -209,13 +211,21 @@ impl Mmdit {
         Ok(())
     }
 
+    /// As [`Mmdit::set_lora`], from f32 values on the GPU that lie as [`starts_together`] says. False: this model takes them from the host only.
+    ///
+    /// # Errors
+    /// If the device fails.
+    #[cfg(feature = "cuda")]
+    pub fn set_lora_from(&mut self, values: &crate::kernels::Buffer) -> Result<bool, MmditError> {
+        match &self.spread {
+            Some(spread) => Ok(crate::kernels::catch(|| self.engine.spread_lora_from(spread, values)).map(|()| true)?),
+            None => Ok(false),
+        }
+    }
+
     /// Where the device wants the parameters, if it takes all at once.
     fn lora_spread(&self) -> Option<LoraSpread> {
-        let mut starts = vec![0];
-        let parameters = self.layout.parameters();
-        for (_, shape) in &parameters {
-            starts.push(starts[starts.len() - 1] + shape.iter().product::<usize>());
-        }
+        let starts = starts_together(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
         let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
         // Layers lend their factors one after another.
         let stacks: Vec<_> = self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.lora_stacks(&source)).collect();

@@ -1,6 +1,8 @@
 //! The autoencoder on a GPU: pictures as [pixels, channels], convolutions as products with columns that are made strip by strip, the norm and
 //! SiLU before a convolution done while its columns are made. In the engine's precision; group statistics are f64.
 
+use rayon::prelude::*;
+
 use super::layers::EPSILON;
 use super::{VaeConfig, VaeError};
 use crate::kernels::{Buffer, EncodeOps, Engine, Window};
@@ -8,6 +10,8 @@ use crate::model::weights::{Weights, WeightsError};
 
 /// Values of columns that are there at once (256 MiB of 16-bit values).
 const COLUMN_VALUES: usize = 1 << 27;
+/// Pixels that one thread lays out at a time.
+const RUN: usize = 8192;
 /// Values of attention scores that are there at once.
 const SCORE_VALUES: usize = 1 << 24;
 /// Channels of pictures and latents are padded with zeros to a multiple of this: rows of 16 bytes.
@@ -239,11 +243,13 @@ impl Run<'_> {
     fn upload(self, values: &[f32], (channels, height, width): (usize, usize, usize), padded: usize) -> Picture {
         let pixels = height * width;
         let mut rows = vec![0.0; pixels * padded];
-        for (channel, values) in values.chunks_exact(pixels).enumerate().take(channels) {
-            for (row, value) in rows.chunks_exact_mut(padded).zip(values) {
-                row[channel] = *value;
+        rows.par_chunks_mut(RUN * padded).enumerate().for_each(|(run, rows)| {
+            for (channel, values) in values.chunks_exact(pixels).enumerate().take(channels) {
+                for (row, value) in rows.chunks_exact_mut(padded).zip(&values[run * RUN..]) {
+                    row[channel] = *value;
+                }
             }
-        }
+        });
         Picture { values: self.ops.upload(&rows), height, width, channels: padded }
     }
 

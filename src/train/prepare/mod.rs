@@ -7,6 +7,7 @@
 mod class;
 mod error;
 mod keys;
+mod loader;
 mod prepared;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,11 +15,13 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
+use futures::StreamExt as _;
 use tokio::task::block_in_place;
 
 use class::ClassPainter;
 pub use error::{PrepareError, PreparedError};
 pub use keys::{Fingerprints, Keys};
+use loader::Loader;
 pub use prepared::Prepared;
 
 use super::device;
@@ -197,18 +200,10 @@ impl Preparation<'_> {
         Ok(())
     }
 
-    /// The model's input for a picture.
-    async fn pixels(&self, cache: &TensorCache, source: Source) -> Result<Pixels, PrepareError> {
-        match source {
-            Source::Sample(sample, copy) => {
-                let picture = Dataset::load(self.pictures, &self.dataset.samples[sample]).await?;
-                Ok(block_in_place(|| self.keys.transform(self.dataset, sample, copy).apply(&picture)))
-            }
-            Source::Class(index) => {
-                let key = self.keys.class_picture(index).ok_or(PreparedError::Malformed { what: "class pictures" })?;
-                Ok(self.keys.class_transform().apply(&class::get(cache, &key, index as usize)?))
-            }
-        }
+    /// The model's input for a class picture.
+    fn class_pixels(&self, cache: &TensorCache, index: u32) -> Result<Pixels, PrepareError> {
+        let key = self.keys.class_picture(index).ok_or(PreparedError::Malformed { what: "class pictures" })?;
+        Ok(self.keys.class_transform().apply(&class::get(cache, &key, index as usize)?))
     }
 
     async fn latents(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
@@ -240,13 +235,35 @@ impl Preparation<'_> {
         let mut missing: Vec<_> = missing.into_iter().collect();
         missing.sort_by_key(|(_, source)| *source);
         let mut written = Instant::now();
-        for (key, source) in missing {
+        // While one picture is encoded, the next ones are fetched, decoded and resized.
+        let loader = Loader::new(self.pictures);
+        let mut pictures = futures::stream::iter(missing)
+            .map(|(key, source)| {
+                let loading = match source {
+                    Source::Sample(sample, copy) => Some(loader.load(self.dataset.samples[sample].clone(), self.keys.transform(self.dataset, sample, copy))),
+                    Source::Class(_) => None,
+                };
+                async move {
+                    let loaded = match loading {
+                        Some(loading) => Some(loading.wait().await?),
+                        None => None,
+                    };
+                    Ok::<_, PrepareError>((key, source, loaded))
+                }
+            })
+            .buffered(loader::AHEAD);
+        while let Some(picture) = pictures.next().await {
+            let (key, source, loaded) = picture?;
             self.stop_if_asked()?;
             if written.elapsed() >= WRITE_INTERVAL {
                 cache.flush().await?;
                 written = Instant::now();
             }
-            let pixels = self.pixels(cache, source).await?;
+            let pixels = match (loaded, source) {
+                (Some(pixels), _) => pixels,
+                (None, Source::Class(index)) => block_in_place(|| self.class_pixels(cache, index))?,
+                (None, Source::Sample(..)) => continue,
+            };
             block_in_place(|| {
                 let side = pixels.resolution as usize;
                 let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), &Device::Cpu)?)?;
