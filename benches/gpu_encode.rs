@@ -246,6 +246,10 @@ fn vae(engine: &Engine, model: &ModelDir, profile: bool) -> Result<()> {
         let pixels = Tensor::rand(-1.0_f32, 1.0, (1, 3, side, side), &Device::Cpu)?;
         let ms = timed(|| encoder.encode(&pixels).map(drop).map_err(Into::into))?;
         report(engine, "vae_encode", &json!({"pixels": side, "batch": 1, "ms": ms, "per_s": 1e3 / ms}));
+        // One after another, but given together.
+        let many = Tensor::rand(-1.0_f32, 1.0, (8, 3, side, side), &Device::Cpu)?;
+        let ms = timed(|| encoder.encode(&many).map(drop).map_err(Into::into))?;
+        report(engine, "vae_encode", &json!({"pixels": side, "batch": 8, "ms": ms, "per_s": 8e3 / ms}));
         if profile {
             engine.start_profile();
             encoder.encode(&pixels)?;

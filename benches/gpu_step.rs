@@ -1,4 +1,4 @@
-//! Time and memory of one micro-step (forward, loss, backward) of Stable Diffusion 3 Medium on a GPU, with random weights.
+//! Time and memory of one micro-step (forward, loss, backward, gradients added to those of the update) of Stable Diffusion 3 Medium on a GPU, with random weights.
 //!
 //! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24]
 //! [--recompute BLOCKS] [--cap GIB] [--rank 4] [--optimizer] SIZE/BATCH...`
@@ -163,7 +163,7 @@ fn main() -> Result<()> {
         engine.device_memory()
     );
     for &(pixels, batch) in &options.shapes {
-        shape(&options, &engine, &model, &config, pixels, batch)?;
+        shape(&options, &engine, &model, &config, &params, pixels, batch)?;
     }
     if options.optimizer {
         update(&engine, &mut model, &params)?;
@@ -192,7 +192,7 @@ fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
     Stream::new(3, Purpose::Noise, 0, 0).fill_normal(&mut values);
     let gradients = ops.upload(&values);
     let settings = AdamWSettings::default();
-    let mut report = |what: &str, ms: f64| {
+    let report = |what: &str, ms: f64| {
         println!("{}", serde_json::json!({"what": "optimizer", "engine": "finetune", "mode": what, "parameters": values.len(), "ms": ms}));
     };
     let hosts = [("adamw", HostAdamW::Full(AdamW::new(settings, params))), ("adamw8bit", HostAdamW::Codes(AdamW8bit::new(settings, params)))];
@@ -224,7 +224,9 @@ fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
     Ok(())
 }
 
-fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig, pixels: usize, batch: usize) -> Result<()> {
+fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig, params: &[Param], pixels: usize, batch: usize) -> Result<()> {
+    let ops = engine.update_ops().context("not on a GPU")?;
+    let mut sums = ops.zeros(starts_together(params.iter().map(|p| p.value.len()))[params.len()]);
     let mut stream = Stream::new(1, Purpose::Noise, 0, 0);
     let latents = [batch, config.in_channels, pixels / 8, pixels / 8];
     let prompt = random(&mut stream, &[batch, 154, config.joint_attention_dim])?;
@@ -247,7 +249,8 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
         }
         let started = Instant::now();
         let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &vec![1.0 / batch as f64; batch] };
-        let (losses, _) = model.flow_step(&x_t, &timesteps, &prompt, &pooled, None, &target)?;
+        let losses = model.flow_step_into((&x_t, &timesteps, &prompt, &pooled), None, &target, &mut sums)?;
+        engine.synchronize();
         let whole = started.elapsed().as_secs_f64() * 1e3;
         if last_step {
             profile = engine.end_profile();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use finetune::operator::context::FaultHook;
+use futures::StreamExt as _;
 use serde_json::json;
 
 use crate::kit;
@@ -60,11 +61,14 @@ async fn a_successor_carries_on_wherever_the_operator_was_killed() {
             assert!(points.contains(&format!("{when}:{call}")), "{when}:{call} is not reached; reached are {points:?}");
         }
     }
-    for (number, point) in points.iter().enumerate() {
+    // Lives are mostly waits; each point has a namespace and operators of its own.
+    let lives = points.iter().enumerate().map(|(number, point)| async move {
+        let stage = Stage::new(&format!("faults-{number}")).await;
         for occurrence in [1, 2] {
             killed_at(&stage, &format!("p{number}-{occurrence}"), point, occurrence).await;
         }
-    }
+    });
+    futures::stream::iter(lives).for_each_concurrent(4, |life| life).await;
 }
 
 /// A life in which the operator is killed when it reaches `point` for the `occurrence`-th time, and a successor starts.

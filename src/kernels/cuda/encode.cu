@@ -1,5 +1,5 @@
-// Text encoders: norms over rows of the f32 residual stream, activations, attention with a bias. The autoencoder: columns of a convolution with
-// the norm before it, group statistics, softmax of scores. Forward only.
+// Text encoders: norms over rows of the f32 residual stream, activations, attention with a bias. The autoencoder: columns of a convolution, the
+// norm before it, group statistics, softmax of scores. Forward only.
 //
 // Rows of norms: a warp each, block 256, grid ⌈rows / 8⌉. Elsewhere block 256 unless said otherwise. Pictures are [pixels, channels].
 
@@ -241,19 +241,20 @@ __device__ __forceinline__ void text_attention(T* out, const T* qkv, const float
 #define TEXT_ATTENTION(T) (T* out, const T* qkv, const float* bias, int tokens, int heads, int dim, float scale, int causal)
 KERNELS(text_attention, TEXT_ATTENTION, (out, qkv, bias, tokens, heads, dim, scale, causal))
 
-// Columns of a convolution over rows `first`.. of its output: columns [rows, kernel², channels] of silu(x · scale + shift) (affine [2, channels]) or of x
-// itself (no affine). Input [height, width, channels] (doubled each way where `doubled`), padded with zeros. One pack a thread.
+// Columns [rows, kernel², channels] of a convolution over rows `first`.. of its output. Input [height, width, channels] (doubled each way where
+// `doubled`), padded with zeros. One pack a thread; all counts are below 2³¹, for divisions of 64 bits would take longer than the copies.
 struct Conv {
   int height, width, packs, out_width, kernel, stride, pad, doubled;
 };
 template <typename T, int V>
-__device__ __forceinline__ void columns(T* to, const T* x, const float* affine, int64_t first, int64_t count, Conv conv) {
-  INDEX(count)
-  const int pack = i % conv.packs;
-  const int tap = i / conv.packs % (conv.kernel * conv.kernel);
-  const int64_t pixel = first + i / conv.packs / (conv.kernel * conv.kernel);
-  int y = int(pixel / conv.out_width) * conv.stride - conv.pad + tap / conv.kernel;
-  int z = int(pixel % conv.out_width) * conv.stride - conv.pad + tap % conv.kernel;
+__device__ __forceinline__ void columns(T* to, const T* x, int first, int count, Conv conv) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, taps = conv.kernel * conv.kernel;
+  if (i >= uint32_t(count)) return;
+  const uint32_t whole = i / conv.packs, pack = i - whole * conv.packs;
+  const uint32_t row = whole / taps, tap = whole - row * taps;
+  const uint32_t pixel = first + row, line = pixel / conv.out_width, tap_line = tap / conv.kernel;
+  int y = int(line) * conv.stride - conv.pad + int(tap_line);
+  int z = int(pixel - line * conv.out_width) * conv.stride - conv.pad + int(tap - tap_line * conv.kernel);
   const int height = conv.height << conv.doubled, width = conv.width << conv.doubled;
   float a[V];
   if (y < 0 || z < 0 || y >= height || z >= width) {
@@ -263,25 +264,15 @@ __device__ __forceinline__ void columns(T* to, const T* x, const float* affine, 
     y >>= conv.doubled;
     z >>= conv.doubled;
     load<T, V>(a, x + ((int64_t(y) * conv.width + z) * conv.packs + pack) * V);
-    if (affine != nullptr) {
-      float scale[V], shift[V];
-      load<float, V>(scale, affine + pack * V);
-      load<float, V>(shift, affine + (conv.packs + pack) * V);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const float u = fmaf(a[j], scale[j], shift[j]);
-        a[j] = u / (1.0f + exp_of<T>(-u));
-      }
-    }
   }
-  store<T, V>(to + i * V, a);
+  store<T, V>(to + int64_t(i) * V, a);
 }
-#define COLUMNS(T) (T* to, const T* x, const float* affine, int64_t first, int64_t count, Conv conv)
-KERNELS(columns, COLUMNS, (to, x, affine, first, count, conv))
+#define COLUMNS(T) (T* to, const T* x, int first, int count, Conv conv)
+KERNELS(columns, COLUMNS, (to, x, first, count, conv))
 
-// y = x · scale + shift with affine [2, channels]; `packs` is channels / V.
+// y = x · scale + shift with affine [2, channels], or its SiLU; `packs` is channels / V.
 template <typename T, int V>
-__device__ __forceinline__ void apply_affine(T* y, const T* x, const float* affine, int64_t count, int packs) {
+__device__ __forceinline__ void apply_affine(T* y, const T* x, const float* affine, int64_t count, int packs, int activate) {
   INDEX(count)
   const int pack = i % packs;
   float a[V], scale[V], shift[V];
@@ -289,11 +280,14 @@ __device__ __forceinline__ void apply_affine(T* y, const T* x, const float* affi
   load<float, V>(scale, affine + pack * V);
   load<float, V>(shift, affine + (packs + pack) * V);
 #pragma unroll
-  for (int j = 0; j < V; ++j) a[j] = fmaf(a[j], scale[j], shift[j]);
+  for (int j = 0; j < V; ++j) {
+    const float u = fmaf(a[j], scale[j], shift[j]);
+    a[j] = activate ? u / (1.0f + exp_of<T>(-u)) : u;
+  }
   store<T, V>(y + i * V, a);
 }
-#define APPLY_AFFINE(T) (T* y, const T* x, const float* affine, int64_t count, int packs)
-KERNELS(apply_affine, APPLY_AFFINE, (y, x, affine, count, packs))
+#define APPLY_AFFINE(T) (T* y, const T* x, const float* affine, int64_t count, int packs, int activate)
+KERNELS(apply_affine, APPLY_AFFINE, (y, x, affine, count, packs, activate))
 
 // Sums of x [pixels, channels] by channel over each of `chunks` runs of pixels: sums [chunks, 2, channels] = Σ(x - x₀), Σ(x - x₀)², x₀ the channel's value at
 // the run's first pixel, so that nothing cancels. Grid (chunks, ⌈packs / 32⌉): 32 packs of channels by 8 pixels.

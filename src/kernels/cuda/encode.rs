@@ -261,27 +261,25 @@ impl EncodeOps<'_> {
         Buffer::on_device(affine)
     }
 
-    /// x · scale + shift for x [pixels, channels] and `affine` [2, channels].
-    pub fn apply_affine(&self, x: &Buffer, affine: &Buffer) -> Buffer {
+    /// x · scale + shift for x [pixels, channels] and `affine` [2, channels]; with `activate` its SiLU.
+    pub fn apply_affine(&self, x: &Buffer, affine: &Buffer, activate: bool) -> Buffer {
         let (x, affine) = (x.device(), affine.device());
         let channels = affine.len() / 2;
         assert!(x.len().is_multiple_of(channels) && affine.kind() == Kind::F32, "should be [pixels, channels]");
         let y = self.0.memory_of(x.len(), x.kind());
         let (suffix, values) = widest(x.kind(), &[channels]);
         let (to, from, with, count, packs) = (y.pointer(), x.pointer(), affine.pointer(), (x.len() / values) as i64, (channels / values) as i32);
-        let grid = ((count as usize).div_ceil(BLOCK), 1, 1);
+        let (grid, activate) = (((count as usize).div_ceil(BLOCK), 1, 1), i32::from(activate));
         // SAFETY: x and y are [pixels, channels], the affine [2, channels].
-        unsafe { self.0.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs]) };
+        unsafe { self.0.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs, activate]) };
         Buffer::on_device(y)
     }
 
-    /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels] of x, or of silu(x · scale + shift)
-    /// where `affine` is given.
-    pub fn columns(&self, x: &Buffer, affine: Option<&Buffer>, window: Window, first: usize, rows: usize) -> Buffer {
+    /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels]. Less than 2³¹ values.
+    pub fn columns(&self, x: &Buffer, window: Window, first: usize, rows: usize) -> Buffer {
         let Window { height, width, channels, kernel, stride, pad, double, out_width } = window;
         let x = x.device();
         assert_eq!(x.len(), height * width * channels, "should be [height, width, channels]");
-        assert!(affine.is_none_or(|a| a.len() == 2 * channels && a.device().kind() == Kind::F32), "should be [2, channels]");
         let (suffix, values) = widest(x.kind(), &[channels]);
         let geometry = Geometry {
             height: height as i32,
@@ -294,8 +292,9 @@ impl EncodeOps<'_> {
             doubled: i32::from(double),
         };
         let to = self.0.memory_of(rows * kernel * kernel * channels, x.kind());
-        let (y, from, affine, first, count) = (to.pointer(), x.pointer(), affine.map_or(0, |a| a.device().pointer()), first as i64, (to.len() / values) as i64);
-        let arguments = arguments![y, from, affine, first, count, geometry];
+        assert!(to.len() < 1 << 31 && first + rows < 1 << 31, "should fit 32 bits");
+        let (y, from, first, count) = (to.pointer(), x.pointer(), first as i32, (to.len() / values) as i32);
+        let arguments = arguments![y, from, first, count, geometry];
         // SAFETY: the result has `count` packs; reads outside the picture are zeros.
         unsafe { self.0.driver.launch(("columns", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
         Buffer::on_device(to)

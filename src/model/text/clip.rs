@@ -4,6 +4,7 @@
 //! projection of the end token's final state. Attention is causal; padding is not masked.
 
 use candle_core::{Device, IndexOp as _, Tensor};
+use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::TextError;
@@ -156,19 +157,35 @@ pub(super) fn embed_tokens(weights: &Weights, config: &ClipConfig, batch: &[Vec<
     Ok(x.broadcast_add(&positions)?)
 }
 
-/// The projection [captions, projection_dim] of the final norm of each caption's end token, from the final states [captions, tokens, hidden_size].
-pub(super) fn pool(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], states: &Tensor, device: &Device) -> Result<Tensor, TextError> {
-    let d = config.hidden_size;
-    let norm = LayerReader { weights, prefix: "text_model.".into(), device }.layer_norm("final_layer_norm", d, config.layer_norm_eps)?;
-    let projection = LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?;
-    // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
-    // must not depend on the captions beside it.
-    let mut pooled = Vec::with_capacity(batch.len());
-    for (i, ids) in batch.iter().enumerate() {
-        let end = states.i((i, pooled_position(ids, config.eos_token_id)))?.reshape((1, 1, d))?;
-        pooled.push(projection.forward(&norm.forward(&end)?)?.reshape((1, ()))?);
+/// What is done to a caption's end token.
+pub(super) struct Pooling {
+    norm: LayerNorm,
+    projection: Linear,
+    end: u32,
+}
+
+impl Pooling {
+    pub(super) fn load(weights: &Weights, config: &ClipConfig, device: &Device) -> Result<Self, TextError> {
+        let d = config.hidden_size;
+        Ok(Self {
+            norm: LayerReader { weights, prefix: "text_model.".into(), device }.layer_norm("final_layer_norm", d, config.layer_norm_eps)?,
+            projection: LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?,
+            end: config.eos_token_id,
+        })
     }
-    Ok(Tensor::cat(&pooled, 0)?)
+
+    /// The projection [captions, projection_dim] of the final norm of each caption's end token, from the final states [captions, tokens, hidden_size].
+    pub(super) fn pool(&self, batch: &[Vec<u32>], states: &Tensor) -> Result<Tensor, TextError> {
+        // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
+        // must not depend on the captions beside it.
+        let pool = |(i, ids): (usize, &Vec<u32>)| {
+            let end = states.i((i, pooled_position(ids, self.end)))?;
+            let end = end.reshape((1, 1, end.elem_count()))?;
+            self.projection.forward(&self.norm.forward(&end)?)?.reshape((1, ()))
+        };
+        let pooled = batch.par_iter().enumerate().map(pool).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&pooled, 0)?)
+    }
 }
 
 /// Encodes token ids in batches of captions. `progress` gets the number of layers done.
@@ -199,9 +216,10 @@ pub(super) fn encode(
         }
         weights.release(&prefix);
     }
+    let pooling = Pooling::load(weights, config, device)?;
     let mut outputs = Vec::with_capacity(batches.len());
     for ((batch, state), hidden) in batches.iter().zip(&states).zip(hidden) {
-        outputs.push(ClipOutput { hidden, pooled: pool(weights, config, batch, state, device)? });
+        outputs.push(ClipOutput { hidden, pooled: pooling.pool(batch, state)? });
     }
     progress(config.num_hidden_layers)?;
     Ok(outputs)

@@ -104,6 +104,12 @@ fn division(tokens: usize, width: usize) -> (usize, usize) {
     (captions, (RESIDENT_VALUES / (captions * tokens * width)).max(1))
 }
 
+/// Captions of one pass of T5 over its weights: a group of captions should be a multiple of it, or nearly nothing is done with the last pass.
+pub(super) fn t5_pass(tokens: usize, width: usize) -> usize {
+    let (captions, batches) = division(tokens, width);
+    captions * batches
+}
+
 /// The rows of a batch on the device, from a tensor [captions, tokens, width]; captions that are missing are zeros.
 fn upload_rows(ops: EncodeOps<'_>, rows: &Tensor, captions: usize) -> Result<Buffer, TextError> {
     let (_, tokens, width) = rows.dims3()?;
@@ -225,6 +231,7 @@ pub(super) fn clip(
     let attention = TextAttention { tokens, heads, dim, scale: 1.0 / (dim as f32).sqrt(), causal: true };
     let (captions, batches) = division(tokens, d);
     let rows = captions * tokens;
+    let pooling = clip::Pooling::load(weights, config, &Device::Cpu)?;
     let mut outputs = Vec::new();
     for pass in ids.chunks(captions * batches) {
         let mut states = Vec::new();
@@ -252,7 +259,7 @@ pub(super) fn clip(
         for ((batch, state), hidden) in pass.chunks(captions).zip(states).zip(hidden) {
             let host = |buffer: &Buffer| Tensor::from_vec(ops.download(buffer), (captions, tokens, d), &Device::Cpu)?.narrow(0, 0, batch.len());
             let (state, hidden) = (host(&state)?, host(&hidden)?);
-            outputs.push(ClipOutput { hidden, pooled: clip::pool(weights, config, batch, &state, &Device::Cpu)? });
+            outputs.push(ClipOutput { hidden, pooled: pooling.pool(batch, &state)? });
         }
     }
     progress(count)?;

@@ -283,7 +283,7 @@ impl PromptEncoder {
         let mut seen = std::collections::HashSet::new();
         let distinct: Vec<&str> = captions.iter().map(String::as_str).filter(|c| seen.insert(*c)).collect();
         let shape = self.shape();
-        let per_group = (GROUP_VALUES / (shape.tokens * shape.width)).max(1);
+        let per_group = self.whole_passes((GROUP_VALUES / (shape.tokens * shape.width)).max(1));
         for (group_index, group) in distinct.chunks(per_group).enumerate() {
             let mut tell = |encoder, layers_done, layers| {
                 let told = EncodeProgress { encoder, layers_done, layers, captions_done: group_index * per_group, captions: distinct.len() };
@@ -296,11 +296,22 @@ impl PromptEncoder {
         Ok(())
     }
 
+    /// At most this many captions: as many as keep the passes over T5's weights full.
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "the engine decides with the feature"))]
+    fn whole_passes(&self, captions: usize) -> usize {
+        #[cfg(feature = "cuda")]
+        if let (true, Some(t5)) = (self.engine.is_cuda(), &self.t5) {
+            let pass = gpu::t5_pass(self.length, t5.d_model);
+            return if captions > pass { captions / pass * pass } else { captions };
+        }
+        captions
+    }
+
     fn encode_group(&self, captions: &[&str], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<PromptEmbedding>, TextError> {
         let ids = captions.par_iter().map(|c| self.tokenize(c)).collect::<Result<Vec<_>, _>>()?;
         let PromptShape { tokens, width, pooled } = self.shape();
-        // Zeros that nothing has touched cost nothing; each encoder writes its part where it stays.
-        let mut embeds: Vec<Vec<f32>> = ids.iter().map(|_| vec![0.0; tokens * width]).collect();
+        // Each encoder writes its part where it stays.
+        let mut embeds: Vec<Vec<f32>> = ids.par_iter().map(|_| vec![0.0; tokens * width]).collect();
         let mut pooled: Vec<Vec<f32>> = ids.iter().map(|_| Vec::with_capacity(pooled)).collect();
         self.run_clip(0, &ids.iter().map(|i| i.clip_l.clone()).collect::<Vec<_>>(), (&mut embeds, 0), &mut pooled, tell)?;
         self.run_clip(1, &ids.iter().map(|i| i.clip_g.clone()).collect::<Vec<_>>(), (&mut embeds, self.clip[0].hidden_size), &mut pooled, tell)?;

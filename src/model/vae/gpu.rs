@@ -1,5 +1,4 @@
-//! The autoencoder on a GPU: pictures as [pixels, channels], convolutions as products with columns that are made strip by strip, the norm and
-//! SiLU before a convolution done while its columns are made. In the engine's precision; group statistics are f64.
+//! The autoencoder on a GPU: pictures as [pixels, channels], convolutions as products with columns that are made strip by strip. In the engine's precision; group statistics are f64.
 
 use rayon::prelude::*;
 
@@ -191,9 +190,12 @@ impl Run<'_> {
         } else {
             let window = Window { height: x.height, width: x.width, channels: inputs, kernel, stride, pad, double: how == How::Double, out_width: width };
             let strip = (COLUMN_VALUES / k).clamp(1, rows);
+            // Once for each value, not for each of its columns.
+            let activated = affine.map(|affine| self.ops.apply_affine(&x.values, affine, true));
+            let values = activated.as_ref().unwrap_or(&x.values);
             for first in (0..rows).step_by(strip) {
                 let count = strip.min(rows - first);
-                let columns = self.ops.columns(&x.values, affine, window, first, count);
+                let columns = self.ops.columns(values, window, first, count);
                 self.ops.product(count, &columns, matrix, Some(bias), &mut y, first, accumulate);
             }
         }
@@ -211,7 +213,7 @@ impl Run<'_> {
     }
 
     fn attention(self, x: Picture, attention: &Attention) -> Picture {
-        let normal = self.ops.apply_affine(&x.values, &self.norm(&x, &attention.norm));
+        let normal = self.ops.apply_affine(&x.values, &self.norm(&x, &attention.norm), false);
         let normal = Picture { values: normal, ..x };
         let qkv = self.conv(&normal, None, &attention.qkv, None);
         let tokens = x.height * x.width;
@@ -305,8 +307,8 @@ impl Encoder {
         })
     }
 
-    /// Mean and logarithm of the variance [2 · latent channels, h, w] of a picture [channels, H, W], with h and w.
-    pub(super) fn moments(&self, picture: &[f32], height: usize, width: usize) -> Option<(Vec<f32>, usize, usize)> {
+    /// Mean and logarithm of the variance [2 · latent channels, h, w] of a picture [channels, H, W], on their way.
+    pub(super) fn moments(&self, picture: &[f32], height: usize, width: usize) -> Option<Moments> {
         let run = Run { ops: self.engine.encode_ops()?, groups: self.config.norm_num_groups };
         let x = run.upload(picture, (self.config.in_channels, height, width), self.conv_in.inputs);
         let x = run.levels(run.conv(&x, None, &self.conv_in, None), &self.down);
@@ -315,9 +317,18 @@ impl Encoder {
         if let Some(quant) = &self.quant {
             x = run.conv(&x, None, quant, None);
         }
-        Some(run.download(&x, 2 * self.config.latent_channels))
+        Some(Moments(x))
+    }
+
+    /// What [`Self::moments`] has begun, with h and w; waits for it.
+    pub(super) fn finish(&self, Moments(x): &Moments) -> Option<(Vec<f32>, usize, usize)> {
+        let run = Run { ops: self.engine.encode_ops()?, groups: self.config.norm_num_groups };
+        Some(run.download(x, 2 * self.config.latent_channels))
     }
 }
+
+/// What the GPU is computing or has computed of a picture.
+pub(super) struct Moments(Picture);
 
 /// Latents to pictures.
 pub(super) struct Decoder {

@@ -267,11 +267,30 @@ impl VaeEncoder {
         let moments = match &self.network {
             EncoderNetwork::Host(encoder) => each(pixels, |picture| encoder.moments(picture))?,
             #[cfg(feature = "cuda")]
-            EncoderNetwork::Gpu(encoder) => catch(|| each(pixels, |picture| on_gpu(picture, |x, h, w| encoder.moments(x, h, w))))??,
+            EncoderNetwork::Gpu(encoder) => catch(|| moments_on_gpu(encoder, pixels))??,
         };
         let logvar = moments.narrow(1, self.config.latent_channels, self.config.latent_channels)?;
         Ok(Posterior { mean: moments.narrow(1, 0, self.config.latent_channels)?.contiguous()?, logvar: logvar.clamp(-30.0, 20.0)? })
     }
+}
+
+/// The moments of pictures [B, C, H, W]: each picture by itself, and the next one on its way to the GPU while one is computed.
+#[cfg(feature = "cuda")]
+fn moments_on_gpu(encoder: &gpu::Encoder, pixels: &Tensor) -> candle_core::Result<Tensor> {
+    let (batch, _, height, width) = pixels.dims4()?;
+    let begin = |i| Ok::<_, candle_core::Error>(encoder.moments(&pixels.narrow(0, i, 1)?.flatten_all()?.to_vec1::<f32>()?, height, width));
+    let begun = (0..batch).map(begin).collect::<candle_core::Result<Vec<_>>>()?;
+    let mut all = Vec::new();
+    let mut size = (0, 0);
+    for moments in &begun {
+        let Some((values, height, width)) = moments.as_ref().and_then(|moments| encoder.finish(moments)) else {
+            candle_core::bail!("the engine has left its GPU")
+        };
+        all.extend(values);
+        size = (height, width);
+    }
+    let channels = all.len() / (batch * size.0 * size.1);
+    Tensor::from_vec(all, (batch, channels, size.0, size.1), &Device::Cpu)
 }
 
 /// One sample [1, C, H, W] through a network on the GPU.

@@ -251,26 +251,47 @@ impl Preparation<'_> {
                     Ok::<_, PrepareError>((key, source, loaded))
                 }
             })
-            .buffered(loader::AHEAD);
-        while let Some(picture) = pictures.next().await {
-            let (key, source, loaded) = picture?;
+            .buffered(loader::AHEAD)
+            // A GPU gets the next picture while it computes one; the CPU is busy with one.
+            .ready_chunks(if self.engine.is_cuda() { loader::AHEAD } else { 1 });
+        while let Some(chunk) = pictures.next().await {
             self.stop_if_asked()?;
             if written.elapsed() >= WRITE_INTERVAL {
                 cache.flush().await?;
                 written = Instant::now();
             }
-            let pixels = match (loaded, source) {
-                (Some(pixels), _) => pixels,
-                (None, Source::Class(index)) => block_in_place(|| self.class_pixels(cache, index))?,
-                (None, Source::Sample(..)) => continue,
-            };
-            block_in_place(|| {
-                let side = pixels.resolution as usize;
-                let posterior = encoder.encode(&Tensor::from_vec(pixels.data, (1, 3, side, side), &Device::Cpu)?)?;
-                let host = |t: &Tensor| t.squeeze(0)?.to_device(&Device::Cpu);
-                Ok::<_, PrepareError>(cache.put(key, &[("mean", &host(&posterior.mean)?), ("logvar", &host(&posterior.logvar)?)])?)
-            })?;
-            reporter.advance(1);
+            let (mut keys, mut values, mut failed) = (Vec::new(), Vec::new(), None);
+            for picture in chunk {
+                match picture {
+                    Ok((key, Source::Class(index), _)) => {
+                        values.extend(block_in_place(|| self.class_pixels(cache, index))?.data);
+                        keys.push(key);
+                    }
+                    Ok((key, Source::Sample(..), pixels)) => {
+                        values.extend(pixels.into_iter().flat_map(|pixels: Pixels| pixels.data));
+                        keys.push(key);
+                    }
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+            }
+            if !keys.is_empty() {
+                block_in_place(|| {
+                    let side = self.config.training.resolution as usize;
+                    let posterior = encoder.encode(&Tensor::from_vec(values, (keys.len(), 3, side, side), &Device::Cpu)?)?;
+                    for (i, key) in keys.iter().enumerate() {
+                        let host = |t: &Tensor| t.narrow(0, i, 1)?.squeeze(0)?.contiguous()?.to_device(&Device::Cpu);
+                        cache.put(*key, &[("mean", &host(&posterior.mean)?), ("logvar", &host(&posterior.logvar)?)])?;
+                    }
+                    Ok::<_, PrepareError>(())
+                })?;
+                reporter.advance(keys.len() as u64);
+            }
+            if let Some(error) = failed {
+                return Err(error);
+            }
         }
         let config = encoder.config();
         let scaling = LatentScaling { scale: config.scaling_factor as f32, shift: config.shift_factor.unwrap_or(0.0) as f32 };
