@@ -19,14 +19,6 @@ test: tools ## Install what the tests need and run all of them (a real Kubernete
 test-quick: tools ## All tests that need no cluster
 	cargo test --release
 
-# A node without a kubelet is given up after 16 s instead of 40.
-test-faults: export KCM_FLAGS = --node-monitor-grace-period=16s
-
-.PHONY: test-faults
-test-faults: tools cluster-up ## Slow parts on a real cluster: the operator killed between any two calls, lost and drained nodes, absent servers
-	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test controller -- --ignored --test-threads=1 faults::
-	KUBECONFIG="$$(tests/cluster/cluster kubeconfig)" cargo test --release --test faults -- --ignored --test-threads=1
-
 .PHONY: test-diffusers
 test-diffusers: ## Let diffusers and peft read the LoRA (installs PyTorch into the cache folder)
 	tests/diffusers/run

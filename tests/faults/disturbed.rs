@@ -45,7 +45,7 @@ async fn disturb<F: AsyncFnOnce(&Stage)>(fault: F) -> (Value, u64) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_restarted_kubelet_is_not_noticed() {
     let (done, resumed) = disturb(async |_| {
         cluster(&["stop", "node1-kubelet"]);
@@ -57,7 +57,7 @@ async fn a_restarted_kubelet_is_not_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_drained_node_gives_the_job_back_and_it_goes_on() {
     let (done, resumed) = disturb(async |stage| {
         kubectl(&["drain", "node1", "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=120s"]).unwrap_or_else(|error| panic!("{error}"));
@@ -75,7 +75,7 @@ async fn a_drained_node_gives_the_job_back_and_it_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_restarted_api_server_is_survived() {
     let (done, _) = disturb(async |stage| {
         cluster(&["stop", "kube-apiserver"]);
@@ -88,7 +88,7 @@ async fn a_restarted_api_server_is_survived() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn an_absent_bucket_is_waited_for() {
     disturb(async |stage| {
         let mut s3 = stage.site.s3.lock().await;
@@ -100,7 +100,7 @@ async fn an_absent_bucket_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_job_deleted_by_hand_comes_back_and_goes_on() {
     let (done, resumed) = disturb(async |stage| {
         kubectl(&["-n", stage.namespace, "delete", "job", "disturbed-train", "--wait=true"]).unwrap_or_else(|error| panic!("{error}"));

@@ -10,7 +10,7 @@ use crate::nodes::never_two;
 use crate::stage::{BUCKET, LONG, SHORT, stage};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn after_its_ttl_the_job_is_gone_and_its_status_stays() {
     let stage = stage("e2e-faults").await;
     stage.submit(&micro(stage.namespace, "brief", 20, &json!({"ttlSecondsAfterFinished": 3}))).await;
@@ -22,7 +22,7 @@ async fn after_its_ttl_the_job_is_gone_and_its_status_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_re_created_job_finds_its_result() {
     let stage = stage("e2e-faults").await;
     let job = micro(stage.namespace, "again", 50, &json!({}));
@@ -41,7 +41,7 @@ async fn a_re_created_job_finds_its_result() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn deleted_and_re_created_in_the_middle_it_goes_on_from_its_checkpoint() {
     let stage = stage("e2e-faults").await;
     let expected = undisturbed(&stage).await;

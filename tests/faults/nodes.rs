@@ -87,7 +87,7 @@ fn runs_on_node(node: &str, pod: &Value) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_lost_node_is_told_and_the_job_goes_on_elsewhere_while_the_old_trainer_still_runs() {
     let stage = stage("e2e-faults").await;
     let _restored = Restored;
@@ -129,7 +129,7 @@ async fn a_lost_node_is_told_and_the_job_goes_on_elsewhere_while_the_old_trainer
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_trainer_that_ends_on_a_lost_node_is_heard_when_the_node_is_back() {
     let stage = stage("e2e-faults").await;
     let _restored = Restored;

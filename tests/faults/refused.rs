@@ -7,7 +7,7 @@ use crate::kit::{self, condition};
 use crate::stage::{LONG, SHORT, stage};
 
 #[tokio::test]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_missing_secret_is_named_and_its_arrival_starts_the_job() {
     let stage = stage("e2e-faults").await;
     kit::delete(&stage.client, "Secret", stage.namespace, "late").await;
@@ -28,7 +28,7 @@ async fn a_missing_secret_is_named_and_its_arrival_starts_the_job() {
 }
 
 #[tokio::test]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn wrong_credentials_fail_at_once() {
     let stage = stage("e2e-faults").await;
     kit::delete(&stage.client, "Secret", stage.namespace, "wrong").await;
@@ -47,7 +47,7 @@ async fn wrong_credentials_fail_at_once() {
 }
 
 #[tokio::test]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn a_job_that_no_node_fits_says_so_and_ends_at_its_deadline() {
     let stage = stage("e2e-faults").await;
     let huge = json!({"scheduling": {"gpu": {"minMemoryMiB": 30000, "maxMemoryMiB": 40000}}, "startDeadlineSeconds": 20});
@@ -63,7 +63,7 @@ async fn a_job_that_no_node_fits_says_so_and_ends_at_its_deadline() {
 }
 
 #[tokio::test]
-#[ignore = "needs a cluster: make test-faults"]
+#[ignore = "needs a cluster: make cluster-up"]
 async fn an_oom_killed_trainer_is_told_apart_from_a_crash() {
     let stage = stage("e2e-faults").await;
     let small = json!({"resources": {"requests": {"memory": "8Mi"}, "limits": {"memory": "12Mi"}}, "failurePolicy": {"maxRetries": 0}});
