@@ -73,6 +73,8 @@ struct StackSaved {
 struct StreamSaved {
     /// Input [rows, D], if a projection of it has LoRA.
     x: Option<Buffer>,
+    /// Whether it has been left out.
+    left_out: bool,
     /// Whether query, key and value were projected together, and then what their LoRA keeps.
     stacked: Option<StackSaved>,
     q: Option<LinearSaved>,
@@ -96,6 +98,29 @@ pub struct AttentionSaved {
     v: Joint<Buffer>,
     out: Joint<Buffer>,
     lse: Buffer,
+}
+
+impl AttentionSaved {
+    /// Leaves the inputs out: who has them or can compute them again brings them back before the backward.
+    pub fn leave_out_inputs(&mut self) {
+        for stream in std::iter::once(&mut self.image).chain(&mut self.context) {
+            stream.left_out = stream.x.take().is_some();
+        }
+    }
+
+    /// Which inputs have been left out: the image's, the context's.
+    pub fn left_out(&self) -> (bool, bool) {
+        (self.image.left_out, self.context.as_ref().is_some_and(|context| context.left_out))
+    }
+
+    /// Brings inputs back.
+    pub fn bring_back(&mut self, x: Option<Buffer>, c: Option<Buffer>) {
+        for (stream, input) in std::iter::once(&mut self.image).chain(&mut self.context).zip([x, c]) {
+            if input.is_some() {
+                (stream.x, stream.left_out) = (input, false);
+            }
+        }
+    }
 }
 
 /// q, k, v of a stream.
@@ -135,7 +160,12 @@ impl Projections {
         let (q, q_norm) = q.map(|q| normalise(q, self.norms.as_ref().map(|n| &n.0))).unzip();
         let (k, k_norm) = normalise(k, self.norms.as_ref().map(|n| &n.1));
         let x = Some(x).filter(|_| self.each().any(Linear::has_lora));
-        Projected { q, k, v, saved: StreamSaved { x, stacked, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None } }
+        Projected {
+            q,
+            k,
+            v,
+            saved: StreamSaved { x, left_out: false, stacked, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None },
+        }
     }
 
     /// dx [rows, D] of the three projections together, if `need_input`.

@@ -2,7 +2,8 @@
 //!
 //! The activations are those of the explicit backward: per token and block 11 `D` values are kept (input of both norms, modulated input, query,
 //! key, value, attention's output, and the 4 `D` of the feed-forward), 5 `D` more for a second attention. A block that is computed again keeps
-//! its input alone, and while it is computed again what it would have kept. The block at work needs 25 `D`. Attention never holds its scores.
+//! its input alone; the others then leave the modulated inputs out, and their activations are gone when the first of them is computed again, which
+//! keeps all 11 `D` meanwhile. The block at work needs 11 `D` beside what is kept. Attention never holds its scores.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +21,12 @@ const CAPTION_BATCH: u64 = 64;
 const KEPT: u64 = 11;
 /// More of them where a block has a second attention, per picture token.
 const KEPT_DUAL: u64 = 5;
-/// Values that the block at work needs per token, in units of `D`.
-const AT_WORK: u64 = 25;
+/// Of them, modulated inputs that a block leaves out where others are computed again.
+const LEFT_OUT: u64 = 1;
+/// Values that the block at work needs per token beside what is kept, in units of `D`.
+const AT_WORK: u64 = 11;
+/// Values that drawing needs per token, in units of `D`.
+const DRAWING: u64 = 25;
 /// Name of the stage that draws for prior preservation.
 const CLASS_STAGE: &str = "draw class pictures";
 /// Forward passes per class picture: 28 steps with guidance.
@@ -226,7 +231,7 @@ impl<'a> Sizes<'a> {
     /// one picture at a time.
     fn sampling(&self, name: &str, pictures: u64, value: u64) -> Stage {
         let encoders = &self.shape.encoders;
-        let forward = 2 * pictures * self.tokens() * AT_WORK * self.shape.hidden * value;
+        let forward = 2 * pictures * self.tokens() * DRAWING * self.shape.hidden * value;
         let pixels = u64::from(self.training.resolution).pow(2);
         let decode = encoders.vae_decoder * 4 + 3 * pixels * 2 * encoders.vae_channels * 4;
         Stage::new(name, [("transformer", self.shape.parameters() * value), ("activations", forward.max(decode)), ("libraries", self.library)])
@@ -241,10 +246,13 @@ impl<'a> Sizes<'a> {
         let picture_tokens = pictures * self.shape.picture_tokens(self.training.resolution);
         let kept_blocks = self.shape.layers - recomputed;
         let kept_dual = self.shape.dual_layers.saturating_sub(recomputed);
-        let kept = (kept_blocks * KEPT * tokens + kept_dual * KEPT_DUAL * picture_tokens) * d * self.value;
+        let left_out = if recomputed > 0 { LEFT_OUT } else { 0 };
+        let kept = (kept_blocks * (KEPT - left_out) * tokens + kept_dual * (KEPT_DUAL - left_out) * picture_tokens) * d * self.value;
         let inputs = recomputed * tokens * d * self.value;
         let at_work = AT_WORK * tokens * d * self.value;
         let again = if recomputed > 0 { (KEPT * tokens + u64::from(self.shape.dual_layers > 0) * KEPT_DUAL * picture_tokens) * d * self.value } else { 0 };
+        // What is kept is gone when the first block is computed again.
+        let again = again.saturating_sub(kept);
         let lora = self.shape.lora_parameters(u64::from(self.training.lora.rank), &self.training.lora.target_modules) * (LORA_BYTES + LORA_PLACES * self.value);
         let prompts = pictures * ((77 + u64::from(self.training.max_sequence_length)) * self.shape.joint + self.shape.pooled) * self.value;
         let latent = u64::from(self.training.resolution).pow(2) / self.shape.vae_factor.pow(2) * self.shape.channels;
@@ -256,7 +264,7 @@ impl<'a> Sizes<'a> {
                 ("kept activations", kept),
                 ("inputs of blocks computed again", inputs),
                 ("block at work", at_work),
-                ("kept activations of the block computed again", again),
+                ("kept activations of the block computed again, beyond those", again),
                 ("LoRA and optimizer", lora),
                 ("prompts and latents of the batch", prompts + latents),
                 ("libraries", self.library),
@@ -295,11 +303,11 @@ mod tests {
         stage.parts.iter().filter(|part| part.name == name).map(|part| part.bytes as f64 / GIB).sum()
     }
 
-    /// The reference's table: (resolution, batch, kept without recompute, inputs and block at work with it), in GiB.
+    /// The reference's table: (resolution, batch, kept without recompute, inputs with it), in GiB.
     #[test]
     fn activations_are_those_of_the_reference() {
-        for (resolution, batch, kept, inputs, at_work) in
-            [(512, 1, 0.89, 0.08, 0.08), (512, 4, 3.56, 0.32, 0.34), (768, 4, 7.43, 0.68, 0.70), (1024, 1, 3.21, 0.29, 0.30), (1024, 4, 12.84, 1.17, 1.22)]
+        for (resolution, batch, kept, inputs) in
+            [(512, 1, 0.89, 0.08), (512, 4, 3.56, 0.32), (768, 4, 7.43, 0.68), (1024, 1, 3.21, 0.29), (1024, 4, 12.84, 1.17)]
         {
             let training = training(|t| t.resolution = resolution);
             let sizes = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES));
@@ -307,8 +315,19 @@ mod tests {
                 |found: f64, expected: f64| assert!((found - expected).abs() <= 0.012_f64.max(0.02 * expected), "{resolution}/{batch}: {found} for {expected}");
             close(part(&sizes.training(batch, 0), "kept activations"), kept);
             close(part(&sizes.training(batch, 24), "inputs of blocks computed again"), inputs);
-            close(part(&sizes.training(batch, 24), "block at work"), at_work);
             close(part(&sizes.training(batch, 0), "transformer"), 3.78);
+        }
+    }
+
+    /// What an H100 showed as taken by a process that does such steps: (resolution, batch, blocks computed again, GiB).
+    #[test]
+    fn plan_and_card_agree_within_five_percent() {
+        let shown =
+            [(512, 4, 0, 8.48), (512, 4, 24, 5.60), (512, 1, 0, 5.60), (1024, 1, 0, 8.10), (1024, 4, 0, 18.95), (1024, 4, 6, 14.30), (1024, 4, 24, 6.83)];
+        for (resolution, batch, recomputed, card) in shown {
+            let training = training(|t| t.resolution = resolution);
+            let plan = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES)).training(batch, recomputed).bytes() as f64 / GIB;
+            assert!((plan / card - 1.0).abs() < 0.05, "{resolution} px, batch {batch}, {recomputed} blocks: {plan} GiB planned, {card} shown");
         }
     }
 
@@ -347,7 +366,8 @@ mod tests {
             },
             &ModelShape::SD35_MEDIUM,
         );
-        assert!(split.micro_batch < 64 && split.recomputed_blocks == 24, "{split:?}");
+        // With fewer than two blocks kept, the block computed again is what counts: keeping them costs nothing.
+        assert!(split.micro_batch < 64 && (22..=24).contains(&split.recomputed_blocks), "{split:?}");
         let never = plan(
             |t| {
                 t.resolution = 1024;

@@ -343,6 +343,7 @@ impl Run<'_> {
             return Ok(true);
         }
         let resolution = self.config.training.resolution;
+        trainer.model().trim();
         let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
         let Some(pictures) = drawn else { return Ok(false) };
         validation::keep(&self.checkpoints, &pictures).await?;
@@ -374,6 +375,7 @@ impl Run<'_> {
         let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.engine)?;
         if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
             let resolution = self.config.training.resolution;
+            trainer.model().trim();
             let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
             let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
             result.comparison = Some(comparison);

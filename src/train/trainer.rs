@@ -284,6 +284,7 @@ impl Trainer {
         if let Some(known) = self.history.evaluation_at(self.step) {
             return Ok(Some(known));
         }
+        self.model.trim();
         let samples = super::evaluate::subset(self.prepared.samples());
         let examples: Vec<(usize, Example)> = samples.into_iter().map(|s| Ok((s, self.prepared.example(s, 0)?))).collect::<Result<_, PreparedError>>()?;
         let Settings { objective, device, plan, .. } = &self.settings;

@@ -250,7 +250,8 @@ impl Mmdit {
         self.recompute = (0..self.blocks.len()).map(|i| blocks.get(i).copied().unwrap_or(false)).collect();
     }
 
-    /// Gives memory that was kept for the next step back to the system.
+    /// Gives memory that was kept for the next step back: to the system, and to whatever else is to be done on a GPU, where a recorded step holds
+    /// all that it needs.
     pub fn trim(&self) {
         self.recorded.clear();
         self.engine.trim();

@@ -266,6 +266,8 @@ impl Mmdit {
 
         let mut c = Some(c);
         let mut kept = Vec::with_capacity(self.blocks.len());
+        // Where memory is so short that blocks are computed again, the others keep less, too.
+        let short = self.recompute.contains(&true);
         for (i, block) in self.blocks.iter().enumerate() {
             let Some(context) = c.take() else { break };
             self.read_ahead(i + 1, "");
@@ -278,11 +280,16 @@ impl Mmdit {
                 Mode::Train => (self.is_trained(i), self.recompute[i]),
             };
             let inputs = (keep && recompute).then(|| Kept::Inputs(engine.copy(&x), engine.copy(&context)));
-            let (next, next_context, saved) = block.forward(pass, batch, x, context, &modulations[i]);
+            let (next, next_context, mut saved) = block.forward(pass, batch, x, context, &modulations[i]);
             (x, c) = (next, next_context);
             kept.push(match inputs {
                 Some(inputs) => inputs,
-                None if keep => Kept::Activations(Box::new(saved)),
+                None if keep => {
+                    if short {
+                        saved.leave_out_inputs();
+                    }
+                    Kept::Activations(Box::new(saved))
+                }
                 None => Kept::Nothing,
             });
         }
@@ -374,7 +381,10 @@ impl Mmdit {
                 context: engine.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
             };
             let activations = match saved.blocks.pop() {
-                Some(Kept::Activations(activations)) => activations,
+                Some(Kept::Activations(mut activations)) => {
+                    block.bring_back_inputs(pass, batch, &mut activations, modulation);
+                    activations
+                }
                 Some(Kept::Inputs(x, c)) => Box::new(block.forward(pass, batch, x, c, modulation).2),
                 Some(Kept::Nothing) | None => break,
             };

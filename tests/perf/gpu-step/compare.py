@@ -114,7 +114,7 @@ class Peer:
 
 
 # A process for each shape, so that its memory is its own. The last one fits 14.5 GiB with libraries and context.
-OURS = [("512/4", []), ("512/1", []), ("1024/1", []), ("1024/4", ["--recompute", "9", "--cap", "13.5"])]
+OURS = [("512/4", []), ("512/1", []), ("1024/1", []), ("1024/4", ["--recompute", "6", "--cap", "13.5"])]
 
 
 def ours(bench, limit):
