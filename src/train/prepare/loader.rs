@@ -68,14 +68,14 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn pictures_are_those_of_their_samples_and_changed_ones_are_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let mut lines = String::new();
+        let mut rows = Vec::new();
         for i in 0..12_u8 {
             // Larger ones first: they are ready last.
             let side = 400 - 30 * u32::from(i);
             image::RgbImage::from_pixel(side, side, image::Rgb([i * 20, 0, 0])).save(folder.path().join(format!("{i}.png"))).unwrap();
-            lines += &format!("{{\"file_name\": \"{i}.png\", \"caption\": \"{i}\"}}\n");
+            rows.push(serde_json::json!({"file_name": format!("{i}.png"), "caption": i.to_string()}).to_string());
         }
-        std::fs::write(folder.path().join("metadata.jsonl"), lines).unwrap();
+        std::fs::write(folder.path().join("metadata.jsonl"), rows.join("\n")).unwrap();
         let store = Store::open(folder.path().to_str().unwrap(), &StoreOptions::default()).unwrap();
         let spec = serde_json::json!({
             "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/"}, "output": {"uri": "s3://o/"},

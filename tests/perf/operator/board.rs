@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use finetune::api::{FineTuneJob, JOB_LABEL, JOB_SUFFIX};
+use finetune::api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_SUFFIX};
+use finetune::operator::status::lifecycle_differs;
 use futures::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -37,6 +38,8 @@ pub(crate) enum Moment {
 pub(crate) struct Board {
     moments: Mutex<HashMap<(String, Moment), Instant>>,
     pods: Mutex<HashMap<String, String>>,
+    /// The last status of each job, and how many writes changed nothing of its life: progress.
+    progress: Mutex<HashMap<String, (FineTuneJobStatus, usize)>>,
 }
 
 impl Board {
@@ -55,6 +58,12 @@ impl Board {
     pub(crate) fn spans(&self, keys: &[String], from: Moment, to: Moment) -> Vec<Duration> {
         let moments = self.moments.lock().expect("no panic");
         keys.iter().map(|key| moments[&(key.clone(), to)].saturating_duration_since(moments[&(key.clone(), from)])).collect()
+    }
+
+    /// Status writes of these that told progress alone.
+    pub(crate) fn progress_writes(&self, keys: &[String]) -> usize {
+        let progress = self.progress.lock().expect("no panic");
+        keys.iter().filter_map(|key| progress.get(key)).map(|(_, writes)| writes).sum()
     }
 
     /// Name of the job's pod.
@@ -93,6 +102,14 @@ impl Board {
     fn job(&self, job: &FineTuneJob) {
         let Some(status) = &job.status else { return };
         let key = format!("{}/{}", job.namespace().unwrap_or_default(), job.name_any());
+        {
+            let mut progress = self.progress.lock().expect("no panic");
+            let (last, writes) = progress.entry(key.clone()).or_default();
+            if *last != *status && !lifecycle_differs(last, status) {
+                *writes += 1;
+            }
+            last.clone_from(status);
+        }
         if status.attempts.is_some_and(|attempts| attempts.started > 0) {
             self.note(&key, Moment::StartSeen);
         }
