@@ -109,8 +109,8 @@ async fn a_lost_node_is_told_and_the_job_goes_on_elsewhere_while_the_old_trainer
             stage.pods("disturbed").await.into_iter().find(|pod| pod["spec"]["nodeName"] == "node2" && pod["status"]["phase"] == "Running")
         })
         .await;
-    assert!(runs_on_node("1", &old), "the old trainer must still run when its successor starts");
-    // It notices before it writes the next checkpoint, and publishes nothing.
+    // It still ran when its successor took its claim, for it says so; it may be gone a moment later. It notices before it writes the next
+    // checkpoint, and publishes nothing.
     stage
         .until("the old trainer to give way", LONG, || async { log_on_node("1", stage.namespace, &old).contains("superseded by attempt 2").then_some(()) })
         .await;
