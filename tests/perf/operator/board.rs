@@ -17,6 +17,8 @@ use kube::{Api, Client, ResourceExt as _};
 pub(crate) enum Moment {
     /// Its pod exists.
     PodSeen,
+    /// The FineTuneJob tells that its Job exists.
+    CreatedSeen,
     /// The stand-in is about to write that the pod runs.
     StartSent,
     /// A watch has told that the pod runs: what lies before is the API server's, what follows the operator's, and the API server's again.
@@ -114,6 +116,9 @@ impl Board {
             self.note(&key, Moment::StartSeen);
         }
         let is_true = |kind: &str| status.conditions.iter().any(|condition| condition.type_ == kind && condition.status == "True");
+        if is_true("JobCreated") {
+            self.note(&key, Moment::CreatedSeen);
+        }
         if is_true("Running") {
             self.note(&key, Moment::TrainingSeen);
         }
