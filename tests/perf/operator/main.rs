@@ -38,7 +38,8 @@ const PATIENCE: Duration = Duration::from_mins(15);
 /// After a burst of new jobs, for their events and for what the Job controller still has to say.
 const SETTLED: Duration = Duration::from_secs(20);
 
-/// Goals of docs/performance.md.const WRITES: f64 = 7.0;
+/// Goals of docs/performance.md.
+const WRITES: f64 = 7.0;
 const EVENTS: f64 = 6.0;
 const LATENCY: Duration = Duration::from_secs(1);
 const MEMORY_MIB: f64 = 150.0;
