@@ -103,10 +103,6 @@ impl GpuAdamW {
         })
     }
 
-    fn ops(&self) -> UpdateOps<'_> {
-        self.engine.update_ops().unwrap_or_else(|| unreachable!("made with an engine on a GPU"))
-    }
-
     /// The parameters, laid out as [`starts_together`] says.
     pub fn values(&self) -> &Buffer {
         &self.values
@@ -122,8 +118,7 @@ impl GpuAdamW {
     /// # Errors
     /// If the device fails.
     pub fn begin(&mut self) -> Result<(), DeviceError> {
-        let ops = self.engine.update_ops().unwrap_or_else(|| unreachable!("made with an engine on a GPU"));
-        catch(|| ops.clear(&mut self.sums))
+        catch(|| ops_of(&self.engine).clear(&mut self.sums))
     }
 
     /// The gradients' global norm; the next step scales them by `min(1, max_norm / (norm + 1e-6))` if `max_norm` is above 0, as
@@ -132,7 +127,7 @@ impl GpuAdamW {
     /// # Errors
     /// If the device fails.
     pub fn clip(&mut self, max_norm: f64) -> Result<f64, DeviceError> {
-        let norm = catch(|| self.ops().square_sum(&self.sums))?.sqrt();
+        let norm = catch(|| ops_of(&self.engine).square_sum(&self.sums))?.sqrt();
         let coefficient = max_norm / (norm + 1e-6);
         self.clip = if max_norm > 0.0 && norm.is_finite() && coefficient < 1.0 { coefficient as f32 } else { 1.0 };
         Ok(norm)
@@ -150,7 +145,7 @@ impl GpuAdamW {
         };
         let numbers = numbers(&Scalars::new(settings, self.step, lr), self.clip);
         let Self { engine, values, sums, moments, .. } = self;
-        let Some(ops) = engine.update_ops() else { return Ok(()) };
+        let ops = ops_of(engine);
         catch(|| match moments {
             DeviceMoments::Full { first, second } => ops.adamw(values, sums, first, second, numbers),
             DeviceMoments::Codes(codes) => {
@@ -195,6 +190,11 @@ impl GpuAdamW {
         }
         Ok(())
     }
+}
+
+/// The operations of an engine with which a [`GpuAdamW`] was made.
+fn ops_of(engine: &Engine) -> UpdateOps<'_> {
+    engine.update_ops().unwrap_or_else(|| unreachable!("made with an engine on a GPU"))
 }
 
 /// Why a state could not be restored.
