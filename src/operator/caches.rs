@@ -23,12 +23,22 @@ use super::kueue::{self, Workload};
 use super::nodes;
 use super::pod_names::PodNames;
 use super::progress::Changed;
+use super::queue::Urgency;
 use crate::api::{FineTuneJob, JOB_LABEL};
 
 /// A FineTuneJob, or why it cannot be read: one bad object must not stop the watch of all.
 pub type Guarded = DeserializeGuard<FineTuneJob>;
-/// Who is to be reconciled.
-pub type Request = ObjectRef<Guarded>;
+/// Names a FineTuneJob.
+pub type JobRef = ObjectRef<Guarded>;
+
+/// Who is to be reconciled, and why.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The job.
+    pub job: JobRef,
+    /// Whether something has changed.
+    pub urgency: Urgency,
+}
 
 /// How often Kueue is looked for.
 const KUEUE_CHECK: Duration = Duration::from_secs(30);
@@ -125,7 +135,7 @@ pub fn start(
     };
     let everyone = {
         let jobs = jobs.clone();
-        move || jobs.state().iter().map(|job| ObjectRef::from_obj(job.as_ref())).collect::<Vec<Request>>()
+        move || jobs.state().iter().map(|job| ObjectRef::from_obj(job.as_ref())).collect::<Vec<JobRef>>()
     };
 
     let mut drivers: Vec<futures::future::BoxFuture<'static, ()>> = Vec::new();
@@ -165,7 +175,7 @@ pub fn start(
 
 /// Turns changes that a trainer reports into requests.
 pub fn request_of(changed: &Changed) -> Request {
-    ObjectRef::new(&changed.name).within(&changed.namespace)
+    Request { job: ObjectRef::new(&changed.name).within(&changed.namespace), urgency: Urgency::Routine }
 }
 
 fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
@@ -185,8 +195,8 @@ async fn drive<K>(
     stream: impl Stream<Item = watcher::Result<watcher::Event<K>>>,
     mut writer: Writer<K>,
     requests: mpsc::UnboundedSender<Request>,
-    concerned: impl Fn(&K) -> Option<Request>,
-    everyone: impl Fn() -> Vec<Request>,
+    concerned: impl Fn(&K) -> Option<JobRef>,
+    everyone: impl Fn() -> Vec<JobRef>,
 ) where
     K: Resource + Clone,
     K::DynamicType: Eq + Hash + Clone,
@@ -196,16 +206,15 @@ async fn drive<K>(
         match event {
             Ok(event) => {
                 writer.apply_watcher_event(&event);
-                let asked = match &event {
-                    watcher::Event::Apply(object) | watcher::Event::Delete(object) | watcher::Event::InitApply(object) => {
-                        concerned(object).into_iter().collect()
-                    }
-                    watcher::Event::InitDone => everyone(),
-                    watcher::Event::Init => Vec::new(),
+                let (asked, urgency) = match &event {
+                    watcher::Event::Apply(object) | watcher::Event::Delete(object) => (concerned(object).into_iter().collect(), Urgency::Change),
+                    watcher::Event::InitApply(object) => (concerned(object).into_iter().collect(), Urgency::Routine),
+                    watcher::Event::InitDone => (everyone(), Urgency::Routine),
+                    watcher::Event::Init => (Vec::new(), Urgency::Routine),
                 };
-                for request in asked {
+                for job in asked {
                     // The receiver goes when the controller ends.
-                    let _ended = requests.send(request);
+                    let _ended = requests.send(Request { job, urgency });
                 }
             }
             Err(error) => tracing::warn!(watch = what, error = &error as &dyn std::error::Error, "failed to watch; trying again"),
@@ -214,7 +223,7 @@ async fn drive<K>(
 }
 
 /// The FineTuneJob that an object of ours belongs to, by its label.
-fn by_label(metadata: &ObjectMeta) -> Option<Request> {
+fn by_label(metadata: &ObjectMeta) -> Option<JobRef> {
     let name = metadata.labels.as_ref()?.get(JOB_LABEL)?;
     Some(ObjectRef::new(name).within(metadata.namespace.as_deref()?))
 }
@@ -263,13 +272,13 @@ fn strip_pod(pod: &mut Pod) {
 }
 
 /// Looks for Kueue again and again; while it is there, watches its Workloads.
-async fn watch_kueue(client: Client, namespace: Option<String>, caches: Caches, requests: mpsc::UnboundedSender<Request>, everyone: impl Fn() -> Vec<Request>) {
+async fn watch_kueue(client: Client, namespace: Option<String>, caches: Caches, requests: mpsc::UnboundedSender<Request>, everyone: impl Fn() -> Vec<JobRef>) {
     loop {
         if let Some(resource) = find_kueue(&client).await {
             tracing::info!(version = %resource.api_version, "found Kueue");
             caches.kueue.store(true, Ordering::Relaxed);
-            for request in everyone() {
-                let _ended = requests.send(request);
+            for job in everyone() {
+                let _ended = requests.send(Request { job, urgency: Urgency::Routine });
             }
             let api: Api<DynamicObject> = match &namespace {
                 Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
@@ -333,8 +342,8 @@ async fn watch_workloads(api: Api<DynamicObject>, client: &Client, caches: &Cach
                 None
             }
         };
-        if let Some(request) = concerned {
-            let _ended = requests.send(request);
+        if let Some(job) = concerned {
+            let _ended = requests.send(Request { job, urgency: Urgency::Change });
         }
     }
 }

@@ -68,6 +68,8 @@ pub struct Metrics {
     restarts: Family<CauseLabels, Counter>,
     reconcile_seconds: Family<ResultLabels, Histogram>,
     reconcile_errors: Family<ClassLabels, Counter>,
+    queue_wait_seconds: Histogram,
+    queued: Gauge<i64>,
     status_patches: Counter,
     progress_fetches: Family<ResultLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
@@ -99,6 +101,8 @@ impl Metrics {
             restarts: Family::default(),
             reconcile_seconds: Family::new_with_constructor(reconcile_histogram),
             reconcile_errors: Family::default(),
+            queue_wait_seconds: reconcile_histogram(),
+            queued: Gauge::default(),
             status_patches: Counter::default(),
             progress_fetches: Family::default(),
             requests: Family::default(),
@@ -126,6 +130,12 @@ impl Metrics {
         registry.register("finetune_job_restarts", "Attempts after a job's first, by the cause that ended the one before", self.restarts.clone());
         registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation", self.reconcile_seconds.clone());
         registry.register("finetune_reconcile_errors", "Reconciliations that failed, by class of error", self.reconcile_errors.clone());
+        registry.register(
+            "finetune_reconcile_queue_wait_seconds",
+            "Seconds that a job which is to be reconciled waited for a free worker",
+            self.queue_wait_seconds.clone(),
+        );
+        registry.register("finetune_reconcile_queue_depth", "Jobs that wait for a free worker", self.queued.clone());
         registry.register("finetune_status_patches", "Status writes", self.status_patches.clone());
         registry.register("finetune_progress_fetches", "Requests for a trainer's progress, by result", self.progress_fetches.clone());
         registry.register("finetune_apiserver_requests", "Requests to the API server, by verb, resource and status code", self.requests.clone());
@@ -176,6 +186,17 @@ impl Metrics {
         if let Some(class) = class {
             self.reconcile_errors.get_or_create(&ClassLabels { class: class.to_owned() }).inc();
         }
+    }
+
+    /// A job waited that long for a free worker.
+    pub fn waited(&self, waited: Duration) {
+        self.queue_wait_seconds.observe(waited.as_secs_f64());
+    }
+
+    /// The number of waiting jobs of one watched namespace, before and now.
+    pub fn queued(&self, before: usize, now: usize) {
+        let signed = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        self.queued.inc_by(signed(now) - signed(before));
     }
 
     /// A status was written.
@@ -278,6 +299,9 @@ mod tests {
         metrics.job_restarted("Disrupted");
         metrics.reconciled(Duration::from_millis(3), None);
         metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
+        metrics.waited(Duration::from_millis(3));
+        metrics.queued(0, 5);
+        metrics.queued(5, 2);
         metrics.status_patched();
         metrics.progress_fetched("ok");
         metrics.api_request("get", "jobs", "200");
@@ -292,6 +316,8 @@ mod tests {
             "finetune_job_restarts_total{cause=\"Disrupted\"} 1",
             "finetune_reconcile_duration_seconds_count{result=\"ok\"} 1",
             "finetune_reconcile_errors_total{class=\"apply_job\"} 1",
+            "finetune_reconcile_queue_wait_seconds_count 1",
+            "finetune_reconcile_queue_depth 2",
             "finetune_status_patches_total 1",
             "finetune_apiserver_requests_total{verb=\"get\",resource=\"jobs\",code=\"200\"} 1",
             "finetune_leader 1",

@@ -23,6 +23,7 @@ pub mod conditions;
 pub mod context;
 pub mod decide;
 pub mod dereference;
+pub mod drive;
 pub mod error;
 pub mod events;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub mod metrics;
 pub mod nodes;
 pub mod pod_names;
 pub mod progress;
+pub mod queue;
 pub mod reconcile;
 pub mod run;
 pub mod settings;

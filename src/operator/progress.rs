@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::metrics::Metrics;
@@ -109,7 +109,7 @@ impl Poller {
     }
 
     /// Runs until dropped. `pods` lists those in the cache; `changed` hears of trainers whose stage has changed.
-    pub async fn run(self: Arc<Self>, pods: impl Fn() -> Vec<Arc<Pod>>, changed: mpsc::UnboundedSender<Changed>) {
+    pub async fn run(self: Arc<Self>, pods: impl Fn() -> Vec<Arc<Pod>>, changed: impl Fn(Changed) + Clone + Send + 'static) {
         loop {
             tokio::time::sleep(TICK).await;
             let running: Vec<Arc<Pod>> = pods().into_iter().filter(|pod| address(pod).is_some()).collect();
@@ -126,8 +126,7 @@ impl Poller {
                     if poller.note(&uid, answer, Timestamp::now())
                         && let (Some(namespace), Some(name)) = (&pod.metadata.namespace, pod.metadata.labels.as_ref().and_then(|labels| labels.get(JOB_LABEL)))
                     {
-                        // The receiver goes when the controller ends.
-                        let _ended = changed.send(Changed { namespace: namespace.clone(), name: name.clone() });
+                        changed(Changed { namespace: namespace.clone(), name: name.clone() });
                     }
                     drop(permit);
                 });

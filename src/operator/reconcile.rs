@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
-use kube::runtime::controller::Action;
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 use tokio::time::Instant;
@@ -20,6 +19,7 @@ use super::dereference::dereference;
 use super::error::{Error, Operation, Retry};
 use super::events::Events;
 use super::progress::Poller;
+use super::queue::Next;
 use super::status::{self, Inputs, Outcome};
 use super::transitions::{self, Measure};
 use super::validate::validate;
@@ -49,12 +49,12 @@ pub struct Scope {
 }
 
 /// Reconciles one object. Never runs twice at once for the same one.
-pub async fn reconcile(object: Arc<Guarded>, scope: Arc<Scope>) -> Result<Action, Error> {
+pub async fn reconcile(object: &Guarded, scope: &Scope) -> Result<Next, Error> {
     let _permit = scope.permits.acquire().await;
     let started = Instant::now();
     let result = match &object.0 {
         // On the heap: the state of all steps is large.
-        Ok(job) => Box::pin(reconcile_job(job, &scope)).await,
+        Ok(job) => Box::pin(reconcile_job(job, scope)).await,
         Err(invalid) => Err(Error::Unreadable { message: invalid.error.clone() }),
     };
     scope.ctx.metrics.reconciled(started.elapsed(), result.as_ref().err().map(Error::class));
@@ -65,19 +65,18 @@ pub async fn reconcile(object: Arc<Guarded>, scope: Arc<Scope>) -> Result<Action
 }
 
 /// What follows an error: growing pauses for each object on its own.
-#[expect(clippy::needless_pass_by_value, reason = "the signature that kube calls")]
-pub fn error_policy(object: Arc<Guarded>, error: &Error, scope: Arc<Scope>) -> Action {
+pub fn after_error(uid: &str, error: &Error, scope: &Scope) -> Next {
     match error.retry() {
-        Retry::AwaitChange => Action::await_change(),
-        Retry::Backoff => Action::requeue(scope.ctx.backoff.failed(&object.uid().unwrap_or_default())),
+        Retry::AwaitChange => Next::AwaitChange,
+        Retry::Backoff => Next::After(scope.ctx.backoff.failed(uid)),
     }
 }
 
 #[tracing::instrument(skip_all, fields(namespace = job.namespace(), name = job.name_any(), generation = job.metadata.generation))]
-async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Action, Error> {
+async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> {
     if job.metadata.deletion_timestamp.is_some() {
         // Owner references do the rest.
-        return Ok(Action::await_change());
+        return Ok(Next::AwaitChange);
     }
     let ctx = &scope.ctx;
     let before = ctx.newest_status(job);
@@ -90,13 +89,13 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Action, Error
     let applied = apply::apply(job, validated.as_ref().ok(), &intent, &mut world, ctx).await;
     let (outcome, failed) = match applied {
         Ok(Applied::World(outcome)) => (outcome, None),
-        Ok(Applied::Stale) => return Ok(Action::requeue(SOON)),
+        Ok(Applied::Stale) => return Ok(Next::After(SOON)),
         // A first reconciliation that fails must leave a trace, too.
         Err(error) if matches!(intent, Intent::Create { .. }) => {
             let (reason, message) = error.not_created();
             (Outcome::NotCreated { reason, message }, Some(error))
         }
-        Err(error) if error.is_conflict() => return Ok(Action::requeue(SOON)),
+        Err(error) if error.is_conflict() => return Ok(Next::After(SOON)),
         Err(error) => return Err(error),
     };
     let inputs = Inputs { job, before: &before, validated: validated.as_ref(), world: &world, attempts: &attempts, intent: &intent, outcome: &outcome, now };
@@ -198,12 +197,12 @@ fn next(
     outcome: &Outcome,
     wait: Option<Duration>,
     ctx: &Context,
-) -> Action {
+) -> Next {
     let until = |time: Timestamp| Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO).max(Duration::from_secs(1));
     let mut pauses: Vec<Duration> = wait.into_iter().collect();
     if conditions::is_terminal(&after.conditions) {
         pauses.extend(self_deletion(job, after, ctx).map(|left| left.max(SOON)));
-        return pauses.into_iter().min().map_or_else(Action::await_change, Action::requeue);
+        return pauses.into_iter().min().map_or(Next::AwaitChange, Next::After);
     }
     match outcome {
         Outcome::NotCreated { reason: JobCreatedReason::NameConflict, .. } => pauses.push(LATER),
@@ -228,5 +227,5 @@ fn next(
             pauses.push(ctx.settings.progress_interval);
         }
     }
-    pauses.into_iter().min().map_or_else(Action::await_change, |pause| Action::requeue(pause.mul_f64(1.0 + rand::random::<f64>() * 0.1)))
+    pauses.into_iter().min().map_or(Next::AwaitChange, |pause| Next::After(pause.mul_f64(1.0 + rand::random::<f64>() * 0.1)))
 }

@@ -1,35 +1,32 @@
 //! Wires the controller: servers, lease, caches, reconciliations, shutdown.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
-use futures::{FutureExt as _, StreamExt as _, stream};
 use kube::api::{Api, ListParams};
-use kube::runtime::controller::{self, applier};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::{Client, Config};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::caches::{self, Request};
+use super::caches;
 use super::client;
 use super::context::{Context, FaultHook};
+use super::drive::drive;
 use super::events::Events;
 use super::http::{HttpError, Readiness, Server};
 use super::lease::{Elector, Intervals, Leadership, LeaseError};
 use super::metrics::Metrics;
-use super::progress::{Changed, Poller, http_client};
-use super::reconcile::{Scope, error_policy, reconcile};
+use super::progress::{Poller, http_client};
+use super::reconcile::Scope;
 use super::settings::Settings;
 use crate::api::FineTuneJob;
 
 /// How often a resource that is not served is looked for.
 const CRD_CHECK: Duration = Duration::from_secs(5);
-/// Events of a pod and of its Job come together; this is added to every latency.
-const DEBOUNCE: Duration = Duration::from_millis(50);
 /// How long running reconciliations may take to end at shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(15);
 
@@ -200,11 +197,12 @@ async fn control(
         let counted = caches.clone();
         metrics.add_job_counts(Box::new(move || counted.counts()));
         let poller = Arc::new(Poller::new(poller.clone(), options.poll_interval, Arc::clone(metrics)));
-        let (told, changes) = mpsc::unbounded_channel();
         let pods = caches.pods.clone();
+        // The receiver goes when the controller ends.
+        let told = move |changed| drop(requests.send(caches::request_of(&changed)));
         tasks.spawn(Arc::clone(&poller).run(move || pods.state(), told));
         let scope = Scope { ctx: Arc::clone(&ctx), caches, poller, events: events.clone(), permits: Arc::clone(&permits) };
-        scopes.push((Arc::new(scope), received, changes));
+        scopes.push((Arc::new(scope), received));
     }
     tokio::select! {
         ready = futures::future::join_all(scopes.iter().map(|(scope, ..)| scope.caches.ready())) => {
@@ -218,7 +216,7 @@ async fn control(
     tracing::info!("the caches are filled");
     drop(events);
     let ending = shutdown.clone();
-    let controllers = scopes.into_iter().map(|(scope, received, changes)| drive(scope, received, changes, options.concurrency, ending.clone()));
+    let controllers = scopes.into_iter().map(|(scope, received)| drive(scope, received, options.concurrency, ending.clone()));
     let all = async {
         futures::future::join_all(controllers).await;
         // With the scopes the queues' other ends are gone: the publishers end when they have published what waits.
@@ -231,32 +229,4 @@ async fn control(
             Ok(())
         }
     }
-}
-
-/// Reconciles whatever is asked for, until `ending` resolves and the running ones are through.
-async fn drive(
-    scope: Arc<Scope>,
-    mut requests: mpsc::UnboundedReceiver<Request>,
-    mut changes: mpsc::UnboundedReceiver<Changed>,
-    concurrency: u16,
-    ending: Shutdown,
-) {
-    let requests = stream::poll_fn(move |cx| requests.poll_recv(cx));
-    let changes = stream::poll_fn(move |cx| changes.poll_recv(cx)).map(|changed| caches::request_of(&changed));
-    let queue = stream::select(requests, changes).map(Ok::<Request, Infallible>).take_until(ending);
-    let store = scope.caches.jobs.clone();
-    let config = controller::Config::default().concurrency(concurrency).debounce(DEBOUNCE);
-    applier(|job, scope| reconcile(job, scope).boxed(), error_policy, scope, store, queue.boxed(), config)
-        .for_each(|result| async move {
-            match result {
-                Ok((job, _)) => tracing::trace!(%job, "reconciled"),
-                // Deleted since it was asked for, or a Job of others.
-                Err(controller::Error::ObjectNotFound(job)) => tracing::debug!(%job, "gone"),
-                Err(controller::Error::ReconcilerFailed(error, job)) => {
-                    tracing::warn!(%job, class = error.class(), error = &error as &dyn std::error::Error, "failed to reconcile");
-                }
-                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "the controller stumbled"),
-            }
-        })
-        .await;
 }
