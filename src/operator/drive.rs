@@ -11,7 +11,6 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::caches::{JobRef, Request};
-use super::error::Error;
 use super::queue::{Next, WorkQueue};
 use super::reconcile::{Scope, after_error, reconcile};
 
@@ -25,14 +24,15 @@ pub async fn drive(scope: Arc<Scope>, mut requests: mpsc::UnboundedReceiver<Requ
     let mut queue = WorkQueue::<JobRef>::default();
     let mut running = FuturesUnordered::new();
     let mut told = 0;
+    let workers = usize::from(workers.max(1));
     loop {
-        while running.len() < usize::from(workers.max(1)) {
+        while running.len() < workers {
             let Some((job, waited)) = queue.take(Instant::now()) else { break };
             scope.ctx.metrics.waited(waited);
             running.push(work(job, Arc::clone(&scope)));
         }
         scope.ctx.metrics.queued(std::mem::replace(&mut told, queue.ready()), queue.ready());
-        let timer = queue.next_timer().filter(|_| running.len() < usize::from(workers.max(1)));
+        let timer = queue.next_timer().filter(|_| running.len() < workers);
         tokio::select! {
             () = &mut ending => break,
             Some((job, next)) = running.next() => queue.done(&job, next, Instant::now()),
@@ -60,13 +60,9 @@ async fn work(job: JobRef, scope: Arc<Scope>) -> (JobRef, Next) {
             next
         }
         Err(error) => {
-            warn(&job, &error);
+            tracing::warn!(%job, class = error.class(), error = &error as &dyn std::error::Error, "failed to reconcile");
             after_error(&object.uid().unwrap_or_default(), &error, &scope)
         }
     };
     (job, next)
-}
-
-fn warn(job: &JobRef, error: &Error) {
-    tracing::warn!(%job, class = error.class(), error = error as &dyn std::error::Error, "failed to reconcile");
 }
