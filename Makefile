@@ -55,8 +55,8 @@ fmt-check: ## Check the format
 
 .PHONY: clippy
 clippy: ## Lints, for each feature set
-	cargo clippy --lib --bins --benches -- -D warnings
-	cargo clippy --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+	FINETUNE_CUDA_ARCHS=none cargo clippy --features cuda --lib --bins --benches -- -D warnings
+	FINETUNE_CUDA_ARCHS=none cargo clippy --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
 	cargo clippy --no-default-features --features operator --lib --bins -- -D warnings
 	cargo clippy --no-default-features --features train --lib --bins -- -D warnings
 

@@ -226,6 +226,20 @@ impl Engine {
         FrozenMatrix(Frozen::Host(linear::Weight::Stored { matrix, outputs, inputs }))
     }
 
+    /// As [`Engine::frozen_stored`], for an engine of f32 beside a model in `model`: on a GPU the weight takes half precision there, too,
+    /// as it is stored if it is stored so, and is multiplied with f32 all the same.
+    pub fn frozen_kept(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>, model: Precision) -> FrozenMatrix {
+        on_gpu!(self, gpu => match matrix.stored() {
+            Some((stored, bytes)) if model != Precision::F32 => {
+                // f16 has more digits than bf16, which weights are not large enough to need; where the model is in f16, the GPU may have no bf16.
+                let kind = if (stored, model) == (Precision::Bf16, Precision::Bf16) { stored } else { Precision::F16 };
+                FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload_stored_as(bytes, stored, kind))))
+            }
+            _ => self.frozen_stored(outputs, inputs, matrix),
+        });
+        self.frozen_stored(outputs, inputs, matrix)
+    }
+
     /// LoRA factors: A [rank, inputs], B [outputs, rank], and the scale (alpha / rank) that B carries.
     pub fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> LoraMatrix {
         on_gpu!(self, gpu => LoraMatrix(Factors::Device(gpu.lora(rank, inputs, outputs, a, b, scale))));
@@ -314,7 +328,8 @@ impl Engine {
         if x.len() == y.len() { pointwise::add(x.host_mut(), y.host()) } else { pointwise::add_repeated(x.host_mut(), y.host()) }
     }
 
-    /// `y = LN(x) · (1 + scale) + shift` (no affine, ε = 1e-6), shift and scale at these offsets of the modulation.
+    /// `y = LN(x) · (1 + scale) + shift` (no affine, ε = 1e-6), shift and scale at these offsets of the modulation, which is f32 as its
+    /// gradient is, whatever the precision.
     pub fn modulate(&self, x: &Buffer, m: Modulation<'_>, shift: usize, scale: usize) -> (Buffer, NormStats) {
         on_gpu!(self, gpu => {
             let (y, stats) = gpu.modulate(x, m, shift, scale);

@@ -232,9 +232,11 @@ impl Engine {
 
     /// A copy of host values on the device in f32, whatever the precision.
     pub fn upload_f32(&self, values: &[f32]) -> Buffer {
-        let buffer = self.zeros_f32(values.len());
-        self.overwrite(&buffer, values);
-        buffer
+        match &self.backend {
+            Backend::Cpu(_) => self.upload(values),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(gpu) => gpu.upload_values(values),
+        }
     }
 
     /// New values for a buffer of a GPU, as [`Engine::upload`] would have made it.

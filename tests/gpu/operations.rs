@@ -1,6 +1,9 @@
-use finetune::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation};
+use std::ops::Range;
+use std::sync::Arc;
 
-use crate::support::{Pair, pairs};
+use finetune::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, StoredMatrix};
+
+use crate::support::{Pair, pairs, random};
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
@@ -11,10 +14,10 @@ fn modulate_and_its_gradients() {
             let (x, m, dy, before) =
                 (p.random(batch * tokens * width, 1), p.random(batch * stride, 2), p.random(batch * tokens * width, 3), p.random(batch * tokens * width, 4));
             let run = |e: &Engine| {
-                let (xb, mb, dyb) = (e.upload(&x), e.upload(&m), e.upload(&dy));
+                let (xb, mb, dyb) = (e.upload(&x), e.upload_f32(&m), e.upload(&dy));
                 let modulation = Modulation { values: &mb, stride, tokens, width };
                 let (y, stats) = e.modulate(&xb, modulation, width, 0);
-                let (mut dx, mut dm) = (e.upload(&before), e.zeros(m.len()));
+                let (mut dx, mut dm) = (e.upload(&before), e.zeros_f32(m.len()));
                 e.modulate_backward(&xb, &stats, modulation, width, 0, &dyb, Some(&mut dx), Some(&mut dm));
                 [y, dx, dm]
             };
@@ -33,10 +36,10 @@ fn gate_and_its_gradients() {
             let (stride, n) = (2 * width, batch * tokens * width);
             let (x, y, m, d) = (p.random(n, 1), p.random(n, 2), p.random(batch * stride, 3), p.random(n, 4));
             let run = |e: &Engine| {
-                let (xb, yb, mb, db) = (e.upload(&x), e.upload(&y), e.upload(&m), e.upload(&d));
+                let (xb, yb, mb, db) = (e.upload(&x), e.upload(&y), e.upload_f32(&m), e.upload(&d));
                 let modulation = Modulation { values: &mb, stride, tokens, width };
                 let out = e.gate_residual(&xb, &yb, modulation, width);
-                let mut dm = e.zeros(m.len());
+                let mut dm = e.zeros_f32(m.len());
                 let dy = e.gate_backward(&db, modulation, width, Some((&yb, &mut dm)));
                 [out, dy, dm]
             };
@@ -152,6 +155,64 @@ fn linear_with_lora_and_its_gradients() {
             (1178, 1536, 1536, 4, false),
         ] {
             linear(&p, rows, inputs, outputs, rank, dropped);
+        }
+    }
+}
+
+/// A weight as a file has it.
+struct Stored {
+    precision: Precision,
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+    columns: usize,
+}
+
+impl Stored {
+    fn new(precision: Precision, columns: usize, values: &[f32]) -> Arc<Self> {
+        let word = |v: &f32| if precision == Precision::F16 { half::f16::from_f32(*v).to_bits() } else { half::bf16::from_f32(*v).to_bits() };
+        let value = |w: u16| if precision == Precision::F16 { half::f16::from_bits(w).to_f32() } else { half::bf16::from_bits(w).to_f32() };
+        let words: Vec<u16> = values.iter().map(word).collect();
+        let (bytes, values) = (words.iter().flat_map(|w| w.to_le_bytes()).collect(), words.into_iter().map(value).collect());
+        Arc::new(Self { precision, bytes, values, columns })
+    }
+}
+
+impl StoredMatrix for Stored {
+    fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        for (out, row) in out.chunks_exact_mut(columns.len()).zip(rows) {
+            out.copy_from_slice(&self.values[row * self.columns..][columns.clone()]);
+        }
+    }
+
+    fn stored(&self) -> Option<(Precision, &[u8])> {
+        Some((self.precision, &self.bytes))
+    }
+}
+
+/// Errors of at most a few of f32's digits, where a product of the model's precision would be off by 1e-3.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn weights_kept_in_half_precision_are_multiplied_as_f32() {
+    for p in pairs().into_iter().filter(|p| p.gpu.precision() != Precision::F32) {
+        let exact = Pair { gpu: p.gpu.in_precision(Precision::F32).expect("f32"), cpu: p.cpu, tolerance: 2e-5 };
+        for stored in [Precision::F16, p.gpu.precision()] {
+            for (rows, inputs, outputs) in [(1, 5, 7), (3, 33, 20), (4, 1536, 9216), (2, 256, 1536)] {
+                let w: Vec<f32> = random(outputs * inputs, 1).iter().map(|v| v / (inputs as f32).sqrt()).collect();
+                let (x, bias, dy, before) = (random(rows * inputs, 2), random(outputs, 3), random(rows * outputs, 4), random(rows * inputs, 5));
+                let run = |e: &Engine| {
+                    let frozen = e.frozen_kept(outputs, inputs, Stored::new(stored, inputs, &w), p.gpu.precision());
+                    let (xb, dyb, biases) = (e.upload(&x), e.upload(&dy), e.upload(&bias));
+                    let (mut plain, mut y, mut dx, mut more) = (e.alloc(rows * outputs), e.alloc(rows * outputs), e.alloc(rows * inputs), e.upload(&before));
+                    e.linear(rows, &xb, &frozen, None, None, &mut plain);
+                    e.linear(rows, &xb, &frozen, Some(&biases), None, &mut y);
+                    e.linear_backward(rows, &dyb, &frozen, None, Some((&mut dx, false)));
+                    e.linear_backward(rows, &dyb, &frozen, None, Some((&mut more, true)));
+                    [plain, y, dx, more]
+                };
+                for (what, (got, want)) in ["x W", "y", "dx", "dx added"].iter().zip(run(&exact.gpu).iter().zip(&run(&exact.cpu))) {
+                    exact.compare(&format!("{stored} kept {rows}x{inputs}x{outputs} {what}"), got, want);
+                }
+            }
         }
     }
 }

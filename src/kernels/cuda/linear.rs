@@ -6,7 +6,7 @@ use super::thin::{self, Thin};
 use super::{BLOCK, Device, Kind, Memory, any};
 use crate::kernels::Buffer;
 
-/// A frozen weight [outputs, inputs] in the engine's precision.
+/// A frozen weight [outputs, inputs] in the engine's precision, or in half precision for an engine of f32.
 #[derive(Debug)]
 pub(in crate::kernels) struct DeviceWeight {
     pub(super) values: Memory,
@@ -75,6 +75,25 @@ impl Device {
         unsafe { self.blas.run(&product) };
     }
 
+    /// `y = x w + bias`, or added to y, for rows x [m, k] and a weight w [k, n]. Where the weight is in half precision and x in f32, x is
+    /// multiplied in two parts of the weight's type, which together have twice its digits.
+    pub(super) fn weigh(&self, (m, n, k): (usize, usize, usize), x: &Memory, w: Operand, y: &Memory, accumulate: bool, bias: Option<&Memory>) {
+        if w.kind == x.kind() {
+            let beta = if accumulate { 1.0 } else { 0.0 };
+            return self.product((m, n, k), Operand::stored(x, k), w, Operand::stored(y, n), (1.0, beta), bias);
+        }
+        assert!(x.kind() == Kind::F32 && y.kind() == Kind::F32 && bias.is_none_or(|b| b.kind() == Kind::F32), "should be f32");
+        let (parts, sums) = (self.memory_of(2 * m * k, w.kind), self.memory_of(2 * m * n, Kind::F32));
+        let (to, from, count) = (parts.pointer(), x.pointer(), (m * k) as i64);
+        // SAFETY: x has `count` values, the parts twice as many.
+        unsafe { self.driver.launch(("split", any(w.kind)), ((m * k).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count]) };
+        self.product((2 * m, n, k), Operand::stored(&parts, k), w, Operand::stored(&sums, n), (1.0, 0.0), None);
+        let (to, from, bias, count) = (y.pointer(), sums.pointer(), bias.map_or(0, Memory::pointer), (m * n) as i64);
+        let (width, accumulates) = (n as i32, i32::from(accumulate));
+        // SAFETY: y has `count` values, the sums twice as many, the bias `width`.
+        unsafe { self.driver.launch(("join", ""), ((m * n).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, bias, count, width, accumulates]) };
+    }
+
     /// See [`crate::kernels::Engine::linear`]; t has the padded rank.
     pub(in crate::kernels) fn linear(
         &self,
@@ -89,7 +108,7 @@ impl Device {
         let (k, n) = (w.inputs, w.outputs);
         assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, inputs] and [rows, outputs]");
         assert!(bias.is_none_or(|b| b.len() == n), "should be [outputs]");
-        self.product((rows, n, k), Operand::stored(x, k), Operand::transposed(&w.values, k), Operand::stored(y, n), (1.0, 0.0), bias.map(Buffer::device));
+        self.weigh((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias.map(Buffer::device));
         lora.map(|(lora, dropped, scale)| {
             let (r, source) = (lora.padded, dropped.map_or(x, Buffer::device));
             assert!(source.len() == rows * k && (lora.inputs, lora.outputs) == (k, n), "should fit the layer");
@@ -120,8 +139,7 @@ impl Device {
         });
         if let Some((dx, accumulate)) = dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            let beta = if accumulate { 1.0 } else { 0.0 };
-            self.product((rows, n, k), Operand::stored(dy, k), Operand::stored(&w.values, n), Operand::stored(dx.device(), n), (1.0, beta), None);
+            self.weigh((rows, n, k), dy, Operand::stored(&w.values, n), dx.device(), accumulate, None);
             if let (Some((lora, mask)), Some(dt)) = (lora, &dt) {
                 let r = lora.padded;
                 if let Some(mask) = mask {

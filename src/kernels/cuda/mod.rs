@@ -1,6 +1,6 @@
 //! The engine on an NVIDIA GPU: cuBLASLt's products and own kernels on one stream, memory from one pool.
 //!
-//! Activations and frozen weights have the engine's precision; statistics, sums and LoRA's gradients are f32. No result
+//! Activations and frozen weights have the engine's precision; statistics, modulations, sums and LoRA's gradients are f32. No result
 //! depends on the order in which threads happen to run: there are no atomic additions. Nothing waits for the device
 //! but [`Device::download_to`].
 #![expect(unsafe_code, reason = "calls of the driver, of cuBLASLt and of kernels")]
@@ -176,6 +176,11 @@ impl Device {
         self.upload_bytes(bytes, values.len(), Kind::F32)
     }
 
+    /// Host values in f32.
+    pub(super) fn upload_values(&self, values: &[f32]) -> Buffer {
+        Buffer::on_device(self.upload_f32(values))
+    }
+
     /// Host values in this kind.
     fn upload_as(&self, values: &[f32], kind: Kind) -> Memory {
         let source = self.upload_f32(values);
@@ -188,9 +193,14 @@ impl Device {
     }
 
     /// Values stored as f32, f16 or bf16 in the engine's precision.
-    pub(super) fn upload_stored(&self, bytes: &[u8], kind: Kind) -> Buffer {
-        let source = self.upload_bytes(bytes, bytes.len() / kind.bytes(), kind);
-        Buffer::on_device(self.convert(source, self.precision))
+    pub(super) fn upload_stored(&self, bytes: &[u8], stored: Kind) -> Buffer {
+        self.upload_stored_as(bytes, stored, self.precision)
+    }
+
+    /// Values stored as f32, f16 or bf16 in this kind.
+    pub(super) fn upload_stored_as(&self, bytes: &[u8], stored: Kind, kind: Kind) -> Buffer {
+        let source = self.upload_bytes(bytes, bytes.len() / stored.bytes(), stored);
+        Buffer::on_device(self.convert(source, kind))
     }
 
     /// New values for a buffer; those of the host may change as soon as this returns.

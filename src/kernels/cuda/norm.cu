@@ -1,6 +1,7 @@
 // LayerNorm with modulation, and RMSNorm of heads; forward and backward. Statistics and sums in f32.
 //
-// A warp has a row: block 256, grid ⌈rows / 8⌉. Rows are read again from the cache for every pass over them.
+// A warp has a row: block 256, grid ⌈rows / 8⌉. Rows are read again from the cache for every pass over them. Modulations and
+// their gradients are f32: what is wrong in them is wrong in every token of a sample.
 
 #include "values.cuh"
 
@@ -16,7 +17,7 @@ constexpr int kPacks = 8;
 
 // The normalised and modulated row from its values: all that a lane has of it, its first value at `lane * V`.
 template <typename T, int V>
-__device__ __forceinline__ void modulate_row(T* y, float2* statistics, const float (&a)[kPacks][V], float sum, const T* shift, const T* scale, int width, int lane) {
+__device__ __forceinline__ void modulate_row(T* y, float2* statistics, const float (&a)[kPacks][V], float sum, const float* shift, const float* scale, int width, int lane) {
   const float mean = warp_sum(sum) / width;
   float square = 0.0f;
 #pragma unroll
@@ -31,8 +32,8 @@ __device__ __forceinline__ void modulate_row(T* y, float2* statistics, const flo
     const int i = (p * 32 + lane) * V;
     if (i >= width) break;
     float s[V], b[V];
-    load<T, V>(s, scale + i);
-    load<T, V>(b, shift + i);
+    load<float, V>(s, scale + i);
+    load<float, V>(b, shift + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) b[j] = fmaf((a[p][j] - mean) * rstd, 1.0f + s[j], b[j]);
     store<T, V>(y + i, b);
@@ -41,7 +42,7 @@ __device__ __forceinline__ void modulate_row(T* y, float2* statistics, const flo
 
 // y = (x - mean) · rstd · (1 + scale) + shift; statistics [rows, 2] = (mean, rstd).
 template <typename T, int V>
-__device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride) {
+__device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, const float* shift, const float* scale, int64_t rows, int width, int tokens, int64_t stride) {
   ROW(rows)
   x += row * width;
   y += row * width;
@@ -78,20 +79,20 @@ __device__ __forceinline__ void modulate(T* y, float2* statistics, const T* x, c
   for (int i = lane * V; i < width; i += 32 * V) {
     float s[V], b[V];
     load<T, V>(a, x + i);
-    load<T, V>(s, scale + i);
-    load<T, V>(b, shift + i);
+    load<float, V>(s, scale + i);
+    load<float, V>(b, shift + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) a[j] = fmaf((a[j] - mean) * rstd, 1.0f + s[j], b[j]);
     store<T, V>(y + i, a);
   }
 }
 #define MODULATE(T) \
-  (T* y, float2* statistics, const T* x, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride)
+  (T* y, float2* statistics, const T* x, const float* shift, const float* scale, int64_t rows, int width, int tokens, int64_t stride)
 KERNELS(modulate, MODULATE, (y, statistics, x, shift, scale, rows, width, tokens, stride))
 
 // out = x + gate · branch, then `modulate` of out into y; width at most 256 · V.
 template <typename T, int V>
-__device__ __forceinline__ void gate_modulate(T* out, T* y, float2* statistics, const T* x, const T* branch, const T* gate, const T* shift, const T* scale, int64_t rows, int width, int tokens, int64_t stride) {
+__device__ __forceinline__ void gate_modulate(T* out, T* y, float2* statistics, const T* x, const T* branch, const float* gate, const float* shift, const float* scale, int64_t rows, int width, int tokens, int64_t stride) {
   ROW(rows)
   const int64_t sample = row / tokens * stride;
   x += row * width;
@@ -106,7 +107,7 @@ __device__ __forceinline__ void gate_modulate(T* out, T* y, float2* statistics, 
     float g[V], b[V];
     load<T, V>(a[p], x + i);
     load<T, V>(b, branch + i);
-    load<T, V>(g, gate + i);
+    load<float, V>(g, gate + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       // What the backward will read.
@@ -118,13 +119,13 @@ __device__ __forceinline__ void gate_modulate(T* out, T* y, float2* statistics, 
   modulate_row<T, V>(y + row * width, statistics + row, a, sum, shift + sample, scale + sample, width, lane);
 }
 #define GATE_MODULATE(T)                                                                                                      \
-  (T* out, T* y, float2* statistics, const T* x, const T* branch, const T* gate, const T* shift, const T* scale, int64_t rows, \
+  (T* out, T* y, float2* statistics, const T* x, const T* branch, const float* gate, const float* shift, const float* scale, int64_t rows, \
    int width, int tokens, int64_t stride)
 KERNELS(gate_modulate, GATE_MODULATE, (out, y, statistics, x, branch, gate, shift, scale, rows, width, tokens, stride))
 
 // dx += rstd · (g - mean(g) - x̂ · mean(g · x̂)), g = dy · (1 + scale). Then, if there is a gate, gated = gate · dx.
 template <typename T, int V>
-__device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, T* gated, const T* gate, int64_t rows, int width, int tokens, int64_t stride) {
+__device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x, const float2* statistics, const float* scale, T* gated, const float* gate, int64_t rows, int width, int tokens, int64_t stride) {
   ROW(rows)
   x += row * width;
   dx += row * width;
@@ -135,7 +136,7 @@ __device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x
   for (int i = lane * V; i < width; i += 32 * V) {
     load<T, V>(a, x + i);
     load<T, V>(d, dy + i);
-    load<T, V>(s, scale + i);
+    load<float, V>(s, scale + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const float g = d[j] * (1.0f + s[j]);
@@ -149,13 +150,13 @@ __device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x
     float to[V];
     load<T, V>(a, x + i);
     load<T, V>(d, dy + i);
-    load<T, V>(s, scale + i);
+    load<float, V>(s, scale + i);
     load<T, V>(to, dx + i);
 #pragma unroll
     for (int j = 0; j < V; ++j) to[j] += rstd * (d[j] * (1.0f + s[j]) - sum - (a[j] - mean) * rstd * product);
     store<T, V>(dx + i, to);
     if (gate) {
-      load<T, V>(s, gate + row / tokens * stride + i);
+      load<float, V>(s, gate + row / tokens * stride + i);
 #pragma unroll
       for (int j = 0; j < V; ++j) to[j] = widen(narrow<T>(to[j])) * s[j];
       store<T, V>(gated + row * width + i, to);
@@ -163,13 +164,13 @@ __device__ __forceinline__ void modulate_backward(T* dx, const T* dy, const T* x
   }
 }
 #define MODULATE_BACKWARD(T)                                                                                              \
-  (T* dx, const T* dy, const T* x, const float2* statistics, const T* scale, T* gated, const T* gate, int64_t rows, int width, \
+  (T* dx, const T* dy, const T* x, const float2* statistics, const float* scale, T* gated, const float* gate, int64_t rows, int width, \
    int tokens, int64_t stride)
 KERNELS(modulate_backward, MODULATE_BACKWARD, (dx, dy, x, statistics, scale, gated, gate, rows, width, tokens, stride))
 
 // d_shift_b += Σ_t dy, d_scale_b += Σ_t dy · x̂. A thread has one column of one sample: grid (⌈width / 256⌉, batch).
 template <typename T, int V>
-__device__ __forceinline__ void modulation_gradient(T* d_shift, T* d_scale, const T* dy, const T* x, const float2* statistics, int tokens, int width, int64_t stride) {
+__device__ __forceinline__ void modulation_gradient(float* d_shift, float* d_scale, const T* dy, const T* x, const float2* statistics, int tokens, int width, int64_t stride) {
   const int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= width) return;
   float shift = 0.0f, scale = 0.0f;
@@ -181,11 +182,11 @@ __device__ __forceinline__ void modulation_gradient(T* d_shift, T* d_scale, cons
   }
   d_shift += blockIdx.y * stride + column;
   d_scale += blockIdx.y * stride + column;
-  *d_shift = narrow<T>(widen(*d_shift) + shift);
-  *d_scale = narrow<T>(widen(*d_scale) + scale);
+  *d_shift += shift;
+  *d_scale += scale;
 }
 #define MODULATION_GRADIENT(T) \
-  (T* d_shift, T* d_scale, const T* dy, const T* x, const float2* statistics, int tokens, int width, int64_t stride)
+  (float* d_shift, float* d_scale, const T* dy, const T* x, const float2* statistics, int tokens, int width, int64_t stride)
 KERNELS(modulation_gradient, MODULATION_GRADIENT, (d_shift, d_scale, dy, x, statistics, tokens, width, stride))
 
 // y = x · r · weight, r = 1 / √(mean(x²) + ε), for each of a token's heads of `width` values; statistics [rows] = r. From one

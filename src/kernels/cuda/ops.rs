@@ -8,25 +8,25 @@ use crate::rng::Stream;
 /// Rows per block of the kernels of `norm.cu`.
 const ROWS: usize = BLOCK / 32;
 
-/// A modulation on the device: columns of a wider matrix, or a matrix of its own.
+/// A modulation on the device, in f32: columns of a wider matrix, or a matrix of its own.
 struct Vectors<'a> {
     m: Modulation<'a>,
     first: u64,
     stride: usize,
-    kind: Kind,
 }
 
 impl<'a> Vectors<'a> {
     fn new(m: Modulation<'a>) -> Self {
         let values = m.values.device();
+        assert_eq!(values.kind(), Kind::F32, "should be f32");
         let (first, stride) = values.rows(m.stride);
-        Self { m, first, stride, kind: values.kind() }
+        Self { m, first, stride }
     }
 
     /// Address of the first sample's vector at this offset.
     fn address(&self, offset: usize) -> u64 {
         assert!(offset + self.m.width <= self.m.stride, "should lie within");
-        self.first + (offset * self.kind.bytes()) as u64
+        self.first + (offset * Kind::F32.bytes()) as u64
     }
 
     /// (width, tokens, stride) as kernels want them.
@@ -34,10 +34,10 @@ impl<'a> Vectors<'a> {
         (self.m.width as i32, self.m.tokens as i32, self.stride as i64)
     }
 
-    /// That of the kernels for vectors at these offsets.
-    fn suffix(&self, offsets: &[usize]) -> &'static str {
+    /// The kernels' suffix for values of this kind and vectors at these offsets, and how many values are accessed at a time.
+    fn widest(&self, kind: Kind, offsets: &[usize]) -> (&'static str, usize) {
         let lengths: Vec<usize> = [self.m.width, self.stride].iter().chain(offsets).copied().collect();
-        widest(self.kind, &lengths).0
+        widest(kind, &lengths)
     }
 }
 
@@ -78,7 +78,7 @@ impl Device {
     pub(in crate::kernels) fn modulate(&self, x: &Buffer, m: Modulation<'_>, shift: usize, scale: usize) -> (Buffer, Buffer) {
         let (x, at) = (x.device(), Vectors::new(m));
         let (y, statistics) = (self.memory_of(x.len(), x.kind()), self.memory_of(x.len() / m.width * 2, Kind::F32));
-        let suffix = at.suffix(&[shift, scale]);
+        let (suffix, _) = at.widest(x.kind(), &[shift, scale]);
         let rows = (x.len() / m.width) as i64;
         let (to, sums, from, shift, scale) = (y.pointer(), statistics.pointer(), x.pointer(), at.address(shift), at.address(scale));
         let (width, tokens, stride) = at.sizes();
@@ -99,7 +99,7 @@ impl Device {
         scale: usize,
     ) -> Option<(Buffer, Buffer, Buffer)> {
         let (x, branch, at) = (x.device(), branch.device(), Vectors::new(m));
-        let (suffix, values) = widest(x.kind(), &[m.width, at.stride, gate, shift, scale]);
+        let (suffix, values) = at.widest(x.kind(), &[gate, shift, scale]);
         if m.width > BLOCK * values {
             return None;
         }
@@ -134,6 +134,7 @@ impl Device {
             let (x, statistics, dy) = (x.device(), statistics.device(), dy.device());
             let (from, at, d) = (x.pointer(), statistics.pointer(), dy.pointer());
             let (width, tokens, stride) = (m.width as i32, m.tokens as i32, m.stride as i64);
+            assert_eq!(gradient.device().kind(), Kind::F32, "should be f32");
             let (shift, scale) = (gradient.device().at(shift), gradient.device().at(scale));
             let grid = (m.width.div_ceil(BLOCK), x.len() / m.width / m.tokens, 1);
             // SAFETY: dy and x are [batch · tokens, width], the gradient [batch, stride].
@@ -155,7 +156,7 @@ impl Device {
     ) -> Option<Buffer> {
         let (x, dx, at) = (x.device(), dx.device(), Vectors::new(m));
         let gated = gate.map(|_| self.memory_of(x.len(), x.kind()));
-        let suffix = at.suffix(&[scale, gate.unwrap_or(0)]);
+        let (suffix, _) = at.widest(x.kind(), &[scale, gate.unwrap_or(0)]);
         let (to, d, from, sums, scale) = (dx.pointer(), dy.device().pointer(), x.pointer(), statistics.device().pointer(), at.address(scale));
         let (result, gate, rows) = (gated.as_ref().map_or(0, Memory::pointer), gate.map_or(0, |gate| at.address(gate)), (x.len() / m.width) as i64);
         let (width, tokens, stride) = at.sizes();
@@ -169,7 +170,7 @@ impl Device {
         let (x, y, at) = (x.device(), y.device(), Vectors::new(m));
         assert_eq!(x.len(), y.len(), "should be alike");
         let out = self.memory_of(x.len(), x.kind());
-        let (suffix, values) = widest(x.kind(), &[m.width, at.stride, gate]);
+        let (suffix, values) = at.widest(x.kind(), &[gate]);
         let (to, a, b, gate, count) = (out.pointer(), x.pointer(), y.pointer(), at.address(gate), (x.len() / values) as i64);
         let (width, tokens, stride) = at.sizes();
         let packs = width / values as i32;
@@ -182,7 +183,7 @@ impl Device {
     pub(in crate::kernels) fn gate_backward(&self, d_out: &Buffer, m: Modulation<'_>, gate: usize, d_modulation: Option<(&Buffer, &mut Buffer)>) -> Buffer {
         let (d, at) = (d_out.device(), Vectors::new(m));
         let dy = self.memory_of(d.len(), d.kind());
-        let (suffix, values) = widest(d.kind(), &[m.width, at.stride, gate]);
+        let (suffix, values) = at.widest(d.kind(), &[gate]);
         let (to, from, factor, count) = (dy.pointer(), d.pointer(), at.address(gate), (d.len() / values) as i64);
         let (width, tokens, stride) = at.sizes();
         let packs = width / values as i32;
@@ -190,6 +191,7 @@ impl Device {
         // SAFETY: both are [batch · tokens, width], the modulation [batch, stride].
         unsafe { self.driver.launch(("gate_backward", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
         if let Some((y, gradient)) = d_modulation {
+            assert_eq!(gradient.device().kind(), Kind::F32, "should be f32");
             let (to, y, stride) = (gradient.device().at(gate), y.device().pointer(), m.stride as i64);
             let grid = (m.width.div_ceil(BLOCK), d.len() / m.width / m.tokens, 1);
             // SAFETY: y and d_out are [batch · tokens, width], the gradient [batch, stride].

@@ -1,7 +1,7 @@
 // Operations on single values. Block 256; one pack of values a thread, grid over all packs.
 //
-// Where rows of samples are meant, a tensor is [batch * tokens, width] and its modulation [batch, stride]; `packs` is
-// width / V.
+// Where rows of samples are meant, a tensor is [batch * tokens, width] and its modulation [batch, stride] in f32;
+// `packs` is width / V.
 
 #include "values.cuh"
 
@@ -108,47 +108,46 @@ KERNELS(silu_backward, UNARY, (y, x, count))
 
 // out = x + gate_b · y; `gate` points at the gate of the first sample.
 template <typename T, int V>
-__device__ __forceinline__ void gate_residual(T* out, const T* x, const T* y, const T* gate, int64_t count, int packs, int tokens, int64_t stride) {
+__device__ __forceinline__ void gate_residual(T* out, const T* x, const T* y, const float* gate, int64_t count, int packs, int tokens, int64_t stride) {
   INDEX(count)
   const int64_t row = i / packs;
   float a[V], b[V], g[V];
   load<T, V>(a, x + i * V);
   load<T, V>(b, y + i * V);
-  load<T, V>(g, gate + row / tokens * stride + (i - row * packs) * V);
+  load<float, V>(g, gate + row / tokens * stride + (i - row * packs) * V);
 #pragma unroll
   for (int j = 0; j < V; ++j) a[j] = fmaf(g[j], b[j], a[j]);
   store<T, V>(out + i * V, a);
 }
-#define GATE_RESIDUAL(T) (T* out, const T* x, const T* y, const T* gate, int64_t count, int packs, int tokens, int64_t stride)
+#define GATE_RESIDUAL(T) (T* out, const T* x, const T* y, const float* gate, int64_t count, int packs, int tokens, int64_t stride)
 KERNELS(gate_residual, GATE_RESIDUAL, (out, x, y, gate, count, packs, tokens, stride))
 
 // dy = gate_b · d_out.
 template <typename T, int V>
-__device__ __forceinline__ void gate_backward(T* dy, const T* d_out, const T* gate, int64_t count, int packs, int tokens, int64_t stride) {
+__device__ __forceinline__ void gate_backward(T* dy, const T* d_out, const float* gate, int64_t count, int packs, int tokens, int64_t stride) {
   INDEX(count)
   const int64_t row = i / packs;
   float a[V], g[V];
   load<T, V>(a, d_out + i * V);
-  load<T, V>(g, gate + row / tokens * stride + (i - row * packs) * V);
+  load<float, V>(g, gate + row / tokens * stride + (i - row * packs) * V);
 #pragma unroll
   for (int j = 0; j < V; ++j) a[j] *= g[j];
   store<T, V>(dy + i * V, a);
 }
-#define GATE_BACKWARD(T) (T* dy, const T* d_out, const T* gate, int64_t count, int packs, int tokens, int64_t stride)
+#define GATE_BACKWARD(T) (T* dy, const T* d_out, const float* gate, int64_t count, int packs, int tokens, int64_t stride)
 KERNELS(gate_backward, GATE_BACKWARD, (dy, d_out, gate, count, packs, tokens, stride))
 
 // d_gate_b += Σ_t y · d_out. A thread has one column of one sample: grid (⌈width / 256⌉, batch).
 template <typename T, int V>
-__device__ __forceinline__ void gate_gradient(T* d_gate, const T* y, const T* d_out, int tokens, int width, int64_t stride) {
+__device__ __forceinline__ void gate_gradient(float* d_gate, const T* y, const T* d_out, int tokens, int width, int64_t stride) {
   const int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= width) return;
   const int64_t first = int64_t(blockIdx.y) * tokens * width + column;
   float sum = 0.0f;
   for (int t = 0; t < tokens; ++t) sum = fmaf(widen(y[first + int64_t(t) * width]), widen(d_out[first + int64_t(t) * width]), sum);
-  T* to = d_gate + blockIdx.y * stride + column;
-  *to = narrow<T>(widen(*to) + sum);
+  d_gate[blockIdx.y * stride + column] += sum;
 }
-#define GATE_GRADIENT(T) (T* d_gate, const T* y, const T* d_out, int tokens, int width, int64_t stride)
+#define GATE_GRADIENT(T) (float* d_gate, const T* y, const T* d_out, int tokens, int width, int64_t stride)
 KERNELS(gate_gradient, GATE_GRADIENT, (d_gate, y, d_out, tokens, width, stride))
 
 // Between f32 and T.
@@ -192,6 +191,25 @@ __device__ __forceinline__ void convert(T* y, const void* x, int64_t count, int 
 }
 #define CONVERT(T) (T* y, const void* x, int64_t count, int kind)
 KERNELS(convert, CONVERT, (y, x, count, kind))
+
+// x in two parts of half the width each, whose sum has twice T's digits: y [2, count].
+template <typename T, int V>
+__device__ __forceinline__ void split(T* y, const float* x, int64_t count) {
+  INDEX(count)
+  const T high = narrow<T>(x[i]);
+  y[i] = high;
+  y[count + i] = narrow<T>(x[i] - widen(high));
+}
+#define SPLIT(T) (T* y, const float* x, int64_t count)
+KERNELS(split, SPLIT, (y, x, count))
+
+// y = x[0] + x[1] + bias (if there is one) + y (if it accumulates); x [2, count], bias [width].
+extern "C" __global__ void __launch_bounds__(256) join(float* y, const float* x, const float* bias, int64_t count, int width, int accumulates) {
+  INDEX(count)
+  float sum = x[i] + x[count + i];
+  if (bias) sum += bias[i % width];
+  y[i] = accumulates ? y[i] + sum : sum;
+}
 
 // LoRA's factors beside each other: y [rows, to] = factor · x [rows, from], padded with zeros; grid over rows · to.
 template <typename T, int V>

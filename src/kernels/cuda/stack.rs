@@ -34,12 +34,13 @@ impl Device {
     /// Lays weights and biases of layers with the same input together; the layers then share this memory.
     pub(in crate::kernels) fn stack(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceStack> {
         let inputs = weights.first()?.inputs;
-        if weights.iter().any(|w| w.inputs != inputs) || biases.len() != weights.len() {
+        let kind = weights.first()?.values.kind();
+        if weights.iter().any(|w| w.inputs != inputs || w.values.kind() != kind) || biases.len() != weights.len() {
             return None;
         }
         let outputs: Vec<usize> = weights.iter().map(|w| w.outputs).collect();
         let total: usize = outputs.iter().sum();
-        let (weight, bias) = (self.memory_of(total * inputs, self.precision), self.memory_of(total, self.precision));
+        let (weight, bias) = (self.memory_of(total * inputs, kind), self.memory_of(total, self.precision));
         let mut first = 0;
         for ((w, b), &rows) in weights.iter_mut().zip(biases).zip(&outputs) {
             let (to, to_bias) = (weight.part(first * inputs, rows * inputs), bias.part(first, rows));
@@ -112,8 +113,7 @@ impl Device {
         let (x, k, n) = (x.device(), stack.inputs, stack.outputs.iter().sum::<usize>());
         assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
         let y = self.memory_of(rows * n, self.precision);
-        let (weight, bias) = (&stack.weight, Some(&stack.bias));
-        self.product((rows, n, k), Operand::stored(x, k), Operand::transposed(weight, k), Operand::stored(&y, n), (1.0, 0.0), bias);
+        self.weigh((rows, n, k), x, Operand::transposed(&stack.weight, k), &y, false, Some(&stack.bias));
         let t = lora.map(|(lora, scale)| {
             let r = lora.ranks;
             let t = self.memory_of(rows * r, self.precision);
@@ -145,8 +145,7 @@ impl Device {
         let dy = dy.device().whole(rows, k);
         if let Some(dx) = &dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            let (dx, weight) = (dx.device(), &stack.weight);
-            self.product((rows, n, k), Operand::stored(&dy, k), Operand::stored(weight, n), Operand::stored(dx, n), (1.0, 0.0), None);
+            self.weigh((rows, n, k), &dy, Operand::stored(&stack.weight, n), dx.device(), false, None);
         }
         let Some((lora, x, t)) = lora else { return };
         let (r, x, t) = (lora.ranks, x.device(), t.device());

@@ -154,6 +154,9 @@ impl Device {
         let values = parameters.device();
         assert!(values.kind() == Kind::F32 && values.len() == spread.parameters, "should be all parameters in f32");
         let (table, from) = (spread.table.pointer(), values.pointer());
+        if spread.matrices == 0 {
+            return;
+        }
         let grid = (spread.largest.div_ceil(4 * BLOCK), spread.matrices, 1);
         // SAFETY: the table names places in buffers that the layers keep, and parts of the parameters.
         unsafe { self.driver.launch(("lora_spread", any(self.precision)), grid, BLOCK, 0, arguments![table, from]) };

@@ -21,9 +21,9 @@ pub(super) struct Needs {
 /// Modulation vectors of a block, as [`Block::modulation`] gives them, or their gradients.
 #[derive(Debug)]
 pub(super) struct BlockModulation {
-    /// [batch, 6D] (9D with a second attention).
+    /// [batch, 6D] (9D with a second attention), in f32.
     pub(super) image: Buffer,
-    /// [batch, 6D] (2D in the last block).
+    /// [batch, 6D] (2D in the last block), in f32.
     pub(super) context: Buffer,
 }
 
@@ -92,10 +92,8 @@ const SCALE_2: usize = 7;
 const GATE_2: usize = 8;
 
 impl Block {
-    /// Calls `f` on every linear layer.
+    /// Calls `f` on every linear layer but those of the modulation.
     pub(super) fn each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
-        f(&mut self.norm1);
-        f(&mut self.norm1_context);
         self.attention.each_linear(f);
         if let Some(attention) = &mut self.attention2 {
             attention.each_linear(f);

@@ -50,6 +50,8 @@ struct Loader<'a> {
     weights: &'a Arc<Weights>,
     config: &'a MmditConfig,
     engine: &'a Engine,
+    /// The same device in f32.
+    exact: &'a Engine,
     /// Whether weights become f32 once on the host.
     convert: bool,
     ordinal: usize,
@@ -71,19 +73,31 @@ impl Loader<'_> {
 
     /// The next linear module, which must be called `name` in [`MmditConfig::linear_sites`].
     fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+        self.next_linear(name, inputs, outputs, self.engine)
+    }
+
+    /// As [`Loader::linear`], computed in f32.
+    fn exact_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+        self.next_linear(name, inputs, outputs, self.exact)
+    }
+
+    fn next_linear(&mut self, name: &str, inputs: usize, outputs: usize, engine: &Engine) -> Result<Linear, MmditError> {
         let ordinal = self.ordinal;
         self.ordinal += 1;
         let weight = format!("{name}.weight");
         let frozen = if self.convert {
-            self.engine.frozen(outputs, inputs, &self.values(&weight, &[outputs, inputs])?)
+            engine.frozen(outputs, inputs, &self.values(&weight, &[outputs, inputs])?)
         } else {
             let view = self.view(&weight, &[outputs, inputs])?;
             if !view.read_f32(0, &mut [0.0]) {
                 return Err(MmditError::Weight { name: weight, problem: format!("stored as {}, which is not a supported float", view.dtype) });
             }
-            self.engine.frozen_stored(outputs, inputs, Arc::new(InFile { weights: Arc::clone(self.weights), name: weight, columns: inputs }))
+            let stored = Arc::new(InFile { weights: Arc::clone(self.weights), name: weight, columns: inputs });
+            let model = self.engine.precision();
+            if engine.precision() == model { engine.frozen_stored(outputs, inputs, stored) } else { engine.frozen_kept(outputs, inputs, stored, model) }
         };
-        Ok(Linear::new(ordinal, inputs, outputs, frozen, Some(self.vector(&format!("{name}.bias"), outputs)?)))
+        let bias = engine.upload(&self.values(&format!("{name}.bias"), &[outputs])?);
+        Ok(Linear::new(ordinal, inputs, outputs, frozen, Some(bias)))
     }
 
     fn square(&mut self, name: &str) -> Result<Linear, MmditError> {
@@ -93,7 +107,7 @@ impl Loader<'_> {
 
     fn embedder(&mut self, name: &str, inputs: usize) -> Result<Embedder, MmditError> {
         let d = self.config.width();
-        Ok(Embedder { linear_1: self.linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.linear(&format!("{name}.linear_2"), d, d)? })
+        Ok(Embedder { linear_1: self.exact_linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.exact_linear(&format!("{name}.linear_2"), d, d)? })
     }
 
     /// RMSNorm weights of queries and keys.
@@ -140,8 +154,8 @@ impl Loader<'_> {
         let mut block = Block {
             width: d,
             last,
-            norm1: self.linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
-            norm1_context: self.linear(&part("norm1_context.linear"), d, if last { 2 * d } else { 6 * d })?,
+            norm1: self.exact_linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
+            norm1_context: self.exact_linear(&part("norm1_context.linear"), d, if last { 2 * d } else { 6 * d })?,
             attention: self.joint_attention(&part("attn"), last)?,
             attention2: if dual { Some(self.image_attention(&part("attn2"))?) } else { None },
             feed_forward: self.feed_forward(&part("ff"))?,
@@ -165,7 +179,8 @@ pub(super) fn converts_once(config: &MmditConfig) -> bool {
 pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
     config.check()?;
     let d = config.width();
-    let mut loader = Loader { weights, config: &config, engine: &engine, convert, ordinal: 0 };
+    let exact = engine.in_precision(Precision::F32)?;
+    let mut loader = Loader { weights, config: &config, engine: &engine, exact: &exact, convert, ordinal: 0 };
 
     let p = config.patch_size;
     let inputs = config.in_channels * p * p;
@@ -179,19 +194,20 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let pooled = loader.embedder("time_text_embed.text_embedder", config.pooled_projection_dim)?;
     let context_embedder = loader.linear("context_embedder", config.joint_attention_dim, d)?;
     let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
-    let mut norm_out = loader.linear("norm_out.linear", d, 2 * d)?;
+    let mut norm_out = loader.exact_linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
     let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
     let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
     layers.push(&mut norm_out);
-    let modulation = Linear::stack(&engine, &mut layers);
+    let modulation = Linear::stack(&exact, &mut layers);
     if on_gpu {
         // What the layers had before they were laid together.
         engine.trim();
     }
     Ok(Mmdit {
         engine,
+        exact,
         config,
         layout: crate::model::lora::LoraLayout::default(),
         patch,

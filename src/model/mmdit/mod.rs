@@ -102,6 +102,9 @@ impl From<WeightsError> for MmditError {
 #[derive(Debug)]
 pub struct Mmdit {
     engine: Engine,
+    /// The same device in f32, for what makes the modulations of a sample: one number that is wrong there is wrong in all its tokens.
+    /// Computed in bf16 they make most of the error of LoRA's gradients.
+    exact: Engine,
     config: MmditConfig,
     layout: LoraLayout,
     patch: Linear,
@@ -116,8 +119,8 @@ pub struct Mmdit {
     proj_out: Linear,
     recompute: Vec<bool>,
     recorded: Recorded,
-    /// Where the device wants the LoRA parameters, if it takes all at once.
-    spread: Option<LoraSpread>,
+    /// Where the device wants the LoRA parameters, if it takes all at once: those of `engine`, those of `exact`.
+    spread: Option<(LoraSpread, LoraSpread)>,
     /// Weights stay in their file.
     in_file: bool,
 }
@@ -183,11 +186,14 @@ impl Mmdit {
     /// Names the first parameter that does not fit.
     pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
         self.layout.check(params)?;
-        if let Some(spread) = &self.spread {
+        if let Some((spread, exact)) = &self.spread {
             let starts = starts_together(params.iter().map(|p| p.value.len()));
             let mut all = vec![0.0; starts[params.len()]];
             params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
-            crate::kernels::catch(|| self.engine.spread_lora(spread, &all))?;
+            crate::kernels::catch(|| {
+                self.engine.spread_lora(spread, &all);
+                self.exact.spread_lora(exact, &all);
+            })?;
             return Ok(());
         }
         let layout = std::mem::take(&mut self.layout);
@@ -218,29 +224,37 @@ impl Mmdit {
     #[cfg(feature = "cuda")]
     pub fn set_lora_from(&mut self, values: &crate::kernels::Buffer) -> Result<bool, MmditError> {
         match &self.spread {
-            Some(spread) => Ok(crate::kernels::catch(|| self.engine.spread_lora_from(spread, values)).map(|()| true)?),
+            Some((spread, exact)) => {
+                crate::kernels::catch(|| {
+                    self.engine.spread_lora_from(spread, values);
+                    self.exact.spread_lora_from(exact, values);
+                })?;
+                Ok(true)
+            }
             None => Ok(false),
         }
     }
 
     /// Where the device wants the parameters, if it takes all at once.
-    fn lora_spread(&self) -> Option<LoraSpread> {
+    fn lora_spread(&self) -> Option<(LoraSpread, LoraSpread)> {
         let starts = starts_together(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
         let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
         // Layers lend their factors one after another.
         let stacks: Vec<_> = self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.lora_stacks(&source)).collect();
-        let mut layers = Vec::new();
+        let (mut layers, mut exact) = (vec![&self.context_embedder, &self.proj_out], vec![&self.norm_out]);
         for embedder in [&self.timestep, &self.pooled] {
-            layers.extend([&embedder.linear_1, &embedder.linear_2]);
+            exact.extend([&embedder.linear_1, &embedder.linear_2]);
         }
-        layers.push(&self.context_embedder);
         for block in &self.blocks {
-            layers.extend([&block.norm1, &block.norm1_context]);
+            exact.extend([&block.norm1, &block.norm1_context]);
             block.each_linear_ref(&mut layers);
         }
-        layers.extend([&self.norm_out, &self.proj_out]);
-        let layers: Vec<_> = layers.into_iter().filter_map(Linear::lora).map(|(factors, slot, scale)| (factors, source(slot, scale))).collect();
-        self.engine.lora_spread(&layers, &stacks, starts[starts.len() - 1])
+        let total = starts[starts.len() - 1];
+        let [layers, exact] = [layers, exact].map(|layers| {
+            let with_lora = layers.into_iter().filter_map(Linear::lora);
+            with_lora.map(|(factors, slot, scale)| (factors, source(slot, scale))).collect::<Vec<_>>()
+        });
+        self.engine.lora_spread(&layers, &stacks, total).zip(self.exact.lora_spread(&exact, &[], total))
     }
 
     /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
@@ -258,18 +272,19 @@ impl Mmdit {
     }
 
     fn each_linear(&mut self, f: &mut dyn FnMut(&Engine, &mut Linear)) {
-        let engine = &self.engine;
-        let f = &mut |linear: &mut Linear| f(engine, linear);
+        let (engine, exact) = (&self.engine, &self.exact);
         for embedder in [&mut self.timestep, &mut self.pooled] {
-            f(&mut embedder.linear_1);
-            f(&mut embedder.linear_2);
+            f(exact, &mut embedder.linear_1);
+            f(exact, &mut embedder.linear_2);
         }
-        f(&mut self.context_embedder);
+        f(engine, &mut self.context_embedder);
         for block in &mut self.blocks {
-            block.each_linear(f);
+            f(exact, &mut block.norm1);
+            f(exact, &mut block.norm1_context);
+            block.each_linear(&mut |linear| f(engine, linear));
         }
-        f(&mut self.norm_out);
-        f(&mut self.proj_out);
+        f(exact, &mut self.norm_out);
+        f(engine, &mut self.proj_out);
     }
 
     /// Which gradients each block must pass on, from where the LoRA is.
@@ -281,7 +296,7 @@ impl Mmdit {
             let modulation = conditioning || block.norm1.has_lora();
             let context_modulation = conditioning || block.norm1_context.has_lora();
             all.push(Needs { x: below.0, c: below.1, modulation, context_modulation });
-            let mut trained = conditioning || below.0 || below.1;
+            let mut trained = modulation || context_modulation || below.0 || below.1;
             block.each_linear(&mut |linear| trained |= linear.has_lora());
             below = (trained, trained);
         }

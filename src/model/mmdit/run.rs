@@ -162,8 +162,10 @@ impl Mmdit {
         Ok(Sizes { batch, pixels: (height, width), patches: (height / p, width / p), context })
     }
 
-    fn pass<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> Pass<'a> {
-        Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) }
+    /// For the blocks, and for what makes modulations.
+    fn passes<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> (Pass<'a>, Pass<'a>) {
+        let pass = Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) };
+        (pass, Pass { engine: &self.exact, ..pass })
     }
 
     /// Asks for weights of block `i` that stay in their file to be read before they are used.
@@ -213,8 +215,8 @@ impl Mmdit {
             sizes: host.sizes,
             positions,
             patches: put(&host.patches),
-            features: put(&host.features),
-            pooled: with_values(pooled, put)?,
+            features: self.exact.upload(&host.features),
+            pooled: with_values(pooled, |values| self.exact.upload(values))?,
             prompt: with_values(prompt_embeds, put)?,
         })
     }
@@ -229,19 +231,19 @@ impl Mmdit {
     }
 
     pub(super) fn run(&self, inputs: &Inputs, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (Buffer, Saved) {
-        let (config, engine) = (&self.config, &self.engine);
+        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
         let sizes = inputs.sizes;
         let Sizes { batch, patches, .. } = sizes;
-        let pass = self.pass(dropout, lora_scale);
+        let (pass, exact_pass) = self.passes(dropout, lora_scale);
         let d = config.width();
 
         let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &inputs.patches);
         engine.add(&mut x, &inputs.positions);
 
-        let (mut conditioning, timestep_saved) = self.timestep.forward(pass, batch, engine.copy(&inputs.features));
-        let (pooled, pooled_saved) = self.pooled.forward(pass, batch, engine.copy(&inputs.pooled));
-        engine.add(&mut conditioning, &pooled);
-        let activated = engine.silu(&conditioning);
+        let (mut conditioning, timestep_saved) = self.timestep.forward(exact_pass, batch, exact.copy(&inputs.features));
+        let (pooled, pooled_saved) = self.pooled.forward(exact_pass, batch, exact.copy(&inputs.pooled));
+        exact.add(&mut conditioning, &pooled);
+        let activated = exact.silu(&conditioning);
 
         let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &inputs.prompt);
         let prompt = self.context_embedder.has_lora().then(|| engine.copy(&inputs.prompt));
@@ -251,10 +253,10 @@ impl Mmdit {
         (0..self.blocks.len()).for_each(|i| self.read_ahead(i, "norm1"));
         self.read_ahead(0, "");
         let together = self.modulation.as_ref().filter(|_| !self.modulation_has_lora());
-        let mut parts = together.map(|stack| engine.stack_forward(batch, &activated, stack, 0.0).0.into_iter());
+        let mut parts = together.map(|stack| exact.stack_forward(batch, &activated, stack, 0.0).0.into_iter());
         let mut modulate = |layer: &crate::nn::Linear| match parts.as_mut().and_then(Iterator::next) {
             Some(part) => (part, LinearSaved::default()),
-            None => layer.forward(pass, batch, &activated),
+            None => layer.forward(exact_pass, batch, &activated),
         };
         for block in &self.blocks {
             let (image, saved) = modulate(&block.norm1);
@@ -346,10 +348,10 @@ impl Mmdit {
 
     /// Gradients of the LoRA parameters, given those of the output's patches.
     pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Gradients {
-        let (config, engine) = (&self.config, &self.engine);
+        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
         let Sizes { batch, patches, context, .. } = saved.sizes;
         let dropout = saved.dropout.take();
-        let pass = self.pass(dropout.as_ref(), 1.0);
+        let (pass, exact_pass) = self.passes(dropout.as_ref(), 1.0);
         let (d, rows) = (config.width(), batch * patches.0 * patches.1);
         let mut gradients = Gradients::zeros(engine, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
 
@@ -362,14 +364,14 @@ impl Mmdit {
         self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
         let Some(d_normal) = d_normal else { return gradients };
         let mut dx = engine.zeros(rows * d);
-        let mut d_norm_out = norm_out_trained.then(|| engine.zeros(batch * 2 * d));
+        let mut d_norm_out = norm_out_trained.then(|| exact.zeros(batch * 2 * d));
         let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
         engine.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
         drop(d_normal);
 
         // Blocks, last first; the context's gradient begins in the last.
         let mut dc = engine.zeros(batch * context * d);
-        let mut d_activated = conditioning_trained.then(|| engine.zeros(batch * d));
+        let mut d_activated = conditioning_trained.then(|| exact.zeros(batch * d));
         let activated = &saved.conditioning.1;
         for (i, block) in self.blocks.iter().enumerate().rev() {
             if i > 0 && self.is_trained(i - 1) {
@@ -377,8 +379,8 @@ impl Mmdit {
             }
             let modulation = &saved.modulations[i];
             let mut d_modulation = BlockModulation {
-                image: engine.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
-                context: engine.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
+                image: exact.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
+                context: exact.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
             };
             let activations = match saved.blocks.pop() {
                 Some(Kept::Activations(mut activations)) => {
@@ -392,7 +394,7 @@ impl Mmdit {
             let (image, context) = &saved.modulation_layers[i];
             let mut conditioned = |linear: &crate::nn::Linear, layer: &LinearSaved, dm: &Buffer, wanted: bool| {
                 if wanted {
-                    linear.backward(pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
+                    linear.backward(exact_pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
                 }
             };
             conditioned(&block.norm1, image, &d_modulation.image, block.needs.modulation);
@@ -405,12 +407,12 @@ impl Mmdit {
         }
         if let Some(dm) = &d_norm_out {
             let d_activated = d_activated.as_mut().map(|b| (b, true));
-            self.norm_out.backward(pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
+            self.norm_out.backward(exact_pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
         }
         if let Some(mut d_conditioning) = d_activated {
-            engine.silu_backward(&saved.conditioning.0, &mut d_conditioning);
-            self.timestep.backward(pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
-            self.pooled.backward(pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
+            exact.silu_backward(&saved.conditioning.0, &mut d_conditioning);
+            self.timestep.backward(exact_pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
+            self.pooled.backward(exact_pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
         }
         gradients
     }
