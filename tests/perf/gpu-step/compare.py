@@ -56,6 +56,7 @@ EAGER = {
     "1024/1 checkpointing": step(1024, 1, checkpointing=True),
     "512/1 checkpointing": step(512, 1, checkpointing=True),
     "optimizer": dict(what="optimizer"),
+    "optimizer rank 64": dict(what="optimizer", rank=64),
     "1024/4": step(1024, 4, graph=True),
 }
 

@@ -79,7 +79,7 @@ def smaller(config, **small):
     return {**config, **small} if os.environ.get("PEER_SMALL") else config
 
 
-def transformer(checkpointing, lora_dtype):
+def transformer(checkpointing, lora_dtype, rank=4):
     from diffusers import SD3Transformer2DModel
     from peft import LoraConfig
 
@@ -89,7 +89,7 @@ def transformer(checkpointing, lora_dtype):
         model = SD3Transformer2DModel(**smaller(SD3_MEDIUM, num_layers=2))
     torch.set_default_dtype(torch.float32)
     model.to(device(), torch.bfloat16).requires_grad_(False)
-    model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     model.to(device())
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -195,10 +195,10 @@ def training(wait, pixels, batch, mode="eager", checkpointing=False, article=Fal
         say(**{**about, "mode": mode + "+graph"}, **measure(graph_of(step)))
 
 
-def optimizer(wait):
+def optimizer(wait, rank=4):
     wait()
     sys.path.insert(0, os.environ.get("BITSANDBYTES", ""))
-    parameters = [p for p in transformer(False, torch.float32).parameters() if p.requires_grad]
+    parameters = [p for p in transformer(False, torch.float32, rank).parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.randn_like(p)
     makers = dict(adamw=lambda: torch.optim.AdamW(parameters, lr=1e-4), adamw_fused=lambda: torch.optim.AdamW(parameters, lr=1e-4, fused=True))
