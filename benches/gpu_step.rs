@@ -195,7 +195,7 @@ fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
     let report = |what: &str, ms: f64| {
         println!("{}", serde_json::json!({"what": "optimizer", "engine": "finetune", "mode": what, "parameters": values.len(), "ms": ms}));
     };
-    let hosts = [("adamw", HostAdamW::Full(AdamW::new(settings, params))), ("adamw8bit", HostAdamW::Codes(AdamW8bit::new(settings, params)))];
+    let hosts = [("adamw", HostAdamW::Full(AdamW::new(settings, params))), ("adamw8bit", HostAdamW::Codes(Box::new(AdamW8bit::new(settings, params))))];
     for (name, host) in hosts {
         let mut gpu = GpuAdamW::new(engine, params, host)?.context("not on a GPU")?;
         let ms = timed(engine, || {

@@ -231,7 +231,7 @@ impl Engine {
     pub fn frozen_kept(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>, model: Precision) -> FrozenMatrix {
         on_gpu!(self, gpu => match matrix.stored() {
             Some((stored, bytes)) if model != Precision::F32 => {
-                // f16 has more digits than bf16, which weights are not large enough to need; where the model is in f16, the GPU may have no bf16.
+                // f16 has more digits, and no weight needs bf16's range; a GPU whose model is in f16 may have no bf16.
                 let kind = if (stored, model) == (Precision::Bf16, Precision::Bf16) { stored } else { Precision::F16 };
                 FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload_stored_as(bytes, stored, kind))))
             }

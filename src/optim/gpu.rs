@@ -13,7 +13,7 @@ pub enum HostAdamW {
     /// Moments of 32 bits.
     Full(AdamW),
     /// Moments of 8 bits.
-    Codes(AdamW8bit),
+    Codes(Box<AdamW8bit>),
 }
 
 impl HostAdamW {

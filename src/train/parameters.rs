@@ -54,7 +54,7 @@ impl Parameters {
         if engine.is_cuda() {
             let host = match super::setup::adamw(config) {
                 Some((settings, false)) => Some(HostAdamW::Full(optim::AdamW::new(settings, &params))),
-                Some((settings, true)) => Some(HostAdamW::Codes(optim::AdamW8bit::new(settings, &params))),
+                Some((settings, true)) => Some(HostAdamW::Codes(Box::new(optim::AdamW8bit::new(settings, &params)))),
                 None => None,
             };
             if let Some(host) = host

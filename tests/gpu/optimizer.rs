@@ -45,8 +45,11 @@ fn bits(params: &[Param]) -> Vec<Vec<u32>> {
     params.iter().map(|p| p.value.iter().map(|v| v.to_bits()).collect()).collect()
 }
 
+/// An optimizer of the host, and the same one for the GPU to replace.
+type Twins = (Box<dyn Optimizer>, HostAdamW);
+
 /// `max_norm`: one that clips, and one that does not.
-fn compare(make: fn(&[Param]) -> (Box<dyn Optimizer>, HostAdamW), max_norm: f64) {
+fn compare(make: fn(&[Param]) -> Twins, max_norm: f64) {
     let engine = Engine::cuda(0, Precision::Bf16).unwrap();
     let mut host_params = params();
     let (mut host, taken) = make(&host_params);
@@ -73,8 +76,7 @@ fn compare(make: fn(&[Param]) -> (Box<dyn Optimizer>, HostAdamW), max_norm: f64)
 #[test]
 #[ignore = "needs a GPU"]
 fn adamw_gives_the_hosts_bits() {
-    let make =
-        |params: &[Param]| -> (Box<dyn Optimizer>, HostAdamW) { (Box::new(AdamW::new(SETTINGS, params)), HostAdamW::Full(AdamW::new(SETTINGS, params))) };
+    let make = |params: &[Param]| -> Twins { (Box::new(AdamW::new(SETTINGS, params)), HostAdamW::Full(AdamW::new(SETTINGS, params))) };
     compare(make, 1.0);
     compare(make, 1e9);
 }
@@ -82,9 +84,7 @@ fn adamw_gives_the_hosts_bits() {
 #[test]
 #[ignore = "needs a GPU"]
 fn adamw_with_8_bits_gives_the_hosts_bits() {
-    let make = |params: &[Param]| -> (Box<dyn Optimizer>, HostAdamW) {
-        (Box::new(AdamW8bit::new(SETTINGS, params)), HostAdamW::Codes(AdamW8bit::new(SETTINGS, params)))
-    };
+    let make = |params: &[Param]| -> Twins { (Box::new(AdamW8bit::new(SETTINGS, params)), HostAdamW::Codes(Box::new(AdamW8bit::new(SETTINGS, params)))) };
     compare(make, 1.0);
     compare(make, 1e9);
 }

@@ -46,6 +46,7 @@ impl Pair {
         self.rounded(&random(len, seed))
     }
 
+    #[expect(clippy::print_stdout, reason = "every error is told with --nocapture")]
     pub(crate) fn check(&self, what: &str, got: &[f32], want: &[f32]) {
         let error = relative(got, want);
         println!("{:>5} {what:<50} {error:.2e}", self.gpu.precision().to_string());
