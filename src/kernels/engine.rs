@@ -228,6 +228,7 @@ impl Engine {
 
     /// As [`Engine::frozen_stored`], for an engine of f32 beside a model in `model`: on a GPU the weight takes half precision there, too,
     /// as it is stored if it is stored so, and is multiplied with f32 all the same.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
     pub fn frozen_kept(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>, model: Precision) -> FrozenMatrix {
         on_gpu!(self, gpu => match matrix.stored() {
             Some((stored, bytes)) if model != Precision::F32 => {
