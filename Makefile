@@ -19,6 +19,10 @@ test: tools ## Install what the tests need and run all of them (a real Kubernete
 test-quick: tools ## All tests that need no cluster
 	cargo test --release
 
+.PHONY: test-faults
+test-faults: tools ## Only the longest part of them: lost and drained nodes, absent servers
+	tests/tools/run-tests --faults
+
 .PHONY: test-diffusers
 test-diffusers: ## Let diffusers and peft read the LoRA (installs PyTorch into the cache folder)
 	tests/diffusers/run
@@ -47,22 +51,26 @@ tools: ## Install the servers that the tests start (into the cache folder)
 	tests/tools/install-servers
 
 .PHONY: check
-check: fmt-check clippy doc generated deny ## Format, lints for each feature set, docs, generated files, licences
+check: fmt-check clippy clippy-features doc generated deny ## Format, lints for each feature set, docs, generated files, licences
 
 .PHONY: fmt-check
 fmt-check: ## Check the format
 	cargo fmt --check
 
+# The release profile here, too: build scripts and macros are compiled once for lints, documentation, binaries and tests.
 .PHONY: clippy
-clippy: ## Lints, for each feature set
-	FINETUNE_CUDA_ARCHS=none cargo clippy --features cuda --lib --bins --benches -- -D warnings
-	FINETUNE_CUDA_ARCHS=none cargo clippy --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
-	cargo clippy --no-default-features --features operator --lib --bins -- -D warnings
-	cargo clippy --no-default-features --features train --lib --bins -- -D warnings
+clippy: ## Lints, with all features
+	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --lib --bins --benches -- -D warnings
+	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+
+.PHONY: clippy-features
+clippy-features: ## Lints, for the operator and the trainer alone
+	cargo clippy --release --no-default-features --features operator --lib --bins -- -D warnings
+	cargo clippy --release --no-default-features --features train --lib --bins -- -D warnings
 
 .PHONY: doc
 doc: ## Build the API documentation; broken links are errors
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --lib
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --lib
 
 .PHONY: generate
 generate: ## Write the generated files: CRD, the chart's copy, docs/reference
@@ -77,7 +85,7 @@ deny: $(TOOLS)/bin/cargo-deny ## Check licences, banned crates and sources
 	cargo deny check bans licenses sources
 
 $(TOOLS)/bin/cargo-deny:
-	cargo install --quiet --locked --root $(TOOLS) cargo-deny@0.20.2
+	cargo install --quiet --debug --locked --root $(TOOLS) cargo-deny@0.20.2
 
 .PHONY: quickstart
 quickstart: ## Train the quickstart's LoRA on this machine

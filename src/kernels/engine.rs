@@ -230,14 +230,15 @@ impl Engine {
     /// as it is stored if it is stored so, and is multiplied with f32 all the same.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
     pub fn frozen_kept(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>, model: Precision) -> FrozenMatrix {
-        on_gpu!(self, gpu => match matrix.stored() {
-            Some((stored, bytes)) if model != Precision::F32 => {
-                // f16 has more digits, and no weight needs bf16's range; a GPU whose model is in f16 may have no bf16.
-                let kind = if (stored, model) == (Precision::Bf16, Precision::Bf16) { stored } else { Precision::F16 };
-                FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload_stored_as(bytes, stored, kind))))
-            }
-            _ => self.frozen_stored(outputs, inputs, matrix),
-        });
+        #[cfg(feature = "cuda")]
+        if let Backend::Cuda(gpu) = &self.backend
+            && model != Precision::F32
+            && let Some((stored, bytes)) = matrix.stored()
+        {
+            // f16 has more digits, and no weight needs bf16's range; a GPU whose model is in f16 may have no bf16.
+            let kind = if (stored, model) == (Precision::Bf16, Precision::Bf16) { stored } else { Precision::F16 };
+            return FrozenMatrix(Frozen::Device(super::cuda::DeviceWeight::new(outputs, inputs, gpu.upload_stored_as(bytes, stored, kind))));
+        }
         self.frozen_stored(outputs, inputs, matrix)
     }
 

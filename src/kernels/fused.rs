@@ -235,7 +235,7 @@ impl Engine {
         match &self.backend {
             Backend::Cpu(_) => self.upload(values),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => gpu.upload_values(values),
+            Backend::Cuda(gpu) => super::UpdateOps(gpu).upload(values),
         }
     }
 

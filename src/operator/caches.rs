@@ -24,6 +24,7 @@ use super::nodes;
 use super::pod_names::PodNames;
 use super::progress::Changed;
 use super::queue::Urgency;
+use super::strip::{strip_child, strip_job, strip_pod};
 use crate::api::{FineTuneJob, JOB_LABEL};
 
 /// A FineTuneJob, or why it cannot be read: one bad object must not stop the watch of all.
@@ -226,49 +227,6 @@ async fn drive<K>(
 fn by_label(metadata: &ObjectMeta) -> Option<JobRef> {
     let name = metadata.labels.as_ref()?.get(JOB_LABEL)?;
     Some(ObjectRef::new(name).within(metadata.namespace.as_deref()?))
-}
-
-fn strip_job(job: &mut Guarded) {
-    if let Ok(job) = &mut job.0 {
-        job.metadata.managed_fields = None;
-        job.metadata.annotations = None;
-    }
-}
-
-/// Keeps of a Job what the steps look at.
-fn strip_child(job: &mut Job) {
-    job.metadata.managed_fields = None;
-    if let Some(spec) = &mut job.spec {
-        spec.pod_failure_policy = None;
-        spec.selector = None;
-        if let Some(pod) = &mut spec.template.spec {
-            let image = pod.containers.first().and_then(|container| container.image.clone());
-            *pod = k8s_openapi::api::core::v1::PodSpec {
-                containers: vec![k8s_openapi::api::core::v1::Container { image, ..Default::default() }],
-                ..Default::default()
-            };
-        }
-    }
-}
-
-/// Keeps of a pod what the steps look at: of its spec the node, and where it may run while it has none.
-fn strip_pod(pod: &mut Pod) {
-    pod.metadata.managed_fields = None;
-    pod.metadata.annotations = None;
-    if let Some(spec) = &mut pod.spec {
-        let waits = spec.node_name.is_none();
-        *spec = k8s_openapi::api::core::v1::PodSpec {
-            node_name: spec.node_name.take(),
-            node_selector: spec.node_selector.take().filter(|_| waits),
-            affinity: spec.affinity.take().filter(|_| waits),
-            ..Default::default()
-        };
-    }
-    if let Some(status) = &mut pod.status {
-        status.init_container_statuses = None;
-        status.host_ips = None;
-        status.pod_ips = None;
-    }
 }
 
 /// Looks for Kueue again and again; while it is there, watches its Workloads.

@@ -40,6 +40,7 @@ pub mod reconcile;
 pub mod run;
 pub mod settings;
 pub mod status;
+mod strip;
 pub mod transitions;
 #[cfg(test)]
 mod traps;

@@ -176,11 +176,6 @@ impl Device {
         self.upload_bytes(bytes, values.len(), Kind::F32)
     }
 
-    /// Host values in f32.
-    pub(super) fn upload_values(&self, values: &[f32]) -> Buffer {
-        Buffer::on_device(self.upload_f32(values))
-    }
-
     /// Host values in this kind.
     fn upload_as(&self, values: &[f32], kind: Kind) -> Memory {
         let source = self.upload_f32(values);

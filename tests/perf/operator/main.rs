@@ -62,6 +62,10 @@ struct Args {
     #[arg(long, default_value_t = 50.0)]
     rate: f64,
 
+    /// A further argument of `finetune operator`, such as --operator=--concurrency=32; may be given again.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    operator: Vec<String>,
+
     /// What cargo gives to every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
@@ -86,6 +90,8 @@ struct Wave {
     progress: usize,
     /// Resident memory once all were created, and at the end.
     memory: [f64; 2],
+    /// Processor time of the operator.
+    processor: Duration,
 }
 
 #[tokio::main(worker_threads = 2)]
@@ -96,9 +102,9 @@ async fn main() -> ExitCode {
     pods::serve_progress().await;
     let board = Arc::new(Board::default());
     board.watch(&client);
-    let first = Operator::start("first", SYSTEM);
+    let first = Operator::start("first", SYSTEM, &args.operator);
     first.until_leading(PATIENCE).await;
-    let second = Operator::start("second", SYSTEM);
+    let second = Operator::start("second", SYSTEM, &args.operator);
     println!("resident memory of the leader at rest: {:.1} MiB", first.memory().await);
 
     let waves = [wave(&client, &board, &first, "a", args.jobs, args.rate).await, wave(&client, &board, &first, "b", args.more, args.rate).await];
@@ -123,6 +129,7 @@ async fn prepare(client: &Client) {
 /// Creates `count` jobs, lets their pods start at `rate`, then end at `rate`.
 async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &str, count: usize, rate: f64) -> Wave {
     let before = operator.requests().await;
+    let processor = operator.processor_time();
     let began = Instant::now();
     let keys = create(client, board, name, count).await;
     // What is measured is pods that start at a rate, not what a burst of new jobs leaves to do.
@@ -151,6 +158,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
         requests,
         progress: board.progress_writes(&keys),
         memory: [created, operator.memory().await],
+        processor: operator.processor_time() - processor,
     }
 }
 
@@ -235,6 +243,7 @@ fn report(waves: &[Wave]) -> bool {
             met &= !bound || goal("p99 in seconds", high.as_secs_f64(), LATENCY.as_secs_f64());
         }
         println!("  resident memory with all created {:.1} MiB, at the end {:.1} MiB", wave.memory[0], wave.memory[1]);
+        println!("  processor time of the operator: {:.1} ms a job", wave.processor.as_secs_f64() * 1000.0 / jobs);
     }
     met
 }

@@ -15,14 +15,15 @@ pub(crate) struct Operator {
 }
 
 impl Operator {
-    /// Starts one that competes for the Lease in `namespace`.
-    pub(crate) fn start(name: &str, namespace: &str) -> Self {
+    /// Starts one that competes for the Lease in `namespace`, with further arguments of `finetune operator`.
+    pub(crate) fn start(name: &str, namespace: &str, further: &[String]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port();
         let log = std::env::temp_dir().join(format!("finetune-operator-perf-{}-{name}.log", std::process::id()));
         let file = std::fs::File::create(&log).expect("a log file");
         let child = Command::new(env!("CARGO_BIN_EXE_finetune"))
             .args(["operator", "--trainer-image=localhost/trainer:perf", "--identity", name, "--lease-namespace", namespace])
             .arg(format!("--address=127.0.0.1:{port}"))
+            .args(further)
             .env("KUBECONFIG", kubeconfig())
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a file"))
@@ -82,6 +83,15 @@ impl Operator {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
         let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")).expect("VmHWM");
         kib.parse::<f64>().expect("a number") / 1024.0
+    }
+
+    /// Processor time so far, all threads together.
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        // After the name in parentheses: state, parent, ... and as the 12th and 13th the ticks (100 a second) in user and kernel mode.
+        let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 10)
     }
 
     async fn text(&self) -> Option<String> {
