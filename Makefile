@@ -17,10 +17,14 @@ test: tools ## Install what the tests need and run all of them (a real Kubernete
 
 .PHONY: test-quick
 test-quick: tools ## All tests that need no cluster
-	cargo test --release
+	tests/tools/run-tests --quick
+
+.PHONY: test-cluster
+test-cluster: ## All tests on a real Kubernetes (needs root)
+	tests/tools/run-tests --cluster
 
 .PHONY: test-faults
-test-faults: tools ## Only the longest part of them: lost and drained nodes, absent servers
+test-faults: tools ## Of these only the longest part: lost and drained nodes, absent servers
 	tests/tools/run-tests --faults
 
 .PHONY: test-diffusers

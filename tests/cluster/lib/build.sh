@@ -1,11 +1,15 @@
 # What `cluster build` makes, each thing once: system packages, Go, kubeall, Helm, the base images.
 
-build() {
+build_helm() {
   mkdir -p "$cache/images"
   system_packages; note "system packages"
   go_tool; note "$("$go" env GOVERSION)"
-  kubeall; note "kubeall $kube_version"
   helm_tool; note "helm $helm_version"
+}
+
+build() {
+  build_helm
+  kubeall; note "kubeall $kube_version"
   [ -e "$cache/images/busybox.tar" ] || base_images
   note "base images"
 }
