@@ -158,7 +158,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
         requests,
         progress: board.progress_writes(&keys),
         memory: [created, operator.memory().await],
-        processor: operator.processor_time() - processor,
+        processor: operator.processor_time().saturating_sub(processor),
     }
 }
 
