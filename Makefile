@@ -19,12 +19,8 @@ test: tools ## Install what the tests need and run all of them (a real Kubernete
 test-quick: tools ## All tests that need no cluster
 	tests/tools/run-tests --quick
 
-.PHONY: test-cluster
-test-cluster: ## All tests on a real Kubernetes (needs root)
-	tests/tools/run-tests --cluster
-
 .PHONY: test-faults
-test-faults: tools ## Of these only the longest part: lost and drained nodes, absent servers
+test-faults: tools ## Only the longest part of them: lost and drained nodes, absent servers
 	tests/tools/run-tests --faults
 
 .PHONY: test-diffusers
@@ -55,7 +51,7 @@ tools: ## Install the servers that the tests start (into the cache folder)
 	tests/tools/install-servers
 
 .PHONY: check
-check: fmt-check clippy clippy-features doc generated deny ## Format, lints for each feature set, docs, generated files, licences
+check: fmt-check clippy doc generated deny ## Format, lints for each feature set, docs, generated files, licences
 
 .PHONY: fmt-check
 fmt-check: ## Check the format
@@ -63,12 +59,9 @@ fmt-check: ## Check the format
 
 # The release profile here, too: build scripts and macros are compiled once for lints, documentation, binaries and tests.
 .PHONY: clippy
-clippy: ## Lints, with all features
+clippy: ## Lints, for each feature set
 	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --lib --bins --benches -- -D warnings
 	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
-
-.PHONY: clippy-features
-clippy-features: ## Lints, for the operator and the trainer alone
 	cargo clippy --release --no-default-features --features operator --lib --bins -- -D warnings
 	cargo clippy --release --no-default-features --features train --lib --bins -- -D warnings
 
