@@ -188,8 +188,12 @@ impl Elector {
         let mut observed = Observed::default();
         let mut last = Instant::now();
         let mut why = String::from("no renewal succeeded in time");
+        // Counted from where an attempt begins: after one that took longer the next follows at once, so that a single answer that never comes
+        // does not use up what a slow API server has left of the deadline.
+        let mut next = last + self.intervals.retry;
         loop {
-            tokio::time::sleep(self.intervals.retry).await;
+            tokio::time::sleep_until(next).await;
+            next = Instant::now() + self.intervals.retry;
             match self.attempt(&mut observed).await {
                 Ok(Attempt::Held(since)) => {
                     last = since;
@@ -360,7 +364,15 @@ mod tests {
     }
 
     /// An API server with one Lease: how it answers a PUT is the test's to say. Returns a client of it and the requests that it was sent.
-    fn api_server(mut put: impl FnMut(&mut Lease, Lease) -> u16 + Send + 'static) -> (Client, Arc<Mutex<Vec<Method>>>) {
+    fn api_server(put: impl FnMut(&mut Lease, Lease) -> u16 + Send + 'static) -> (Client, Arc<Mutex<Vec<Method>>>) {
+        slow_api_server(put, |_| Duration::ZERO)
+    }
+
+    /// The same, whose answer to the request of this number (from 0) takes so long.
+    fn slow_api_server(
+        mut put: impl FnMut(&mut Lease, Lease) -> u16 + Send + 'static,
+        delay: impl Fn(usize) -> Duration + Copy + Send + 'static,
+    ) -> (Client, Arc<Mutex<Vec<Method>>>) {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let requests = Arc::clone(&seen);
         let mut stored = lease(Some(""), 15);
@@ -376,7 +388,12 @@ mod tests {
             let (requests, state) = (Arc::clone(&requests), Arc::clone(&state));
             async move {
                 let method = request.method().clone();
-                requests.lock().unwrap().push(method.clone());
+                let number = {
+                    let mut requests = requests.lock().unwrap();
+                    requests.push(method.clone());
+                    requests.len() - 1
+                };
+                tokio::time::sleep(delay(number)).await;
                 let body = request.into_body().collect_bytes().await?;
                 let (code, answer) = (*state.lock().unwrap())(&method, &body);
                 Ok::<_, kube::Error>(Response::builder().status(code).body(kube::client::Body::from(answer)).unwrap())
@@ -458,6 +475,33 @@ mod tests {
         let (elector, mut observed) = (elector(client), Observed::default());
         assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
         assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Others)));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_never_comes_leaves_time_for_another_attempt() {
+        // In parts of the deadline of 6 s: look and renewal at 0.2 take 0.4 together; the renewal at 0.6 is given up at 1.1, which is 0.9 after the
+        // last good one began; the next one, at once, meets another holder.
+        let mut number = 0;
+        let (client, _) = slow_api_server(
+            move |stored, sent| {
+                number += 1;
+                if number == 2 {
+                    let mut theft = stored.clone();
+                    theft.spec.get_or_insert_default().holder_identity = Some("thief".to_owned());
+                    store(stored, theft);
+                }
+                store(stored, sent)
+            },
+            |number| match number {
+                0 | 1 => Duration::from_millis(1200),
+                2 => Duration::from_secs(3600),
+                _ => Duration::ZERO,
+            },
+        );
+        let intervals = Intervals { duration: Duration::from_secs(9), renew_deadline: Duration::from_secs(6), retry: Duration::from_millis(1200) };
+        let elector = Elector::new(client, "here", "operator", "me", intervals).unwrap();
+        let lost = elector.hold(&Leadership::until(Instant::now() + intervals.renew_deadline)).await;
+        assert!(lost.to_string().ends_with("\"thief\" holds it"), "{lost}");
     }
 
     #[test]
