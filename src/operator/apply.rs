@@ -6,8 +6,6 @@
 //! - Names are deterministic, so that a creation whose answer was lost is found again; an object of that name with another owner is never touched.
 //! - A Job is deleted only as it was seen: UID and resource version are preconditions.
 
-use std::sync::Arc;
-
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -115,9 +113,7 @@ async fn create_job(validated: &ValidatedJob, inputs: &JobInputs, world: &mut Wo
         }
         Err(error) => return refused(error).map(Applied::World),
     };
-    let created = Arc::new(created);
-    ctx.remember_job(&validated.uid, Arc::clone(&created));
-    world.job = Some(created);
+    world.job = Some(ctx.remember_job(&validated.uid, created));
     Ok(Applied::World(Outcome::Done))
 }
 
@@ -169,7 +165,7 @@ async fn patch_job(job: &FineTuneJob, uid: &str, spec: &serde_json::Value, opera
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     match ctx.call(operation, jobs.patch(&name, &params, &Patch::Merge(&patch))).await {
         Ok(patched) => {
-            ctx.remember_job(job.metadata.uid.as_deref().unwrap_or_default(), Arc::new(patched));
+            ctx.remember_job(job.metadata.uid.as_deref().unwrap_or_default(), patched);
             Ok(())
         }
         Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),

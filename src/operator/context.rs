@@ -14,6 +14,7 @@ use super::error::{Error, Operation};
 use super::lease::Leadership;
 use super::metrics::Metrics;
 use super::settings::Settings;
+use super::strip::strip_child;
 use crate::api::{FineTuneJob, FineTuneJobStatus};
 
 /// Longest time for one call of the API server.
@@ -49,7 +50,7 @@ impl fmt::Debug for FaultHook {
 #[derive(Debug, Clone, Default)]
 struct Memory {
     /// The FineTuneJob as the API server returned it to our last status write.
-    written: Option<(u64, FineTuneJobStatus)>,
+    written: Option<(u64, Box<FineTuneJobStatus>)>,
     /// When that was.
     written_at: Option<Instant>,
     /// The Job as the API server returned it to our creation, and when.
@@ -113,7 +114,7 @@ impl Context {
         let mut memory = self.lock();
         let Some(memory) = memory.get_mut(&uid) else { return cached };
         match &memory.written {
-            Some((written, status)) if *written > seen => status.clone(),
+            Some((written, status)) if *written > seen => FineTuneJobStatus::clone(status),
             // The cache has caught up.
             _ => {
                 memory.written = None;
@@ -127,7 +128,7 @@ impl Context {
         let (Some(uid), Some(version)) = (job.uid(), version(job.resource_version())) else { return };
         let mut memory = self.lock();
         let memory = memory.entry(uid).or_default();
-        memory.written = Some((version, job.status.clone().unwrap_or_default()));
+        memory.written = Some((version, Box::new(job.status.clone().unwrap_or_default())));
         memory.written_at = Some(Instant::now());
     }
 
@@ -136,9 +137,12 @@ impl Context {
         self.lock().get(uid)?.written_at.map(|at| at.elapsed())
     }
 
-    /// Notes a Job that was created.
-    pub fn remember_job(&self, uid: &str, job: Arc<Job>) {
-        self.lock().entry(uid.to_owned()).or_default().created = Some((job, Instant::now()));
+    /// Notes a Job that was created or changed, and returns of it what the caches would keep.
+    pub fn remember_job(&self, uid: &str, mut job: Job) -> Arc<Job> {
+        strip_child(&mut job);
+        let job = Arc::new(job);
+        self.lock().entry(uid.to_owned()).or_default().created = Some((Arc::clone(&job), Instant::now()));
+        job
     }
 
     /// Forgets the Job that was created: it has been deleted.

@@ -15,6 +15,9 @@ use super::error::Operation;
 const PUBLISHERS: usize = 4;
 /// Events that wait for each publisher; more are dropped.
 const WAITING: usize = 2048;
+/// Events after which a publisher forgets what it has published: to count an event that comes again, a [`Recorder`] keeps each for six minutes, some
+/// 3 KiB in memory, however many there are.
+const REMEMBERED: usize = 128;
 
 /// An event and what it is about.
 type Note = (Event, ObjectReference);
@@ -51,13 +54,20 @@ impl Events {
 }
 
 impl Publishers {
-    /// Publishes until every [`Events`] is gone and its queue empty.
-    pub fn start(self, recorder: &Recorder, ctx: &Arc<Context>) -> JoinSet<()> {
+    /// Publishes by recorders that `new_recorder` makes, until every [`Events`] is gone and its queue empty.
+    pub fn start(self, new_recorder: impl Fn() -> Recorder + Clone + Send + 'static, ctx: &Arc<Context>) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         for mut queue in self.queues {
-            let (recorder, ctx) = (recorder.clone(), Arc::clone(ctx));
+            let (new_recorder, ctx) = (new_recorder.clone(), Arc::clone(ctx));
             tasks.spawn(async move {
+                let mut recorder = new_recorder();
+                let mut published = 0;
                 while let Some((event, reference)) = queue.recv().await {
+                    if published == REMEMBERED {
+                        recorder = new_recorder();
+                        published = 0;
+                    }
+                    published += 1;
                     // An event that is lost is no reason to do anything again.
                     if let Err(error) = ctx.call(Operation::PublishEvent, recorder.publish(&event, &reference)).await {
                         tracing::warn!(error = &error as &dyn std::error::Error, "failed to publish an event");
@@ -71,9 +81,17 @@ impl Publishers {
 
 #[cfg(test)]
 mod tests {
-    use kube::runtime::events::EventType;
+    use std::sync::Mutex;
+
+    use axum::http::{Method, Request, Response};
+    use kube::Client;
+    use kube::client::Body;
+    use kube::runtime::events::{EventType, Reporter};
 
     use super::*;
+    use crate::operator::context::FaultHook;
+    use crate::operator::fixtures::settings;
+    use crate::operator::lease::Leadership;
 
     fn event(note: &str) -> Event {
         Event { type_: EventType::Normal, reason: "Started".into(), note: Some(note.into()), action: "Watch".into(), secondary: None }
@@ -100,5 +118,35 @@ mod tests {
             events.publish(event(""), &reference(&i.to_string()));
         }
         assert!(publishers.queues.iter().all(|queue| !queue.is_empty()));
+    }
+
+    #[tokio::test]
+    async fn an_event_that_comes_again_is_counted_and_the_memory_of_events_is_bounded() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let requests = Arc::clone(&seen);
+        let client = Client::new(
+            tower::service_fn(move |request: Request<Body>| {
+                requests.lock().unwrap().push(request.method().clone());
+                async move { Ok::<_, kube::Error>(Response::new(Body::from(request.into_body().collect_bytes().await?.to_vec()))) }
+            }),
+            "default",
+        );
+        let ctx = Arc::new(Context::new(client.clone(), settings(), Arc::default(), Leadership::without_election(), FaultHook::default()));
+        let (events, publishers) = Events::new();
+        // One object's events in the eyes of the queues, each about another in the recorder's.
+        let publish = |number: usize| events.publish(event(""), &ObjectReference { name: Some(number.to_string()), ..reference("a") });
+        publish(0);
+        publish(0);
+        for number in 2..REMEMBERED {
+            publish(number);
+        }
+        publish(0);
+        drop(events);
+        let recorder = move || Recorder::new(client.clone(), Reporter { controller: "operator".to_owned(), instance: None });
+        publishers.start(recorder, &ctx).join_all().await;
+        let seen = seen.lock().unwrap();
+        assert_eq!(seen[..2], [Method::POST, Method::PATCH], "what comes again is counted in the first one");
+        assert!(seen[2..].iter().all(|method| *method == Method::POST), "after {REMEMBERED} it is told anew");
+        assert_eq!(seen.len(), REMEMBERED + 1);
     }
 }

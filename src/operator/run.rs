@@ -178,8 +178,8 @@ async fn control(
     let reporter = Reporter { controller: "finetune-operator".to_owned(), instance: options.instance.clone() };
     let ctx = Arc::new(Context::new(client.clone(), options.settings.clone(), Arc::clone(metrics), leadership.clone(), options.faults.clone()));
     let (events, publishers) = Events::new();
-    // One recorder for the process, since it aggregates.
-    let mut publishing = publishers.start(&Recorder::new(client.clone(), reporter), &ctx);
+    let recording = client.clone();
+    let mut publishing = publishers.start(move || Recorder::new(recording.clone(), reporter.clone()), &ctx);
     let poller = http_client().map_err(RunError::Http)?;
     let permits = Arc::new(Semaphore::new(usize::from(options.concurrency.max(1))));
     let namespaces: Vec<Option<&str>> =
