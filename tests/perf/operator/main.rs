@@ -131,18 +131,18 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
     let before = operator.requests().await;
     let processor = operator.processor_time();
     let began = Instant::now();
-    let keys = create(client, board, name, count).await;
+    let keys = create(client, operator, board, name, count).await;
     // What is measured is pods that start at a rate, not what a burst of new jobs leaves to do.
-    until(board, &keys, Moment::CreatedSeen).await;
+    until(operator, board, &keys, Moment::CreatedSeen).await;
     println!("all tell that their Job exists after {:.1?}", began.elapsed());
     tokio::time::sleep(SETTLED).await;
     let created = operator.memory().await;
     pods::at_rate(client, board, &keys, rate, Moment::StartSent).await;
-    until(board, &keys, Moment::RunSeen).await;
-    until(board, &keys, Moment::StartSeen).await;
-    until(board, &keys, Moment::TrainingSeen).await;
+    until(operator, board, &keys, Moment::RunSeen).await;
+    until(operator, board, &keys, Moment::StartSeen).await;
+    until(operator, board, &keys, Moment::TrainingSeen).await;
     pods::at_rate(client, board, &keys, rate, Moment::EndSent).await;
-    until(board, &keys, Moment::EndSeen).await;
+    until(operator, board, &keys, Moment::EndSeen).await;
     // Times to live and the last events.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let after = operator.requests().await;
@@ -163,7 +163,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
 }
 
 /// Creates jobs and waits until each has its pod.
-async fn create(client: &Client, board: &Arc<Board>, wave: &str, count: usize) -> Vec<String> {
+async fn create(client: &Client, operator: &Operator, board: &Arc<Board>, wave: &str, count: usize) -> Vec<String> {
     let began = Instant::now();
     let jobs = (0..count).map(|number| {
         let (namespace, name) = (NAMESPACES[number % NAMESPACES.len()], format!("{wave}-{number:05}"));
@@ -183,15 +183,16 @@ async fn create(client: &Client, board: &Arc<Board>, wave: &str, count: usize) -
         }
     });
     let keys: Vec<String> = futures::stream::iter(jobs).buffer_unordered(CREATORS).collect().await;
-    until(board, &keys, Moment::PodSeen).await;
+    until(operator, board, &keys, Moment::PodSeen).await;
     println!("{count} jobs have their pods after {:.1?}", began.elapsed());
     keys
 }
 
-/// Waits until all of these have come to that moment.
-async fn until(board: &Board, keys: &[String], moment: Moment) {
+/// Waits until all of these have come to that moment, by the work of this operator.
+async fn until(operator: &Operator, board: &Board, keys: &[String], moment: Moment) {
     let began = Instant::now();
     while board.count(keys, moment) < keys.len() {
+        operator.must_run();
         assert!(began.elapsed() < PATIENCE, "{} of {} came to {moment:?}", board.count(keys, moment), keys.len());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -199,16 +200,16 @@ async fn until(board: &Board, keys: &[String], moment: Moment) {
 
 /// Kills the leader while jobs run, ends their pods, and waits until the other one has told it.
 async fn takeover(client: &Client, board: &Arc<Board>, leader: Operator, standby: &Operator, count: usize) {
-    let keys = create(client, board, "c", count).await;
+    let keys = create(client, &leader, board, "c", count).await;
     pods::at_rate(client, board, &keys, 50.0, Moment::StartSent).await;
-    until(board, &keys, Moment::StartSeen).await;
-    until(board, &keys, Moment::TrainingSeen).await;
+    until(&leader, board, &keys, Moment::StartSeen).await;
+    until(&leader, board, &keys, Moment::TrainingSeen).await;
     let killed = Instant::now();
     leader.kill();
     pods::at_rate(client, board, &keys, 1000.0, Moment::EndSent).await;
     standby.until_leading(PATIENCE).await;
     let leads = killed.elapsed();
-    until(board, &keys, Moment::EndSeen).await;
+    until(standby, board, &keys, Moment::EndSeen).await;
     println!("the leader was killed: another leads after {leads:.1?}, and has told the end of all {count} jobs after {:.1?}", killed.elapsed());
 }
 

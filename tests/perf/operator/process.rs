@@ -1,5 +1,6 @@
 //! An operator as a process of its own, seen from outside: its metrics and its memory.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -9,7 +10,7 @@ use crate::kit::tools::kubeconfig;
 
 /// A running operator; it is killed when dropped.
 pub(crate) struct Operator {
-    child: Child,
+    child: RefCell<Child>,
     metrics: String,
     log: std::path::PathBuf,
 }
@@ -30,13 +31,27 @@ impl Operator {
             .stderr(file)
             .spawn()
             .expect("the operator starts");
-        Self { child, metrics: format!("http://127.0.0.1:{port}/metrics"), log }
+        Self { child: RefCell::new(child), metrics: format!("http://127.0.0.1:{port}/metrics"), log }
     }
 
     /// Ends it at once.
-    pub(crate) fn kill(mut self) {
-        self.child.kill().expect("it runs");
-        self.child.wait().expect("it has ended");
+    pub(crate) fn kill(self) {
+        let mut child = self.child.borrow_mut();
+        child.kill().expect("it runs");
+        child.wait().expect("it has ended");
+    }
+
+    /// Stops the measurement where this operator has ended by itself: nobody would come to what is waited for.
+    pub(crate) fn must_run(&self) {
+        let ended = self.child.borrow_mut().try_wait().expect("a child of this process");
+        if let Some(status) = ended {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            panic!("an operator ended with {status}: {}", log.lines().last().unwrap_or_default());
+        }
+    }
+
+    fn id(&self) -> u32 {
+        self.child.borrow().id()
     }
 
     /// Waits until it leads.
@@ -80,14 +95,14 @@ impl Operator {
 
     /// The most that it ever held, in MiB, by the kernel's word.
     pub(crate) fn peak_memory(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it runs");
         let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")).expect("VmHWM");
         kib.parse::<f64>().expect("a number") / 1024.0
     }
 
     /// Processor time so far, all threads together.
     pub(crate) fn processor_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).expect("it runs");
         // After the name in parentheses: state, parent, ... and as the 12th and 13th the ticks (100 a second) in user and kernel mode.
         let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
         let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
@@ -101,7 +116,8 @@ impl Operator {
 
 impl Drop for Operator {
     fn drop(&mut self) {
-        let _may_have_ended = self.child.kill();
-        let _may_have_ended = self.child.wait();
+        let child = self.child.get_mut();
+        let _may_have_ended = child.kill();
+        let _may_have_ended = child.wait();
     }
 }
