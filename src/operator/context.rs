@@ -53,7 +53,7 @@ struct Memory {
     written: Option<(u64, Box<FineTuneJobStatus>)>,
     /// When that was.
     written_at: Option<Instant>,
-    /// The Job as the API server returned it to our creation, and when.
+    /// What the caches would keep of the Job as the API server returned it to our last write, and when.
     created: Option<(Arc<Job>, Instant)>,
 }
 

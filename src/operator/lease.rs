@@ -413,6 +413,20 @@ mod tests {
         200
     }
 
+    /// Stores what is sent; by the second renewal that arrives another process has taken the Lease.
+    fn stolen_before_the_second_renewal() -> impl FnMut(&mut Lease, Lease) -> u16 + Send + 'static {
+        let mut number = 0;
+        move |stored, sent| {
+            number += 1;
+            if number == 2 {
+                let mut theft = stored.clone();
+                theft.spec.get_or_insert_default().holder_identity = Some("thief".to_owned());
+                store(stored, theft);
+            }
+            store(stored, sent)
+        }
+    }
+
     fn elector(client: Client) -> Elector {
         Elector::new(client, "here", "operator", "me", Intervals::default()).unwrap()
     }
@@ -462,16 +476,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lease_that_another_took_is_lost() {
-        let mut number = 0;
-        let (client, _) = api_server(move |stored, sent| {
-            number += 1;
-            if number == 2 {
-                let mut theft = stored.clone();
-                theft.spec.get_or_insert_default().holder_identity = Some("thief".to_owned());
-                store(stored, theft);
-            }
-            store(stored, sent)
-        });
+        let (client, _) = api_server(stolen_before_the_second_renewal());
         let (elector, mut observed) = (elector(client), Observed::default());
         assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Held(_))));
         assert!(matches!(elector.attempt(&mut observed).await, Ok(Attempt::Others)));
@@ -481,23 +486,11 @@ mod tests {
     async fn an_answer_that_never_comes_leaves_time_for_another_attempt() {
         // In parts of the deadline of 6 s: look and renewal at 0.2 take 0.4 together; the renewal at 0.6 is given up at 1.1, which is 0.9 after the
         // last good one began; the next one, at once, meets another holder.
-        let mut number = 0;
-        let (client, _) = slow_api_server(
-            move |stored, sent| {
-                number += 1;
-                if number == 2 {
-                    let mut theft = stored.clone();
-                    theft.spec.get_or_insert_default().holder_identity = Some("thief".to_owned());
-                    store(stored, theft);
-                }
-                store(stored, sent)
-            },
-            |number| match number {
-                0 | 1 => Duration::from_millis(1200),
-                2 => Duration::from_secs(3600),
-                _ => Duration::ZERO,
-            },
-        );
+        let (client, _) = slow_api_server(stolen_before_the_second_renewal(), |number| match number {
+            0 | 1 => Duration::from_millis(1200),
+            2 => Duration::from_hours(1),
+            _ => Duration::ZERO,
+        });
         let intervals = Intervals { duration: Duration::from_secs(9), renew_deadline: Duration::from_secs(6), retry: Duration::from_millis(1200) };
         let elector = Elector::new(client, "here", "operator", "me", intervals).unwrap();
         let lost = elector.hold(&Leadership::until(Instant::now() + intervals.renew_deadline)).await;
