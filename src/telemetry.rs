@@ -27,5 +27,6 @@ pub fn init(format: LogFormat, default_filter: &str) {
     };
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second subscriber (in tests) is refused; the first one goes on.
-    let _already_started = if json { builder.json().flatten_event(true).finish().try_init() } else { builder.with_target(false).finish().try_init() };
+    let _already_started =
+        if json { builder.json().flatten_event(true).with_span_list(false).finish().try_init() } else { builder.with_target(false).finish().try_init() };
 }

@@ -51,16 +51,16 @@ pub async fn drive(scope: Arc<Scope>, mut requests: mpsc::UnboundedReceiver<Requ
 async fn work(job: JobRef, scope: Arc<Scope>) -> (JobRef, Next) {
     let Some(object) = scope.caches.jobs.get(&job) else {
         // Deleted since it was asked for, or a Job of others.
-        tracing::debug!(%job, "gone");
+        tracing::debug!(namespace = job.namespace, job = job.name, "gone");
         return (job, Next::AwaitChange);
     };
     let next = match reconcile(&object, &scope).await {
         Ok(next) => {
-            tracing::trace!(%job, "reconciled");
+            tracing::trace!(namespace = job.namespace, job = job.name, "reconciled");
             next
         }
         Err(error) => {
-            tracing::warn!(%job, class = error.class(), error = &error as &dyn std::error::Error, "failed to reconcile");
+            tracing::warn!(namespace = job.namespace, job = job.name, class = error.class(), error = &error as &dyn std::error::Error, "failed to reconcile");
             after_error(&object.uid().unwrap_or_default(), &error, &scope)
         }
     };

@@ -48,7 +48,7 @@ impl Events {
         let queue = &self.queues[(hasher.finish() % self.queues.len() as u64) as usize];
         if let Err(refused) = queue.try_send((event, reference.clone())) {
             let (event, reference) = refused.into_inner();
-            tracing::warn!(reason = %event.reason, name = reference.name, "too many events wait to be published; this one is dropped");
+            tracing::warn!(namespace = reference.namespace, job = reference.name, reason = %event.reason, "too many events wait to be published; this one is dropped");
         }
     }
 }
@@ -70,7 +70,12 @@ impl Publishers {
                     published += 1;
                     // An event that is lost is no reason to do anything again.
                     if let Err(error) = ctx.call(Operation::PublishEvent, recorder.publish(&event, &reference)).await {
-                        tracing::warn!(error = &error as &dyn std::error::Error, "failed to publish an event");
+                        tracing::warn!(
+                            namespace = reference.namespace,
+                            job = reference.name,
+                            error = &error as &dyn std::error::Error,
+                            "failed to publish an event"
+                        );
                     }
                 }
             });

@@ -72,7 +72,8 @@ pub fn after_error(uid: &str, error: &Error, scope: &Scope) -> Next {
     }
 }
 
-#[tracing::instrument(skip_all, fields(namespace = job.namespace(), name = job.name_any(), generation = job.metadata.generation))]
+// Not "name": in JSON that is the span's own.
+#[tracing::instrument(skip_all, fields(namespace = job.namespace(), job = job.name_any(), generation = job.metadata.generation))]
 async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> {
     if job.metadata.deletion_timestamp.is_some() {
         // Owner references do the rest.

@@ -49,6 +49,7 @@ async fn the_quickstart_trains_on_the_16_gb_node_and_publishes_what_finetune_run
         .unwrap_or_else(|error| panic!("{error}\n{}", stage.dump()));
     let done = stage.job(JOB).await;
     status_is_complete(&done);
+    operator_logs_name_the_job(&stage);
     let lora = stage.lora("quickstart", OUTPUT).await;
     artifacts_match(&stage, &done).await;
     let expected = local.join().expect("finetune run succeeds");
@@ -119,6 +120,18 @@ async fn operator_serves_metrics(stage: &Stage) {
     assert_eq!(leaders, 1, "{all}");
     assert!(all.contains("finetune_jobs{namespace=\"e2e-quickstart\",phase=\"Running\"} 1"), "{all}");
     assert!(all.contains("finetune_apiserver_requests_total{verb=\"create\",resource=\"jobs\",code=\"201\"}"), "{all}");
+}
+
+/// Each transition is a line of JSON that tells which job it is about.
+fn operator_logs_name_the_job(stage: &Stage) {
+    let selector = format!("app.kubernetes.io/instance={RELEASE}");
+    let logs = kubectl(&["-n", SYSTEM, "logs", "-l", &selector, "--tail=-1"]).unwrap_or_else(|error| panic!("{error}"));
+    let about = |line: &Value| line["span"]["namespace"] == stage.namespace && line["span"]["job"] == JOB;
+    let lines = logs.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let told: Vec<Value> = lines.filter(|line| line["message"] == "job changed" && about(line)).map(|line| line["reason"].clone()).collect();
+    for reason in ["JobCreated", "TrainingSucceeded"] {
+        assert!(told.iter().any(|other| other == reason), "no {reason} among {told:?}: {logs}");
+    }
 }
 
 async fn get(url: &str) -> String {
