@@ -84,7 +84,10 @@ func serveOnce(folder, resource string, count int) error {
 	defer server.Stop()
 	for err = register(folder, resource); err != nil; err = register(folder, resource) {
 		log.Printf("register: %v", err)
-		time.Sleep(time.Second)
+		time.Sleep(500 * time.Millisecond)
+		if _, err := os.Stat(socket); err != nil {
+			return nil
+		}
 	}
 	log.Printf("registered %d of %s", count, resource)
 	for {
