@@ -51,7 +51,7 @@ tools: ## Install the servers that the tests start (into the cache folder)
 	tests/tools/install-servers
 
 .PHONY: check
-check: fmt-check clippy doc generated deny ## Format, lints for each feature set, docs, generated files, licences
+check: fmt-check clippy clippy-alone doc generated deny ## Format, lints for each feature set, docs, generated files, licences
 
 .PHONY: fmt-check
 fmt-check: ## Check the format
@@ -59,9 +59,12 @@ fmt-check: ## Check the format
 
 # The release profile here, too: build scripts and macros are compiled once for lints, documentation, binaries and tests.
 .PHONY: clippy
-clippy: ## Lints, for each feature set
+clippy: ## Lints, with every feature
 	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --lib --bins --benches -- -D warnings
 	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+
+.PHONY: clippy-alone
+clippy-alone: ## Lints of the operator without the trainer, and of the trainer without the operator
 	cargo clippy --release --no-default-features --features operator --lib --bins -- -D warnings
 	cargo clippy --release --no-default-features --features train --lib --bins -- -D warnings
 
