@@ -25,7 +25,8 @@ pub fn init(format: LogFormat, default_filter: &str) {
         LogFormat::Text => false,
         LogFormat::Json => true,
     };
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are for people: none in files.
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     // A second subscriber (in tests) is refused; the first one goes on.
     let _already_started =
         if json { builder.json().flatten_event(true).with_span_list(false).finish().try_init() } else { builder.with_target(false).finish().try_init() };
