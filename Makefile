@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 TOOLS := $(CACHE)/tools
+TARGET := $(or $(CARGO_TARGET_DIR),target)
 export PATH := $(TOOLS)/bin:$(PATH)
 
 .PHONY: help
@@ -44,7 +45,7 @@ bench: ## The training step, alone and beside PyTorch where it is installed (doc
 cuda: ## Build with GPU kernels (fetches NVIDIA's compiler from PyPI into the cache folder; needs no GPU)
 	tools/cuda/toolkit
 	cargo build --release --features cuda
-	cp "$$(ls -t target/release/build/finetune-operator-*/out/kernels.log | head -n 1)" target/release/kernels.log
+	cp "$$(ls -t $(TARGET)/release/build/finetune-operator-*/out/kernels.log | head -n 1)" $(TARGET)/release/kernels.log
 
 .PHONY: tools
 tools: ## Install the servers that the tests start (into the cache folder)
@@ -57,11 +58,13 @@ check: fmt-check clippy clippy-alone doc generated deny ## Format, lints for eac
 fmt-check: ## Check the format
 	cargo fmt --check
 
+CLUSTER_TESTS := --test admission --test controller --test e2e --test faults
+
 # The release profile here, too: build scripts and macros are compiled once for lints, documentation, binaries and tests.
 .PHONY: clippy
 clippy: ## Lints, with every feature
 	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --lib --bins --benches -- -D warnings
-	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests $(CLUSTER_TESTS) -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
 
 .PHONY: clippy-alone
 clippy-alone: ## Lints of the operator without the trainer, and of the trainer without the operator
