@@ -206,16 +206,25 @@ impl Stage {
         }
     }
 
-    /// Waits until the job has the condition `kind`, True; fails at once when it ends the other way.
-    pub(crate) async fn until_true(&self, name: &str, kind: &str, timeout: Duration) -> Value {
-        self.until(&format!("{kind} of {name}"), timeout, || async {
+    /// Waits until the job has the condition `kind`, True; fails at once when it ends the other way. However slow the machine, a job that trains on
+    /// is waited for: `patience` is how long it may stay at its step.
+    pub(crate) async fn until_true(&self, name: &str, kind: &str, patience: Duration) -> Value {
+        let (mut step, mut since) = (Value::Null, Instant::now());
+        loop {
             let job = self.job(name).await;
             for other in ["Complete", "Failed"] {
                 assert!(other == kind || !kit::is_true(&job, other), "{name} became {other} {:?} instead of {kind}\n{}", condition(&job, other), self.dump());
             }
-            kit::is_true(&job, kind).then_some(job)
-        })
-        .await
+            if kit::is_true(&job, kind) {
+                return job;
+            }
+            let now = &job["status"]["progress"]["step"];
+            if *now != step {
+                (step, since) = (now.clone(), Instant::now());
+            }
+            assert!(since.elapsed() < patience, "waited {patience:?} in vain for {kind} of {name}\n{}", self.dump());
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
     }
 
     /// Waits until the job's reported step is at least `step`.

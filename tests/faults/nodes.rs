@@ -135,7 +135,8 @@ async fn a_trainer_that_ends_on_a_lost_node_is_heard_when_the_node_is_back() {
     let _restored = Restored;
     let expected = undisturbed(&stage).await;
     let (pod, _) = lose_the_node(&stage, "alone", STEPS).await;
-    stage.until("the trainer to end by itself", LONG, || async { (!runs_on_node("1", &pod)).then_some(()) }).await;
+    // With a fraction of a processor, and nobody tells how far it is.
+    stage.until("the trainer to end by itself", LONG * 3, || async { (!runs_on_node("1", &pod)).then_some(()) }).await;
     cluster(&["start", "node1-kubelet"]);
     let done = stage.until_true("alone", "Complete", LONG).await;
     assert_eq!(done["status"]["attempts"], json!({"started": 1, "disrupted": 0, "failed": 0}), "{done}");
