@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// One in so many turns belongs to what time asks for, however many changes wait.
-const TURNS: u64 = 4;
+/// One in so many turns belongs to what time asks for, however many changes wait. A job that starts is asked for by some three changes (its pod, its Job,
+/// its own status) and once by its trainer: with one turn in four, that would never wait.
+const TURNS: u64 = 16;
 
 /// What to do with a job after its reconciliation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,14 +68,12 @@ impl<K> Default for WorkQueue<K> {
 }
 
 impl<K: Clone + Eq + Hash> WorkQueue<K> {
-    /// Asks for `key` at `due`. The earliest time that was asked for counts, and the highest urgency; a job that is ready stays where it is in its line.
+    /// Asks for `key` at `due`. The earliest time that was asked for counts, and the highest urgency; a job that is ready stays where it is in its line,
+    /// unless that is the routine's and something has changed.
     pub fn ask(&mut self, key: K, urgency: Urgency, due: Instant, now: Instant) {
         let entry = self.entries.entry(key.clone()).or_default();
-        if let Some((before, _)) = entry.ready {
-            if urgency > before && due <= now {
-                self.ready -= 1;
-                self.make_ready(key, urgency, now);
-            }
+        if entry.ready.is_some() {
+            self.make_ready(key, urgency, now);
             return;
         }
         if let Some((at, ticket, before)) = entry.timer {
@@ -146,14 +145,18 @@ impl<K: Clone + Eq + Hash> WorkQueue<K> {
         }
     }
 
+    /// Puts a job at the end of its line. One that is ready waits once: it changes lines if it is urgent now and was not.
     fn make_ready(&mut self, key: K, urgency: Urgency, since: Instant) {
-        self.tickets += 1;
-        if let Some(entry) = self.entries.get_mut(&key) {
-            entry.ready = Some((urgency, self.tickets));
-            self.ready += 1;
-            let line = if urgency == Urgency::Change { &mut self.changes } else { &mut self.routine };
-            line.push_back((self.tickets, since, key));
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        match entry.ready {
+            Some((before, _)) if before >= urgency => return,
+            Some(_) => {}
+            None => self.ready += 1,
         }
+        self.tickets += 1;
+        entry.ready = Some((urgency, self.tickets));
+        let line = if urgency == Urgency::Change { &mut self.changes } else { &mut self.routine };
+        line.push_back((self.tickets, since, key));
     }
 }
 
@@ -228,11 +231,12 @@ mod tests {
         for key in ["r1", "r2"] {
             bench.ask(key, Routine, 0, 0);
         }
-        for key in ["c1", "c2", "c3", "c4", "c5"] {
+        let changes = ["c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9", "c10", "c11", "c12", "c13", "c14", "c15", "c16", "c17"];
+        for key in changes {
             bench.ask(key, Change, 0, 0);
         }
         let order: Vec<_> = std::iter::from_fn(|| bench.take(0)).collect();
-        assert_eq!(order, ["c1", "c2", "c3", "r1", "c4", "c5", "r2"]);
+        assert_eq!(order, [&changes[..15], &["r1"], &changes[15..], &["r2"]].concat());
     }
 
     #[test]
@@ -242,7 +246,7 @@ mod tests {
         bench.ask("b", Routine, 0, 0);
         bench.queue.expire(bench.at(0));
         assert_eq!(bench.queue.ready(), 2);
-        bench.ask("b", Change, 1, 1);
+        bench.ask("b", Change, 51, 1);
         assert_eq!(bench.queue.ready(), 2, "it waits once");
         assert_eq!([bench.take(1), bench.take(1), bench.take(1)], [Some("b"), Some("a"), None]);
         assert_eq!(bench.queue.ready(), 0);
@@ -278,6 +282,22 @@ mod tests {
         bench.done("a", Next::AwaitChange, 30);
         assert_eq!(bench.take(69), None);
         assert_eq!(bench.take(70), Some("a"), "a request whose time comes after the end of the work");
+    }
+
+    #[test]
+    fn what_is_asked_for_twice_while_a_worker_has_it_waits_once() {
+        let mut bench = Bench::new();
+        bench.ask("a", Routine, 0, 0);
+        assert_eq!(bench.take(0), Some("a"));
+        bench.ask("a", Routine, 5, 1);
+        assert_eq!(bench.take(10), None);
+        bench.ask("a", Change, 70, 20);
+        bench.done("a", Next::AwaitChange, 30);
+        bench.ask("b", Change, 60, 30);
+        bench.queue.expire(bench.at(70));
+        assert_eq!(bench.queue.ready(), 2);
+        assert_eq!([bench.take(70), bench.take(70), bench.take(70)], [Some("b"), Some("a"), None], "the change counts, and its time");
+        assert_eq!(bench.queue.ready(), 0);
     }
 
     #[test]

@@ -177,9 +177,8 @@ async fn control(
     readiness.set_leading();
     let reporter = Reporter { controller: "finetune-operator".to_owned(), instance: options.instance.clone() };
     let ctx = Arc::new(Context::new(client.clone(), options.settings.clone(), Arc::clone(metrics), leadership.clone(), options.faults.clone()));
-    let (events, publishers) = Events::new();
-    let recording = client.clone();
-    let mut publishing = publishers.start(move || Recorder::new(recording.clone(), reporter.clone()), &ctx);
+    let (events, publisher) = Events::new();
+    let publishing = publisher.run(|| Recorder::new(client.clone(), reporter.clone()), &ctx);
     let poller = http_client().map_err(RunError::Http)?;
     let permits = Arc::new(Semaphore::new(usize::from(options.concurrency.max(1))));
     let namespaces: Vec<Option<&str>> =
@@ -217,13 +216,10 @@ async fn control(
     drop(events);
     let ending = shutdown.clone();
     let controllers = scopes.into_iter().map(|(scope, received)| drive(scope, received, options.concurrency, ending.clone()));
-    let all = async {
-        futures::future::join_all(controllers).await;
-        // With the scopes the queues' other ends are gone: the publishers end when they have published what waits.
-        while publishing.join_next().await.is_some() {}
-    };
+    // With the scopes the queue's other ends are gone: the publisher ends when it has published what waits.
+    let all = futures::future::join(futures::future::join_all(controllers), publishing);
     tokio::select! {
-        () = all => Ok(()),
+        _ended = all => Ok(()),
         () = async { shutdown.await; tokio::time::sleep(SHUTDOWN).await } => {
             tracing::warn!("reconciliations or events did not end in time");
             Ok(())

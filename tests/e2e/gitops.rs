@@ -1,7 +1,6 @@
 //! GitOps: Helm judges a FineTuneJob by kstatus, and re-applied manifests change nothing.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -61,12 +60,11 @@ async fn helm_waits_for_the_operator_and_fails_with_the_job() {
     applying_again_changes_nothing(&stage, &job).await;
     kit::delete(&stage.client, "FineTuneJob", stage.namespace, "training").await;
 
-    // A job that cannot be carried out is an error, at once.
+    // A job that cannot be carried out is an error, and is told as one before the time is over.
     let job = micro(stage.namespace, "tight", 20, &json!({"scheduling": {"gpu": {"minMemoryMiB": 1000}}}));
-    let began = Instant::now();
     let said = deploy(&stage, "tight", &job, "90s").expect_err("an invalid job fails --wait");
     assert!(kit::condition(&stage.job("tight").await, "Stalled").is_some_and(|(status, reason, _)| status == "True" && reason == "GPUTooSmall"), "{said}");
-    assert!(began.elapsed() < Duration::from_mins(1), "that is known at once: {said}");
+    assert!(said.contains("status: Failed, message: spec.training"), "{said}");
 
     // The job fails after the deployment: the next --wait tells.
     let broken = json!({"dataset": {"uri": "s3://micro/no-such-dataset/"}});

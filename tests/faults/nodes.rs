@@ -14,7 +14,7 @@ use crate::kit::tools::{self, cluster, kubectl, repository};
 use crate::stage::{BUCKET, LONG, SHORT, Stage, stage};
 
 /// Enough for the old trainer to run while its successor starts.
-const STEPS_ELSEWHERE: u64 = 15_000;
+const STEPS_ELSEWHERE: u64 = 6_000;
 
 /// Puts the nodes back as they were, however the test ends.
 struct Restored;

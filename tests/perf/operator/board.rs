@@ -68,6 +68,16 @@ impl Board {
         keys.iter().filter_map(|key| progress.get(key)).map(|(_, writes)| writes).sum()
     }
 
+    /// All moments as lines of job, moment and time, to be laid beside the operator's log.
+    pub(crate) fn lines(&self) -> String {
+        let now = jiff::Timestamp::now();
+        let at = |moment: &Instant| now - jiff::SignedDuration::try_from(moment.elapsed()).expect("a short time");
+        let mut lines: Vec<String> =
+            self.moments.lock().expect("no panic").iter().map(|((key, moment), when)| format!("{key}\t{moment:?}\t{}\n", at(when))).collect();
+        lines.sort_unstable();
+        lines.concat()
+    }
+
     /// Name of the job's pod.
     pub(crate) fn pod(&self, key: &str) -> String {
         self.pods.lock().expect("no panic")[key].clone()

@@ -66,6 +66,10 @@ struct Args {
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     operator: Vec<String>,
 
+    /// A file for every moment of every job, with its time.
+    #[arg(long, value_name = "FILE")]
+    moments: Option<std::path::PathBuf>,
+
     /// What cargo gives to every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
@@ -115,6 +119,9 @@ async fn main() -> ExitCode {
     println!("requests that the API server refused: {refused:?}");
 
     takeover(&client, &board, first, &second, args.orphans).await;
+    if let Some(file) = &args.moments {
+        std::fs::write(file, board.lines()).expect("the file of --moments can be written");
+    }
     if met { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
