@@ -215,7 +215,7 @@ impl Elector {
         }
     }
 
-    /// Gives the Lease up, so that another process need not wait for it to expire.
+    /// Gives the Lease up, so that another process need not wait for it to expire. It may take as long as a renewal, as in client-go.
     pub async fn release(&self) {
         let released = async {
             let Some(mut lease) = self.api.get_opt(&self.name).await? else { return Ok(()) };
@@ -227,7 +227,7 @@ impl Elector {
             }
             Ok::<_, kube::Error>(())
         };
-        match tokio::time::timeout(self.intervals.retry, released).await {
+        match tokio::time::timeout(self.intervals.renew_deadline, released).await {
             Ok(Ok(())) => tracing::info!(lease = %self.name, "released the leader lease"),
             Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to release the leader lease"),
             Err(_elapsed) => tracing::warn!("failed to release the leader lease in time"),
