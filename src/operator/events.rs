@@ -1,7 +1,5 @@
 //! Events of the API, published beside the reconciliations: a slow answer to one holds up nobody's status.
 
-use std::sync::Arc;
-
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, Recorder};
 use tokio::sync::mpsc;
@@ -48,7 +46,7 @@ impl Events {
 
 impl Publisher {
     /// Publishes by recorders that `new_recorder` makes, until every [`Events`] is gone and the queue empty.
-    pub async fn run(mut self, new_recorder: impl Fn() -> Recorder, ctx: &Arc<Context>) {
+    pub async fn run(mut self, new_recorder: impl Fn() -> Recorder, ctx: &Context) {
         let mut recorder = new_recorder();
         let mut published = 0;
         while let Some((event, reference)) = self.queue.recv().await {
@@ -67,7 +65,7 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     use axum::http::{Method, Request, Response};
     use kube::Client;
@@ -108,7 +106,7 @@ mod tests {
             }),
             "default",
         );
-        let ctx = Arc::new(Context::new(client.clone(), settings(), Arc::default(), Leadership::without_election(), FaultHook::default()));
+        let ctx = Context::new(client.clone(), settings(), Arc::default(), Leadership::without_election(), FaultHook::default());
         let (events, publisher) = Events::new();
         // Each about another object in the recorder's eyes.
         let publish = |number: usize| events.publish(event(""), &ObjectReference { name: Some(number.to_string()), ..reference("a") });
