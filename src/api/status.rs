@@ -58,7 +58,7 @@ pub struct FineTuneJobStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub artifacts: Vec<ArtifactStatus>,
-    /// Why the last attempt failed.
+    /// Why the last attempt failed, or why none is made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureStatus>,
     /// The state in detail.

@@ -1,6 +1,6 @@
 //! The controller: reconciles FineTuneJobs into GPU pods.
 //!
-//! One reconciliation is a row of steps, one file each; only `dereference`, `apply` and the writing of the status know a client:
+//! One reconciliation is a row of steps, one file each; only `dereference`, `apply` and `write` know a client:
 //!
 //! | step | file | |
 //! |---|---|---|
@@ -10,6 +10,7 @@
 //! | build | [`build`] | ConfigMap and Job |
 //! | apply | [`apply`] | carries out the intent |
 //! | status | [`status`], [`conditions`], [`transitions`] | the new status; events and metrics of its change |
+//! | write | [`write`] | writes it where it differs |
 //!
 //! `docs/operator.md` tells what it guarantees.
 
@@ -46,3 +47,4 @@ pub mod transitions;
 mod traps;
 pub mod validate;
 pub mod world;
+pub mod write;

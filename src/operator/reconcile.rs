@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kube::api::{Api, Patch, PatchParams};
-use kube::{Resource as _, ResourceExt as _};
-use serde_json::json;
+use kube::ResourceExt as _;
 use tokio::time::Instant;
 
 use super::apply::{self, Applied};
@@ -16,15 +14,15 @@ use super::conditions;
 use super::context::{BELIEF_ENDS, Context};
 use super::decide::{self, Intent, Wait};
 use super::dereference::dereference;
-use super::error::{Error, Operation, Retry};
+use super::error::{Error, Retry};
 use super::events::Events;
 use super::progress::Poller;
 use super::queue::Next;
 use super::status::{self, Inputs, Outcome};
-use super::transitions::{self, Measure};
 use super::validate::validate;
 use super::world::{self, World};
-use crate::api::{API_VERSION, FIELD_MANAGER, FineTuneJob, FineTuneJobStatus, JobCreatedReason, KIND, TtlScope};
+use super::write;
+use crate::api::{FineTuneJob, FineTuneJobStatus, JobCreatedReason, TtlScope};
 
 /// Pause before another look at caches that were behind, and at a Job that is in the way.
 const SOON: Duration = Duration::from_secs(2);
@@ -101,7 +99,7 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> 
     };
     let inputs = Inputs { job, before: &before, validated: validated.as_ref(), world: &world, attempts: &attempts, intent: &intent, outcome: &outcome, now };
     let after = status::status(&inputs);
-    let wait = write(job, &before, &after, &attempts, now, scope).await?;
+    let wait = write::write(job, &before, &after, &attempts, now, scope).await?;
     if let Some(error) = failed {
         return Err(error);
     }
@@ -113,55 +111,6 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> 
 fn now() -> Timestamp {
     let now = Timestamp::now();
     Timestamp::from_second(now.as_second()).unwrap_or(now)
-}
-
-/// Writes the status where it differs: at once if it tells a step of the job's life, else when the interval is over. Returns how long to wait for that.
-async fn write(
-    job: &FineTuneJob,
-    before: &FineTuneJobStatus,
-    after: &FineTuneJobStatus,
-    attempts: &Attempts,
-    now: Timestamp,
-    scope: &Scope,
-) -> Result<Option<Duration>, Error> {
-    let ctx = &scope.ctx;
-    if before == after {
-        return Ok(None);
-    }
-    let uid = job.uid().unwrap_or_default();
-    let interval = ctx.settings.progress_interval;
-    if !status::lifecycle_differs(before, after)
-        && let Some(left) = ctx.since_write(&uid).and_then(|since| interval.checked_sub(since)).filter(|left| !left.is_zero())
-    {
-        return Ok(Some(left));
-    }
-    let jobs: Api<FineTuneJob> = Api::namespaced(ctx.client.clone(), job.metadata.namespace.as_deref().unwrap_or_default());
-    let name = job.name_any();
-    // The UID makes the API server refuse a successor of the same name. The whole of the status is sent each time: what is left out is removed.
-    let patch = json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": { "name": name, "uid": uid }, "status": after });
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    let written = match ctx.call(Operation::WriteStatus, jobs.patch_status(&name, &params, &Patch::Apply(&patch))).await {
-        Ok(written) => written,
-        // Deleted meanwhile, or another of that name.
-        Err(error) if error.is_not_found() || error.is_conflict() => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    ctx.metrics.status_patched();
-    ctx.remember_status(&written);
-    for measure in transitions::measures(before, after, &attempts.ended_now, job.creation_timestamp().map(|time| time.0), now) {
-        match measure {
-            Measure::Ended { result, reason, duration } => ctx.metrics.job_ended(result, &reason, duration),
-            Measure::Admitted(waited) => ctx.metrics.job_admitted(waited),
-            Measure::Started(waited) => ctx.metrics.job_started(waited),
-            Measure::Restarted(cause) => ctx.metrics.job_restarted(cause),
-        }
-    }
-    let reference = job.object_ref(&());
-    for event in transitions::events(before, after, &attempts.ended_now) {
-        tracing::info!(reason = %event.reason, note = event.note.as_deref().unwrap_or_default(), "job changed");
-        scope.events.publish(event, &reference);
-    }
-    Ok(None)
 }
 
 /// What is to be done for a job that has ended, once that is saved.

@@ -82,7 +82,7 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     }
     after.queue = queue(job, before, world);
     progress::report(&mut after, world, attempts, now);
-    end::last_failure(&mut after, world, attempts);
+    end::last_failure(&mut after, inputs);
 
     let mut list = Builder::new(&before.conditions, job.metadata.generation, now);
     validated_condition(&mut list, inputs);

@@ -360,8 +360,13 @@ fn a_job_that_fits_no_gpu_of_its_class_gets_no_pod_and_the_numbers() {
     assert_eq!(told(&after, C::Stalled), Some(("True", "GPUTooSmall")));
     let message = &super::conditions::find(&after.conditions, C::Validated).unwrap().message;
     assert!(message.contains("GiB and the budget is 3.91 GiB"), "{message}");
+    let failure = after.failure.as_ref().unwrap();
+    assert_eq!((failure.reason, &failure.message, failure.attempt), (Reason::GPUTooSmall, message, None), "'kubectl get' shows it");
+    let (_, mended) = step(&spec(json!({"minMemoryMiB": 15000})), &after, &World::default(), at(2));
+    assert_eq!((told(&mended, C::Validated), mended.failure.as_ref()), (Some(("True", "SpecAccepted")), None), "as with other settings of the operator");
     let (intent, after) = step(&spec(json!({"minMemoryMiB": 20_000})), &FineTuneJobStatus::default(), &World::default(), at(1));
     assert_eq!((intent, told(&after, C::Validated)), (Intent::Rest, Some(("False", "InvalidSpec"))), "more than the most");
+    assert_eq!(after.failure.map(|failure| failure.reason), Some(Reason::InvalidConfig));
 }
 
 #[test]

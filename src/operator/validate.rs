@@ -6,7 +6,7 @@ use kube::ResourceExt as _;
 
 use super::build::paths;
 use super::settings::Settings;
-use crate::api::{self, FineTuneJob, FineTuneJobSpec, StorageSpec, ValidatedReason};
+use crate::api::{self, FineTuneJob, FineTuneJobSpec, Reason, StorageSpec, ValidatedReason};
 use crate::digest;
 use crate::plan::{self, DeviceRequest, Facts, PlanError};
 
@@ -55,6 +55,14 @@ impl ValidateError {
         match self {
             Self::Plan(PlanError::TooSmall(_)) => ValidatedReason::GPUTooSmall,
             Self::Plan(PlanError::Invalid(_) | PlanError::Identity(_)) | Self::NoIdentity(_) | Self::Json(_) => ValidatedReason::InvalidSpec,
+        }
+    }
+
+    /// What it means for `status.failure`: what a trainer with this spec would say.
+    pub fn cause(&self) -> Reason {
+        match self.reason() {
+            ValidatedReason::GPUTooSmall => Reason::GPUTooSmall,
+            _ => Reason::InvalidConfig,
         }
     }
 }

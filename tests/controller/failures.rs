@@ -112,6 +112,7 @@ async fn a_gpu_that_is_too_small_is_told_before_any_pod_is_made() {
     let (_, _, message) = kit::condition(&refused, "Validated").expect("Validated");
     assert!(message.contains("GiB and the budget is 3.91 GiB"), "{message}");
     assert_eq!(refused["status"]["phase"], "Failed");
+    assert_eq!(refused["status"]["failure"]["reason"], "GPUTooSmall", "shown by kubectl get");
     assert!(kit::is_true(&refused, "Stalled"), "kstatus must see it");
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert!(stage.job("tight").await.is_none() && stage.live_pods("tight").await.is_empty());

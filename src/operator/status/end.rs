@@ -129,8 +129,17 @@ fn operator_failure(reason: Reason, message: &str, last: Option<FailureStatus>) 
     }
 }
 
-/// Notes why the newest attempt failed, and, from the last words of the pods, what they had reached.
-pub(super) fn last_failure(after: &mut FineTuneJobStatus, world: &World, attempts: &Attempts) {
+/// Notes why the newest attempt failed, or why there is none.
+pub(super) fn last_failure(after: &mut FineTuneJobStatus, inputs: &Inputs<'_>) {
+    let Inputs { world, attempts, .. } = *inputs;
+    let tried = after.failure.as_ref().is_some_and(|failure| failure.attempt.is_some());
+    match inputs.validated {
+        _ if tried => {}
+        // Not the end: another operator, or other settings of this one, may judge otherwise.
+        Err(error) if world.job.is_none() => after.failure = Some(operator_failure(error.cause(), &error.to_string(), None)),
+        Err(_) => {}
+        Ok(_) => after.failure = None,
+    }
     let Some((attempt, number)) = attempts.last_failure() else { return };
     let Some(pod) = pod_of(world, &attempt.pod_uid) else { return };
     after.failure = Some(FailureStatus {

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use finetune::api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_SUFFIX};
 use finetune::operator::status::lifecycle_differs;
 use futures::StreamExt as _;
+use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -23,7 +24,9 @@ pub(crate) enum Moment {
     StartSent,
     /// A watch has told that the pod runs: what lies before is the API server's, what follows the operator's, and the API server's again.
     RunSeen,
-    /// The FineTuneJob counts the attempt.
+    /// The API server has answered the operator's write of the status that counts the attempt: the operator's log tells when.
+    StartWritten,
+    /// A watch tells that the FineTuneJob counts the attempt.
     StartSeen,
     /// The FineTuneJob tells that it trains: its trainer was asked.
     TrainingSeen,
@@ -38,7 +41,7 @@ pub(crate) enum Moment {
 /// Moments by job (`namespace/name`).
 #[derive(Debug, Default)]
 pub(crate) struct Board {
-    moments: Mutex<HashMap<(String, Moment), Instant>>,
+    moments: Mutex<HashMap<(String, Moment), Timestamp>>,
     pods: Mutex<HashMap<String, String>>,
     /// The last status of each job, and how many writes changed nothing of its life: progress.
     progress: Mutex<HashMap<String, (FineTuneJobStatus, usize)>>,
@@ -47,7 +50,12 @@ pub(crate) struct Board {
 impl Board {
     /// Notes the first time that a job came to a moment.
     pub(crate) fn note(&self, key: &str, moment: Moment) {
-        self.moments.lock().expect("no panic").entry((key.to_owned(), moment)).or_insert_with(Instant::now);
+        self.note_at(key, moment, Timestamp::now());
+    }
+
+    /// Notes when a job came to a moment, unless that is known.
+    pub(crate) fn note_at(&self, key: &str, moment: Moment, time: Timestamp) {
+        self.moments.lock().expect("no panic").entry((key.to_owned(), moment)).or_insert(time);
     }
 
     /// How many of these have come to a moment.
@@ -59,7 +67,8 @@ impl Board {
     /// From one moment to another, for each of these.
     pub(crate) fn spans(&self, keys: &[String], from: Moment, to: Moment) -> Vec<Duration> {
         let moments = self.moments.lock().expect("no panic");
-        keys.iter().map(|key| moments[&(key.clone(), to)].saturating_duration_since(moments[&(key.clone(), from)])).collect()
+        let at = |key: &String, moment| moments.get(&(key.clone(), moment)).unwrap_or_else(|| panic!("{key} never came to {moment:?}"));
+        keys.iter().map(|key| Duration::try_from(at(key, to).duration_since(*at(key, from))).unwrap_or_default()).collect()
     }
 
     /// Status writes of these that told progress alone.
@@ -70,10 +79,8 @@ impl Board {
 
     /// All moments as lines of job, moment and time, to be laid beside the operator's log.
     pub(crate) fn lines(&self) -> String {
-        let now = jiff::Timestamp::now();
-        let at = |moment: &Instant| now - jiff::SignedDuration::try_from(moment.elapsed()).expect("a short time");
-        let mut lines: Vec<String> =
-            self.moments.lock().expect("no panic").iter().map(|((key, moment), when)| format!("{key}\t{moment:?}\t{}\n", at(when))).collect();
+        let moments = self.moments.lock().expect("no panic");
+        let mut lines: Vec<String> = moments.iter().map(|((key, moment), when)| format!("{key}\t{moment:?}\t{when}\n")).collect();
         lines.sort_unstable();
         lines.concat()
     }

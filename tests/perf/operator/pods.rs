@@ -15,6 +15,10 @@ use crate::board::{Board, Moment};
 /// Address of every pod.
 const ADDRESS: &str = "127.0.0.1";
 
+/// How often a write is tried, and the pause between.
+const RETRIES: usize = 5;
+const RETRY: Duration = Duration::from_millis(50);
+
 /// Writes to each job's pod that it runs (`StartSent`) or has succeeded (`EndSent`), `rate` of them a second.
 pub(crate) async fn at_rate(client: &Client, board: &Arc<Board>, keys: &[String], rate: f64, moment: Moment) {
     let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / rate));
@@ -27,7 +31,14 @@ pub(crate) async fn at_rate(client: &Client, board: &Arc<Board>, keys: &[String]
             let pods: Api<Pod> = Api::namespaced(client, namespace);
             let status = if moment == Moment::StartSent { running() } else { succeeded() };
             board.note(&key, moment);
-            pods.patch_status(&board.pod(&key), &PatchParams::default(), &Patch::Merge(&status)).await.expect("the API server takes the status");
+            let pod = board.pod(&key);
+            // Only answers count: a connection may be closed while a request is on its way.
+            for left in (0..RETRIES).rev() {
+                match pods.patch_status(&pod, &PatchParams::default(), &Patch::Merge(&status)).await {
+                    Err(kube::Error::HyperError(_) | kube::Error::Service(_)) if left > 0 => tokio::time::sleep(RETRY).await,
+                    written => return drop(written.expect("the API server takes the status")),
+                }
+            }
         });
     }
     while let Some(written) = writes.join_next().await {

@@ -6,6 +6,9 @@ use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
+use serde_json::Value;
+
 use crate::kit::tools::kubeconfig;
 
 /// A running operator; it is killed when dropped.
@@ -26,6 +29,7 @@ impl Operator {
             .arg(format!("--address=127.0.0.1:{port}"))
             .args(further)
             .env("KUBECONFIG", kubeconfig())
+            .env("RUST_LOG", "info,finetune::operator::write=debug")
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a file"))
             .stderr(file)
@@ -84,6 +88,18 @@ impl Operator {
             }
         }
         counts
+    }
+
+    /// Each job (`namespace/name`) of which a status with an attempt is written, and when the API server had answered, by the log.
+    pub(crate) fn first_starts_written(&self) -> Vec<(String, Timestamp)> {
+        let log = std::fs::read_to_string(&self.log).expect("the log");
+        let line = |line: &str| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            let tells = line["message"] == "status written" && line["started"].as_u64()? > 0;
+            let key = format!("{}/{}", line["span"]["namespace"].as_str()?, line["span"]["job"].as_str()?);
+            Some((key, line["timestamp"].as_str()?.parse().ok()?)).filter(|_| tells)
+        };
+        log.lines().filter_map(line).collect()
     }
 
     /// Resident memory in MiB, by its own metric.
