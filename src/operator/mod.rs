@@ -10,7 +10,7 @@
 //! | build | [`build`] | ConfigMap and Job |
 //! | apply | [`apply`] | carries out the intent |
 //! | status | [`status`], [`conditions`], [`transitions`] | the new status; events and metrics of its change |
-//! | write | [`write`] | writes it where it differs |
+//! | write | [`write`](mod@write) | writes it where it differs |
 //!
 //! `docs/operator.md` tells what it guarantees.
 
