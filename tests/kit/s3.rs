@@ -75,8 +75,8 @@ impl S3 {
             port("s3.port.grpc", 7),
         ];
         let log = std::fs::File::options().create(true).append(true).open(self.folder.path().join("weed.log")).expect("a log file");
-        // The shell waits for its standard input to close, which happens when this process ends, and then ends the server.
-        let guard = r#""$@" </dev/null & server=$!; read -r _; kill -9 $server"#;
+        // The shell waits for its standard input to close, which happens when this process ends, and then ends the server; also where both are asked to end.
+        let guard = r#""$@" </dev/null & server=$!; trap "" TERM; read -r _; kill -9 $server"#;
         let server = Command::new("sh")
             .args(["-c", guard, "weed"])
             .arg(weed())
