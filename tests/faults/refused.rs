@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::jobs::micro;
 use crate::kit::{self, condition};
-use crate::stage::{LONG, SHORT, stage};
+use crate::stage::{BUCKET, LONG, SHORT, stage};
 
 #[tokio::test]
 #[ignore = "needs a cluster: make cluster-up"]
@@ -66,7 +66,16 @@ async fn a_job_that_no_node_fits_says_so_and_ends_at_its_deadline() {
 #[ignore = "needs a cluster: make cluster-up"]
 async fn an_oom_killed_trainer_is_told_apart_from_a_crash() {
     let stage = stage("e2e-faults").await;
-    let small = json!({"resources": {"requests": {"memory": "8Mi"}, "limits": {"memory": "12Mi"}}, "failurePolicy": {"maxRetries": 0}});
+    // A file of a few hundred kilobytes, 75 MB in memory.
+    let dataset = tempfile::tempdir().expect("a folder");
+    image::RgbImage::from_pixel(5000, 5000, image::Rgb([200, 30, 30])).save(dataset.path().join("large.png")).expect("a picture");
+    std::fs::write(dataset.path().join("metadata.jsonl"), "{\"file_name\": \"large.png\", \"caption\": \"a red wall\"}\n").expect("its caption");
+    stage.site.s3.lock().await.upload(BUCKET, dataset.path(), "large/").await;
+    let small = json!({
+        "dataset": {"uri": format!("s3://{BUCKET}/large/")},
+        "resources": {"requests": {"memory": "16Mi"}, "limits": {"memory": "32Mi"}},
+        "failurePolicy": {"maxRetries": 0},
+    });
     stage.submit(&micro(stage.namespace, "small", 20, &small)).await;
     let failed = stage.until_true("small", "Failed", LONG).await;
     let (_, reason, message) = condition(&failed, "Failed").expect("Failed");
