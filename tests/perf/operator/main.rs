@@ -152,8 +152,7 @@ async fn wave(client: &Client, board: &Arc<Board>, operator: &Operator, name: &s
     until(operator, board, &keys, Moment::TrainingSeen).await;
     pods::at_rate(client, board, &keys, rate, Moment::EndSent).await;
     until(operator, board, &keys, Moment::EndSeen).await;
-    // Times to live and the last events.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    at_rest(operator).await;
     for (key, written) in operator.first_starts_written() {
         board.note_at(&key, Moment::StartWritten, written);
     }
@@ -212,6 +211,23 @@ async fn until(operator: &Operator, board: &Board, keys: &[String], moment: Mome
         if now > came {
             (came, since) = (now, Instant::now());
         }
+    }
+}
+
+/// Waits for the times to live and the last events: those are published one at a time, later than what they tell.
+async fn at_rest(operator: &Operator) {
+    let began = Instant::now();
+    let mut before = operator.requests().await;
+    loop {
+        assert!(began.elapsed() < PATIENCE, "the operator does not come to rest");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let mut now = operator.requests().await;
+        // The Lease is renewed for ever.
+        now.retain(|what, _| !what.ends_with(" leases"));
+        if now == before {
+            return;
+        }
+        before = now;
     }
 }
 
