@@ -1,12 +1,13 @@
 //! Retries and cleaning up.
 
+use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::defaults::{default_is_empty_object, default_values};
 
 /// How many failures a job may have.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FailurePolicy {
     /// Failures after which the job fails. Disruptions (drain, preemption, lost node) are never counted.
@@ -16,6 +17,7 @@ pub struct FailurePolicy {
     /// Restarts within an hour, of whatever cause, after which the job fails with `RestartStorm`.
     #[serde(default = "max_restarts_per_hour")]
     #[schemars(range(min = 1, max = 1000))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("failurePolicy.maxRestartsPerHour is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub max_restarts_per_hour: u32,
 }
 

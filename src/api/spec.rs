@@ -45,25 +45,12 @@ use super::{
 #[x_kube(validation = Rule::new("!has(self.checkpoint.uri) || (!self.checkpoint.uri.startsWith(self.dataset.uri) && !self.dataset.uri.startsWith(self.checkpoint.uri))")
     .message("checkpoint.uri and dataset.uri must not contain each other"))]
 #[x_kube(validation = Rule::new("!has(self.workloadPriorityClassName) || has(self.queueName)").message("workloadPriorityClassName needs queueName"))]
-#[x_kube(validation = Rule::new("self.model == oldSelf.model").message("model is immutable: create a job with a new name").field_path(".model").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.dataset == oldSelf.dataset").message("dataset is immutable: create a job with a new name").field_path(".dataset").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.training == oldSelf.training").message("training is immutable: create a job with a new name").field_path(".training").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("has(self.validation) == has(oldSelf.validation) && (!has(self.validation) || self.validation == oldSelf.validation)").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.checkpoint == oldSelf.checkpoint").message("checkpoint is immutable: create a job with a new name").field_path(".checkpoint").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.resume == oldSelf.resume").message("resume is immutable: create a job with a new name").field_path(".resume").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.output == oldSelf.output").message("output is immutable: create a job with a new name").field_path(".output").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("has(self.storage) == has(oldSelf.storage) && (!has(self.storage) || self.storage == oldSelf.storage)").message("storage is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.serviceAccountName == oldSelf.serviceAccountName").message("serviceAccountName is immutable: create a job with a new name").field_path(".serviceAccountName").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.resources == oldSelf.resources").message("resources is immutable: create a job with a new name").field_path(".resources").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.podTemplate == oldSelf.podTemplate").message("podTemplate is immutable: create a job with a new name").field_path(".podTemplate").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.image == oldSelf.image").message("image is immutable: create a job with a new name").field_path(".image").reason(Reason::FieldValueForbidden))]
+#[x_kube(validation = Rule::new("has(self.validation) == has(oldSelf.validation)").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+#[x_kube(validation = Rule::new("has(self.storage) == has(oldSelf.storage)").message("storage is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || self.scheduling == oldSelf.scheduling").message("scheduling can only be changed while the job is suspended").field_path(".scheduling").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || (has(self.queueName) == has(oldSelf.queueName) && (!has(self.queueName) || self.queueName == oldSelf.queueName))").message("queueName can only be changed while the job is suspended").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || (has(self.workloadPriorityClassName) == has(oldSelf.workloadPriorityClassName) && (!has(self.workloadPriorityClassName) || self.workloadPriorityClassName == oldSelf.workloadPriorityClassName))").message("workloadPriorityClassName can only be changed while the job is suspended").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.failurePolicy.maxRestartsPerHour == oldSelf.failurePolicy.maxRestartsPerHour").message("failurePolicy.maxRestartsPerHour is immutable: create a job with a new name").field_path(".failurePolicy.maxRestartsPerHour").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds can be changed, but not added or removed").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.startDeadlineSeconds == oldSelf.startDeadlineSeconds").message("startDeadlineSeconds is immutable: create a job with a new name").field_path(".startDeadlineSeconds").reason(Reason::FieldValueForbidden))]
-#[x_kube(validation = Rule::new("self.ttlScope == oldSelf.ttlScope").message("ttlScope is immutable: create a job with a new name").field_path(".ttlScope").reason(Reason::FieldValueForbidden))]
 pub struct FineTuneJobSpec {
     /// Saves a checkpoint and gives the GPU back; false continues.
     #[serde(default)]
@@ -77,42 +64,54 @@ pub struct FineTuneJobSpec {
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
     pub workload_priority_class_name: Option<String>,
     /// The base model.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("model is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub model: ModelSpec,
     /// The training pictures and their captions.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("dataset is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub dataset: DatasetSpec,
     /// How the LoRA is trained.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("training is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub training: TrainingSpec,
     /// Sample pictures during training.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub validation: Option<ValidationSpec>,
     /// When to save checkpoints.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("checkpoint is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub checkpoint: CheckpointSpec,
     /// How to continue from checkpoints.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("resume is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub resume: ResumeSpec,
     /// Where the LoRA goes.
+    #[x_kube(validation = Rule::new("self == oldSelf").message("output is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub output: OutputSpec,
     /// How trainer pods reach the buckets; the operator's defaults where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("storage is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub storage: Option<StorageSpec>,
     /// Service account of the trainer pod, for workload identity. Its token is never mounted.
     #[serde(default = "service_account_name")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("serviceAccountName is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub service_account_name: String,
     /// CPU, memory and disk of the trainer pod.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("resources is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub resources: ResourcesSpec,
     /// Where the trainer pod runs.
     #[serde(default)]
     pub scheduling: SchedulingSpec,
     /// What may be added to the trainer pod.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("podTemplate is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub pod_template: PodTemplate,
     /// Trainer image; the operator's default where empty. It is frozen in status at the first start.
     #[serde(default)]
     #[schemars(length(max = 512), regex(pattern = r"^([A-Za-z0-9][-A-Za-z0-9._/:@]*)?$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("image is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub image: String,
     /// How many failures the job may have.
     #[serde(default)]
@@ -124,6 +123,7 @@ pub struct FineTuneJobSpec {
     /// Seconds that the job may wait for its first start; afterwards it fails with `StartDeadlineExceeded`. 0 waits for ever.
     #[serde(default)]
     #[schemars(range(min = 0, max = 31_536_000))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("startDeadlineSeconds is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub start_deadline_seconds: i64,
     /// Seconds after which a finished job is cleaned up, as `ttlScope` says.
     #[serde(default = "ttl_seconds_after_finished")]
@@ -131,6 +131,7 @@ pub struct FineTuneJobSpec {
     pub ttl_seconds_after_finished: i32,
     /// What `ttlSecondsAfterFinished` deletes.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("ttlScope is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
     pub ttl_scope: TtlScope,
 }
 

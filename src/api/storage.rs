@@ -9,7 +9,7 @@ use super::defaults::default_values;
 /// What an object-store URI may look like. User names, queries and fragments are refused: they carry passwords and signatures.
 pub(super) const URI_RULE: &str = r"self.matches('^(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,221}(/[^@?#\\\\\\x00-\\x1f\\x7f]*)?$') && !self.matches('/[.][.]?(/|$)')";
 /// Its message.
-pub(super) const URI_MESSAGE: &str = "must be s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH without user, query, fragment or \"..\"";
+pub(super) const URI_MESSAGE: &str = "must be s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH without user, query, fragment or \"..\", the bucket of 2 to 222 lower-case letters, digits, \".\", \"_\" and \"-\"";
 
 /// How trainer pods reach the buckets. What is absent comes from the operator's defaults.
 #[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
