@@ -353,6 +353,15 @@ fn what_keeps_a_pod_from_running_is_told() {
 }
 
 #[test]
+fn a_pod_of_which_nothing_is_known_yet_changes_nothing() {
+    let (_, created) = step(&job(|_| {}), &FineTuneJobStatus::default(), &world(Some(child("j1", |_| {})), vec![]), at(1));
+    let mut pod = (*pod("p1", "j1", &json!({"phase": "Pending"}))).clone();
+    pod.spec.as_mut().unwrap().node_name = None;
+    let (_, after) = step(&job(|_| {}), &created, &world(Some(child("j1", |_| {})), vec![std::sync::Arc::new(pod)]), at(40));
+    assert_eq!(after, created, "every difference is a write");
+}
+
+#[test]
 fn a_job_that_fits_no_gpu_of_its_class_gets_no_pod_and_the_numbers() {
     let spec = |gpu: serde_json::Value| job(|job| job["spec"]["scheduling"] = json!({"gpu": gpu}));
     let (intent, after) = step(&spec(json!({"minMemoryMiB": 4000})), &FineTuneJobStatus::default(), &World::default(), at(1));

@@ -39,7 +39,8 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         (Truth::False, RunningReason::Finished, String::new())
     } else if let Some(pod) = world.current_pod().or_else(|| world.live_pod()) {
         let missing = world.missing_config_map.as_deref();
-        doing(pod, world, missing, was_training(before), now).unwrap_or((Truth::False, RunningReason::Starting, "the pod starts".to_owned()))
+        // Of a pod of which nothing is known yet the same is said as before there was one: no write for it.
+        doing(pod, world, missing, was_training(before), now).unwrap_or_else(not_started)
     } else if job.spec.suspend && world.job.is_none() {
         (Truth::False, RunningReason::Suspended, "suspended by spec.suspend".to_owned())
     } else if matches!(inputs.intent, super::Intent::Fail { .. }) {
@@ -52,9 +53,13 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         }
         (Truth::False, RunningReason::Restarting, "the last pod has ended and the next has not started".to_owned())
     } else {
-        (Truth::False, RunningReason::Starting, "no pod has started yet".to_owned())
+        not_started()
     };
     list.set(ConditionType::Running, truth, reason.as_str(), &message);
+}
+
+fn not_started() -> (Truth, RunningReason, String) {
+    (Truth::False, RunningReason::Starting, "no pod has started yet".to_owned())
 }
 
 /// What a pod that has not ended is doing.
