@@ -18,6 +18,7 @@ mod output;
 mod policy;
 mod progress;
 mod reason;
+mod rules;
 mod scheduling;
 mod spec;
 mod status;

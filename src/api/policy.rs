@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::defaults::{default_is_empty_object, default_values};
+use super::rules::immutable;
 
 /// How many failures a job may have.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -17,7 +18,7 @@ pub struct FailurePolicy {
     /// Restarts within an hour, of whatever cause, after which the job fails with `RestartStorm`.
     #[serde(default = "max_restarts_per_hour")]
     #[schemars(range(min = 1, max = 1000))]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("failurePolicy.maxRestartsPerHour is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("failurePolicy.maxRestartsPerHour"))]
     pub max_restarts_per_hour: u32,
 }
 

@@ -4,6 +4,7 @@ use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 use super::defaults::default_values;
+use super::rules::immutable;
 use super::{
     CheckpointSpec, DatasetSpec, FailurePolicy, FineTuneJobStatus, ModelSpec, OutputSpec, PodTemplate, ResourcesSpec, ResumeSpec, SchedulingSpec, StorageSpec,
     TrainingSpec, TtlScope, ValidationSpec,
@@ -64,54 +65,54 @@ pub struct FineTuneJobSpec {
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
     pub workload_priority_class_name: Option<String>,
     /// The base model.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("model is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("model"))]
     pub model: ModelSpec,
     /// The training pictures and their captions.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("dataset is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("dataset"))]
     pub dataset: DatasetSpec,
     /// How the LoRA is trained.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("training is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("training"))]
     pub training: TrainingSpec,
     /// Sample pictures during training.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("validation"))]
     pub validation: Option<ValidationSpec>,
     /// When to save checkpoints.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("checkpoint is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("checkpoint"))]
     pub checkpoint: CheckpointSpec,
     /// How to continue from checkpoints.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("resume is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("resume"))]
     pub resume: ResumeSpec,
     /// Where the LoRA goes.
-    #[x_kube(validation = Rule::new("self == oldSelf").message("output is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("output"))]
     pub output: OutputSpec,
     /// How trainer pods reach the buckets; the operator's defaults where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("storage is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("storage"))]
     pub storage: Option<StorageSpec>,
     /// Service account of the trainer pod, for workload identity. Its token is never mounted.
     #[serde(default = "service_account_name")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"))]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("serviceAccountName is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("serviceAccountName"))]
     pub service_account_name: String,
     /// CPU, memory and disk of the trainer pod.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("resources is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("resources"))]
     pub resources: ResourcesSpec,
     /// Where the trainer pod runs.
     #[serde(default)]
     pub scheduling: SchedulingSpec,
     /// What may be added to the trainer pod.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("podTemplate is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("podTemplate"))]
     pub pod_template: PodTemplate,
     /// Trainer image; the operator's default where empty. It is frozen in status at the first start.
     #[serde(default)]
     #[schemars(length(max = 512), regex(pattern = r"^([A-Za-z0-9][-A-Za-z0-9._/:@]*)?$"))]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("image is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("image"))]
     pub image: String,
     /// How many failures the job may have.
     #[serde(default)]
@@ -123,7 +124,7 @@ pub struct FineTuneJobSpec {
     /// Seconds that the job may wait for its first start; afterwards it fails with `StartDeadlineExceeded`. 0 waits for ever.
     #[serde(default)]
     #[schemars(range(min = 0, max = 31_536_000))]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("startDeadlineSeconds is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("startDeadlineSeconds"))]
     pub start_deadline_seconds: i64,
     /// Seconds after which a finished job is cleaned up, as `ttlScope` says.
     #[serde(default = "ttl_seconds_after_finished")]
@@ -131,7 +132,7 @@ pub struct FineTuneJobSpec {
     pub ttl_seconds_after_finished: i32,
     /// What `ttlSecondsAfterFinished` deletes.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf").message("ttlScope is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
+    #[x_kube(validation = immutable("ttlScope"))]
     pub ttl_scope: TtlScope,
 }
 

@@ -217,10 +217,9 @@ async fn until(operator: &Operator, board: &Board, keys: &[String], moment: Mome
 /// Waits for the times to live and the last events: those are published one at a time, later than what they tell.
 async fn at_rest(operator: &Operator) {
     let began = Instant::now();
-    let mut before = operator.requests().await;
+    let mut before = BTreeMap::new();
     loop {
         assert!(began.elapsed() < PATIENCE, "the operator does not come to rest");
-        tokio::time::sleep(Duration::from_secs(3)).await;
         let mut now = operator.requests().await;
         // The Lease is renewed for ever.
         now.retain(|what, _| !what.ends_with(" leases"));
@@ -228,6 +227,7 @@ async fn at_rest(operator: &Operator) {
             return;
         }
         before = now;
+        tokio::time::sleep(Duration::from_secs(3)).await;
     }
 }
 
