@@ -11,8 +11,8 @@ COPY . .
 
 FROM sources AS build
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
-    cargo build --release --locked --bin finetune \
- && deploy/image/rootfs target/release/finetune /rootfs
+    cargo build --profile production --locked --bin finetune \
+ && deploy/image/rootfs target/production/finetune /rootfs
 
 # The compiler and the matrix library come from NVIDIA's wheels. The driver comes from the node, with its container runtime.
 FROM sources AS build-cuda
@@ -20,8 +20,8 @@ RUN tools/cuda/toolkit \
  && python3 -m venv /wheels \
  && /wheels/bin/pip install --quiet --no-deps nvidia-cublas==13.1.1.3
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target-cuda \
-    cargo build --release --locked --features cuda --bin finetune --target-dir target-cuda \
- && deploy/image/rootfs target-cuda/release/finetune /rootfs /wheels/lib/python3*/site-packages/nvidia/cu13/lib/libcublasLt.so.13
+    cargo build --profile production --locked --features cuda --bin finetune --target-dir target-cuda \
+ && deploy/image/rootfs target-cuda/production/finetune /rootfs /wheels/lib/python3*/site-packages/nvidia/cu13/lib/libcublasLt.so.13
 
 FROM scratch AS trainer-cuda
 COPY --from=build-cuda /rootfs/ /

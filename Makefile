@@ -45,7 +45,7 @@ bench: ## The training step, alone and beside PyTorch where it is installed (doc
 cuda: ## Build with GPU kernels (fetches NVIDIA's compiler from PyPI into the cache folder; needs no GPU)
 	tools/cuda/toolkit
 	cargo build --release --features cuda
-	cp "$$(ls -t $(TARGET)/release/build/finetune-operator-*/out/kernels.log | head -n 1)" $(TARGET)/release/kernels.log
+	cp "$$(ls -t $(TARGET)/release/build/finetune-compute-*/out/kernels.log | head -n 1)" $(TARGET)/release/kernels.log
 
 .PHONY: tools
 tools: ## Install the servers that the tests start (into the cache folder)
@@ -56,24 +56,24 @@ check: fmt-check clippy clippy-alone doc generated deny ## Format, lints for eac
 
 .PHONY: fmt-check
 fmt-check: ## Check the format
-	cargo fmt --check
+	cargo fmt --all --check
 
 CLUSTER_TESTS := --test admission --test controller --test e2e --test faults
 
 # The release profile here, too: build scripts and macros are compiled once for lints, documentation, binaries and tests.
 .PHONY: clippy
 clippy: ## Lints, with every feature
-	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --lib --bins --benches -- -D warnings
-	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --tests $(CLUSTER_TESTS) -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
+	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --workspace --lib --bins --benches -- -D warnings
+	FINETUNE_CUDA_ARCHS=none cargo clippy --release --features cuda --workspace --tests $(CLUSTER_TESTS) -- -D warnings $(addprefix -A clippy::,unwrap_used panic print_stderr expect_used unwrap_in_result unnecessary_debug_formatting)
 
 .PHONY: clippy-alone
 clippy-alone: ## Lints of the operator without the trainer, and of the trainer without the operator
-	cargo clippy --release --no-default-features --features operator --lib --bins -- -D warnings
-	cargo clippy --release --no-default-features --features train --lib --bins -- -D warnings
+	cargo clippy --release --no-default-features --features operator --lib --bins -p finetune -p finetune-cli -p finetune-operator -- -D warnings
+	cargo clippy --release --no-default-features --features train --lib --bins -p finetune -p finetune-cli -p finetune-train -- -D warnings
 
 .PHONY: doc
 doc: ## Build the API documentation; broken links are errors
-	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --lib
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --workspace --lib
 
 .PHONY: generate
 generate: ## Write the generated files: CRD, the chart's copy, docs/reference

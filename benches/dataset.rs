@@ -4,9 +4,9 @@
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use finetune::data::dataset::Dataset;
-use finetune::plan::{DatasetConfig, OnBadSample};
-use finetune::store::{Store, StoreOptions};
+use finetune_api::plan::{DatasetConfig, OnBadSample};
+use finetune_data::dataset::Dataset;
+use finetune_store::{Store, StoreOptions};
 
 fn main() {
     let mut numbers = std::env::args().skip(1).filter_map(|a| a.parse::<u32>().ok());

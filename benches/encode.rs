@@ -10,10 +10,10 @@ fn main() {
     use std::time::Instant;
 
     use candle_core::{Device, Tensor};
-    use finetune::kernels::Engine;
-    use finetune::model::ModelDir;
-    use finetune::model::text::{Encoder, PromptEncoder};
-    use finetune::model::vae::{VaeDecoder, VaeEncoder};
+    use finetune_compute::kernels::Engine;
+    use finetune_model::ModelDir;
+    use finetune_model::text::{Encoder, PromptEncoder};
+    use finetune_model::vae::{VaeDecoder, VaeEncoder};
 
     // cargo adds `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();

@@ -12,10 +12,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
-use finetune::kernels::{Engine, Precision};
-use finetune::model::ModelDir;
-use finetune::model::text::{EncodeProgress, Encoder, PromptEncoder};
-use finetune::model::vae::{VaeDecoder, VaeEncoder};
+use finetune_compute::kernels::{Engine, Precision};
+use finetune_model::ModelDir;
+use finetune_model::text::{EncodeProgress, Encoder, PromptEncoder};
+use finetune_model::vae::{VaeDecoder, VaeEncoder};
 use rayon::prelude::*;
 use serde_json::json;
 

@@ -13,14 +13,14 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use candle_core::{Device, Tensor};
-use finetune::kernels::{Engine, Precision, starts_together};
-use finetune::model::Weights;
-use finetune::model::lora::LoraSpec;
-use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
-use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
-use finetune::optim::gpu::{GpuAdamW, HostAdamW};
-use finetune::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer as _, Param, clip_global_norm};
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::kernels::{Engine, Precision, starts_together};
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
+use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
+use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer as _, Param, clip_global_norm};
+use finetune_model::Weights;
+use finetune_model::lora::LoraSpec;
+use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig};
 use rayon::prelude::*;
 
 /// Stable Diffusion 3 Medium.

@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use candle_core::{Device, Tensor};
-use finetune::model::Weights;
-use finetune::model::lora::LoraSpec;
-use finetune::model::mmdit::{Mmdit, MmditConfig};
-use finetune::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
-use finetune::optim::{AdamW, AdamWSettings, Optimizer as _, clip_global_norm};
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
+use finetune_compute::optim::{AdamW, AdamWSettings, Optimizer as _, clip_global_norm};
+use finetune_model::Weights;
+use finetune_model::lora::LoraSpec;
+use finetune_model::mmdit::{Mmdit, MmditConfig};
 
 /// What to measure.
 struct Options {
@@ -69,7 +69,7 @@ fn main() -> Result<()> {
     let folder = options.model.join("transformer");
     let config = MmditConfig::open(&folder)?;
     let started = Instant::now();
-    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &finetune::kernels::Engine::cpu())?;
+    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &finetune_compute::kernels::Engine::cpu())?;
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: options.targets.clone() };
     let layout = model.attach_lora(&spec)?.clone();
     model.set_recompute(&vec![options.recompute; config.num_layers]);

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    finetune::cli::main()
+    finetune_cli::main()
 }

@@ -9,7 +9,7 @@ mod kit;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use finetune::operator::settings::{ConfigFile, Settings};
+use finetune_operator::settings::{ConfigFile, Settings};
 use kit::tools::{helm, repository};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
@@ -328,8 +328,8 @@ fn dashboard_and_alerts_ask_for_metrics_that_exist() {
     let asked: BTreeSet<String> = metric_names(dashboard).union(&metric_names(&rules.join("\n"))).cloned().collect();
     let asked: BTreeSet<String> = asked.into_iter().filter(|name| name != "finetune_operator").collect();
 
-    let mut known = metric_names(&sources(&repository().join("src/operator")));
-    known.extend(trainer_metrics(&sources(&repository().join("src/train"))));
+    let mut known = metric_names(&sources(&repository().join("src/operator/src")));
+    known.extend(trainer_metrics(&sources(&repository().join("src/train/src"))));
     let unknown: Vec<&String> = asked.iter().filter(|name| !known.contains(*name) && !known.contains(name.trim_end_matches("_total"))).collect();
     assert!(unknown.is_empty(), "nobody serves {unknown:?}");
 }

@@ -56,7 +56,7 @@ fn what_is_wrong_with_dataset_and_model_is_said_at_once() {
     let bucket = tempfile::tempdir().unwrap();
     copy_of_the_bucket(bucket.path());
     let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
-    let job: Value = finetune::yaml::documents(&text).unwrap().remove(0);
+    let job: Value = finetune_common::yaml::documents(&text).unwrap().remove(0);
     let dataset = bucket.path().join(job["spec"]["dataset"]["uri"].as_str().unwrap().strip_prefix("s3://quickstart/").unwrap());
     let metadata = dataset.join("metadata.jsonl");
     let lines = fs::read_to_string(&metadata).unwrap();
@@ -69,7 +69,7 @@ fn what_is_wrong_with_dataset_and_model_is_said_at_once() {
 
     let argument = format!("s3://quickstart={}", bucket.path().display());
     let (code, findings) = validate(&Path::new(QUICKSTART).join("job.yaml"), &["--bucket", &argument]);
-    assert_eq!(code, i32::from(finetune::api::Reason::InvalidConfig.exit_code()), "{findings}");
+    assert_eq!(code, i32::from(finetune_api::Reason::InvalidConfig.exit_code()), "{findings}");
     let said = texts(&findings, "violations").join("\n");
     let count = lines.lines().count();
     for part in [picture, "line 1:", &format!("line {}:", count + 1), &format!("line {}:", count + 2), "stay in the dataset's folder", "no weights", "vae/"] {
@@ -86,9 +86,9 @@ fn a_store_that_does_not_answer_is_no_mistake_of_the_manifest() {
     let folder = tempfile::tempdir().unwrap();
     let manifest = folder.path().join("job.yaml");
     let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
-    let mut job: Value = finetune::yaml::documents(&text).unwrap().remove(0);
+    let mut job: Value = finetune_common::yaml::documents(&text).unwrap().remove(0);
     job["spec"]["storage"] = serde_json::json!({"endpoint": format!("http://127.0.0.1:{port}"), "region": "x"});
-    fs::write(&manifest, finetune::yaml::to_string(&job).unwrap()).unwrap();
+    fs::write(&manifest, finetune_common::yaml::to_string(&job).unwrap()).unwrap();
     let (code, findings) = validate(&manifest, &[]);
     assert_eq!(code, 0, "{findings}");
     let unchecked = texts(&findings, "unchecked").join("\n");

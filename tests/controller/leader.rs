@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use finetune::operator::run::Election;
+use finetune_operator::run::Election;
 
 use crate::kit;
 use crate::stage::{SOON, Stage, success};

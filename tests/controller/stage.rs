@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use finetune::operator::context::FaultHook;
-use finetune::operator::metrics::Metrics;
-use finetune::operator::run::{Election, Options, run};
-use finetune::operator::settings::{ConfigFile, Settings};
+use finetune_operator::context::FaultHook;
+use finetune_operator::metrics::Metrics;
+use finetune_operator::run::{Election, Options, run};
+use finetune_operator::settings::{ConfigFile, Settings};
 use kube::Client;
 use kube::api::{Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -32,7 +32,7 @@ pub(crate) struct Stage {
 pub(crate) struct Operator {
     /// Its counters.
     pub(crate) metrics: Arc<Metrics>,
-    task: JoinHandle<Result<(), finetune::operator::run::RunError>>,
+    task: JoinHandle<Result<(), finetune_operator::run::RunError>>,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -83,11 +83,8 @@ impl Stage {
 
     /// An election of this stage for a candidate called `identity`.
     pub(crate) fn election(&self, identity: &str) -> Election {
-        let intervals = finetune::operator::lease::Intervals {
-            duration: Duration::from_secs(4),
-            renew_deadline: Duration::from_secs(3),
-            retry: Duration::from_millis(500),
-        };
+        let intervals =
+            finetune_operator::lease::Intervals { duration: Duration::from_secs(4), renew_deadline: Duration::from_secs(3), retry: Duration::from_millis(500) };
         Election { namespace: self.namespace.clone(), name: "operator".to_owned(), identity: identity.to_owned(), intervals }
     }
 

@@ -174,7 +174,7 @@ async fn artifacts_match(stage: &Stage, job: &Value) {
         let key = artifact["uri"].as_str().and_then(|uri| uri.strip_prefix("s3://quickstart/")).expect("an object of the bucket");
         let bytes = stage.site.s3.lock().await.read("quickstart", key).await.unwrap_or_else(|| panic!("no {key}"));
         assert_eq!(artifact["sizeBytes"], bytes.len());
-        let digest = hex::encode(finetune::digest::sha256(&bytes));
+        let digest = hex::encode(finetune_common::digest::sha256(&bytes));
         assert!(artifact["sha256"].as_str().is_some_and(|told| told.trim_start_matches("sha256:") == digest), "{artifact} is {digest}");
     }
 }

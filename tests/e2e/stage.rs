@@ -94,7 +94,7 @@ fn image() -> String {
     let archive = folder.path().join("image.tar");
     // The tag tells versions apart: a pod template with the same tag would not be rolled out again.
     let bytes = std::fs::read(binary).expect("the binary under test");
-    let tag = hex::encode(&finetune::digest::sha256(&bytes)[..6]);
+    let tag = hex::encode(&finetune_common::digest::sha256(&bytes)[..6]);
     let name = format!("localhost/finetune:{tag}");
     tools::run(Command::new(repository().join("tests/cluster/image")).arg(binary).arg(&name).arg(&archive)).unwrap_or_else(|error| panic!("{error}"));
     cluster(&["load", &archive.display().to_string()]);

@@ -4,10 +4,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use finetune::kernels::{Engine, Precision};
-use finetune::model::ModelDir;
-use finetune::model::text::{EncodeProgress, PromptEmbedding, PromptEncoder};
-use finetune::model::vae::{VaeDecoder, VaeEncoder};
+use finetune_compute::kernels::{Engine, Precision};
+use finetune_model::ModelDir;
+use finetune_model::text::{EncodeProgress, PromptEmbedding, PromptEncoder};
+use finetune_model::vae::{VaeDecoder, VaeEncoder};
 
 use crate::support::{poison, random, relative};
 

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use finetune::kernels::{Engine, Precision};
-use finetune::model::Weights;
-use finetune::model::lora::{EVERY_TARGET, LoraSpec};
-use finetune::model::mmdit::{FlowTarget, Mmdit, MmditConfig};
-use finetune::nn::DropoutKey;
-use finetune::nn::flow_matching::{LossKind, Weighting, mix};
+use finetune_compute::kernels::{Engine, Precision};
+use finetune_compute::nn::DropoutKey;
+use finetune_compute::nn::flow_matching::{LossKind, Weighting, mix};
+use finetune_model::Weights;
+use finetune_model::lora::{EVERY_TARGET, LoraSpec};
+use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig};
 
 use crate::support::{poison, random, relative};
 

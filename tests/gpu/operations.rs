@@ -1,7 +1,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use finetune::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, StoredMatrix};
+use finetune_compute::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, StoredMatrix};
 
 use crate::support::{Pair, pairs, random};
 

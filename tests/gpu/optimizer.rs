@@ -1,9 +1,9 @@
 //! AdamW and its 8-bit form on the GPU against the host's: the same bits, whatever the sizes, also after a checkpoint.
 
-use finetune::kernels::{Engine, Precision, starts_together};
-use finetune::optim::gpu::{GpuAdamW, HostAdamW};
-use finetune::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip};
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::kernels::{Engine, Precision, starts_together};
+use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
+use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip};
 
 /// Around the sizes of blocks: 256 values share a scale, below 4,096 moments keep 32 bits.
 const SIZES: [usize; 7] = [1, 255, 4095, 4096, 5000, 64 * 1536, 70_001];

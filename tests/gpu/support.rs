@@ -1,7 +1,7 @@
 //! Two engines side by side.
 
-use finetune::kernels::{Buffer, Engine, Precision};
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::kernels::{Buffer, Engine, Precision};
 
 /// The GPU in a precision beside the CPU.
 pub(crate) struct Pair {

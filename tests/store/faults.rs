@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use finetune::store::claims::Claim;
-use finetune::store::{Created, Environment, NoProgress, RetryPolicy, Store, StoreErrorKind, StoreOptions};
+use finetune_store::claims::Claim;
+use finetune_store::{Created, Environment, NoProgress, RetryPolicy, Store, StoreErrorKind, StoreOptions};
 
 use super::objects::shown;
 use super::proxy::{Fault, Proxy};

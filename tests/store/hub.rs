@@ -11,9 +11,9 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use finetune::digest;
-use finetune::store::model_source::{ModelFolder, ModelSource, ModelSourceError, Parts};
-use finetune::store::{Environment, NoProgress, StoreErrorKind, StoreOptions};
+use finetune_common::digest;
+use finetune_store::model_source::{ModelFolder, ModelSource, ModelSourceError, Parts};
+use finetune_store::{Environment, NoProgress, StoreErrorKind, StoreOptions};
 use tokio::net::TcpListener;
 
 use super::objects::shown;

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use finetune::store::{Environment, Progress, RetryPolicy, Store, StoreOptions};
+use finetune_store::{Environment, Progress, RetryPolicy, Store, StoreOptions};
 
 /// Quick retries, long patience: for tests that are to succeed on slow machines.
 fn patient() -> RetryPolicy {
@@ -32,7 +32,7 @@ struct Place {
 impl Place {
     fn directory() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let buckets = finetune::store::Buckets::parse(&[format!("s3://bucket={}", directory.path().display())]).unwrap();
+        let buckets = finetune_store::Buckets::parse(&[format!("s3://bucket={}", directory.path().display())]).unwrap();
         let options = StoreOptions { buckets, retry: patient(), ..StoreOptions::default() };
         Self { root: "s3://bucket".into(), options, directory: Some(directory) }
     }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use finetune::store::claims::{self, Claim};
-use finetune::store::manifest::{self, Content};
-use finetune::store::model_source::{ModelFolder, ModelSource, Parts};
-use finetune::store::{Created, Environment, NoProgress, Store, StoreErrorKind, StoreOptions};
+use finetune_store::claims::{self, Claim};
+use finetune_store::manifest::{self, Content};
+use finetune_store::model_source::{ModelFolder, ModelSource, Parts};
+use finetune_store::{Created, Environment, NoProgress, Store, StoreErrorKind, StoreOptions};
 
 use super::{Counter, Place, noise, servers};
 
@@ -52,7 +52,7 @@ async fn objects_come_back_as_they_were_put(place: Place) {
         assert_eq!(store.get(key).await.unwrap(), content, "{key}");
         assert_eq!(store.head(key).await.unwrap().unwrap().size, content.len() as u64, "{key}");
     }
-    let listed = |found: Vec<finetune::store::ObjectInfo>| found.into_iter().map(|object| object.key).collect::<Vec<_>>();
+    let listed = |found: Vec<finetune_store::ObjectInfo>| found.into_iter().map(|object| object.key).collect::<Vec<_>>();
     let mut all = keys.to_vec();
     all.sort_unstable();
     assert_eq!(listed(store.list("").await.unwrap()), all);
@@ -108,7 +108,7 @@ async fn a_large_file_goes_in_parts(place: Place) {
     assert_eq!(store.head("large.bin").await.unwrap().unwrap().size, content.len() as u64);
     store.put("from-memory.bin", content.clone()).await.unwrap();
     for key in ["large.bin", "from-memory.bin"] {
-        store.download_verified(key, &down, Some(finetune::digest::sha256(&content)), &NoProgress).await.unwrap();
+        store.download_verified(key, &down, Some(finetune_common::digest::sha256(&content)), &NoProgress).await.unwrap();
         assert!(std::fs::read(&down).unwrap() == content, "{key}");
     }
     // Nothing is left of the transfers, on this machine or in the store.
@@ -154,7 +154,7 @@ async fn what_was_downloaded_is_not_downloaded_again(place: Place) {
     let mut damaged = std::fs::read(&part).unwrap();
     damaged[1000] ^= 1;
     std::fs::write(&part, damaged).unwrap();
-    store.download_verified("file", &second, Some(finetune::digest::sha256(&content)), &NoProgress).await.unwrap();
+    store.download_verified("file", &second, Some(finetune_common::digest::sha256(&content)), &NoProgress).await.unwrap();
     assert!(std::fs::read(&second).unwrap() == content);
 }
 

@@ -105,8 +105,8 @@ fn command_lines_and_manifests_that_cannot_be_used_end_with_64() {
 /// The configuration that the operator would write.
 fn config(bench: &Bench) -> Value {
     let text = std::fs::read_to_string(bench.manifest(&json!({}))).unwrap();
-    let job = finetune::api::validate::manifest(&text).unwrap().remove(0);
-    let plan = finetune::plan::resolve(&job.spec, "team-a", "micro", &finetune::plan::Facts::default()).unwrap();
+    let job = finetune_api::validate::manifest(&text).unwrap().remove(0);
+    let plan = finetune_api::plan::resolve(&job.spec, "team-a", "micro", &finetune_api::plan::Facts::default()).unwrap();
     serde_json::to_value(plan.config).unwrap()
 }
 
@@ -127,7 +127,7 @@ fn train_never_falls_back_to_the_cpu_and_leaves_its_last_words() {
     let output = train(&bench, &path).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     assert!(output.stdout.is_empty(), "a pod's result is in the bucket");
-    let words = finetune::api::Progress::parse(&std::fs::read(bench.path("termination")).unwrap()).unwrap();
+    let words = finetune_api::Progress::parse(&std::fs::read(bench.path("termination")).unwrap()).unwrap();
     assert!(words.succeeded() && words.step == 40 && words.artifacts.len() == 2, "{words:?}");
     assert_eq!(words.last_checkpoint.unwrap().step, 40);
 
@@ -135,9 +135,9 @@ fn train_never_falls_back_to_the_cpu_and_leaves_its_last_words() {
     config["output"]["uri"] = json!("s3://test/gpu/");
     config["checkpoint"]["uri"] = json!("s3://test/gpu/.checkpoints/x/");
     std::fs::write(&path, config.to_string()).unwrap();
-    if !finetune::train::device::has_gpu_code() {
+    if !finetune_train::device::has_gpu_code() {
         check(&train(&bench, &path).output().unwrap(), 71, &["GPUUnavailable", "perReplica"]);
-        let words = finetune::api::Progress::parse(&std::fs::read(bench.path("termination")).unwrap()).unwrap();
+        let words = finetune_api::Progress::parse(&std::fs::read(bench.path("termination")).unwrap()).unwrap();
         assert_eq!(words.failure().unwrap().exit_code, 71);
     }
 
@@ -152,7 +152,7 @@ fn run_takes_the_cpu_with_a_notice() {
     let bench = Bench::new();
     let output = bench.run(&json!({"scheduling": {"gpu": {"perReplica": 1}}, "training": {"maxSteps": 1}}));
     assert!(output.status.success(), "{}", text(&output));
-    if !finetune::train::device::has_gpu_code() {
+    if !finetune_train::device::has_gpu_code() {
         assert!(text(&output).contains("training on the CPU"), "{}", text(&output));
         let output = bench.command(&json!({"output": {"uri": "s3://test/cuda/"}})).args(["--device", "cuda"]).output().unwrap();
         check(&output, 71, &["GPUUnavailable"]);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
 use serde_json::json;
 
 use crate::support::{Bench, LORA, Running, reference, until};

@@ -36,7 +36,7 @@ fn lora_files_metrics_and_result_agree() {
     let result = bench.result();
     for artifact in result["artifacts"].as_array().unwrap() {
         let bytes = bench.read(artifact["file"].as_str().unwrap());
-        assert_eq!(artifact["sha256"], finetune::digest::to_text(&finetune::digest::sha256(&bytes)));
+        assert_eq!(artifact["sha256"], finetune_common::digest::to_text(&finetune_common::digest::sha256(&bytes)));
         assert_eq!(artifact["sizeBytes"], bytes.len());
     }
     let metrics: Vec<Value> = String::from_utf8(bench.read("metrics.jsonl")).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
@@ -136,8 +136,8 @@ fn progress_and_metrics_are_served_while_a_run_lasts() {
     crate::support::until(|| std::fs::read_to_string(bench.path("log")).unwrap().contains("\"message\":\"training\""));
     let answer = get(&address, "/progress");
     let body = answer.split_once("\r\n\r\n").unwrap().1;
-    let progress = finetune::api::Progress::parse(body.as_bytes()).unwrap();
-    assert_eq!((progress.stage, progress.total_steps), (finetune::api::Stage::Training, 100_000));
+    let progress = finetune_api::Progress::parse(body.as_bytes()).unwrap();
+    assert_eq!((progress.stage, progress.total_steps), (finetune_api::Stage::Training, 100_000));
     assert!(progress.step >= 1 && progress.loss.is_some() && progress.estimated_completion_time.is_some(), "{progress:?}");
     let metrics = get(&address, "/metrics");
     assert!(metrics.contains("text/plain") && metrics.contains("finetune_trainer_steps_planned 100000"), "{metrics}");

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use finetune::model::ModelDir;
-use finetune::model::lora::LoraState;
-use finetune::rng::{Purpose, Stream};
-use finetune::sample::{Denoise, Pipeline, PipelineSettings};
+use finetune_common::rng::{Purpose, Stream};
+use finetune_model::ModelDir;
+use finetune_model::lora::LoraState;
+use finetune_model::sample::{Denoise, Pipeline, PipelineSettings};
 use image::RgbImage;
 use serde_json::{Value, json};
 
@@ -155,7 +155,7 @@ fn the_base_models_own_pictures_change_less() {
     copy(&quickstart.join("bucket/models"), &bucket.join("models"));
     copy(&quickstart.join("bucket/datasets"), &bucket.join("datasets"));
     let manifest = std::fs::read_to_string(quickstart.join("job.yaml")).unwrap();
-    let mut job: Value = serde_json::to_value(finetune::api::validate::manifest(&manifest).unwrap().remove(0)).unwrap();
+    let mut job: Value = serde_json::to_value(finetune_api::validate::manifest(&manifest).unwrap().remove(0)).unwrap();
     merge(&mut job["spec"], &json!({"training": {"maxSteps": 150, "batchSize": 4}, "scheduling": {"gpu": {"perReplica": 0}}}));
     job["spec"].as_object_mut().unwrap().remove("validation");
     let side = job["spec"]["training"]["resolution"].as_u64().unwrap() as u32;
@@ -181,7 +181,7 @@ fn the_base_models_own_pictures_change_less() {
         assert!(output.status.success(), "{}", text(&output));
         let model = ModelDir::open(&bucket.join("models/tiny-sd3")).unwrap();
         let lora = LoraState::open(&bucket.join("loras").join(name).join(LORA)).unwrap();
-        let pipeline = Pipeline::open(&model, &finetune::kernels::Engine::cpu()).unwrap().with_lora(lora);
+        let pipeline = Pipeline::open(&model, &finetune_compute::kernels::Engine::cpu()).unwrap().with_lora(lora);
         let pictures = pipeline.run(&prompts, &[0.0, 1.0], &settings, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
         let distances: Vec<f64> = pictures[0].iter().zip(&pictures[1]).map(|(base, lora)| distance(base, lora)).collect();
         let mean = |d: &[f64]| d.iter().sum::<f64>() / d.len() as f64;

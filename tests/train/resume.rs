@@ -1,6 +1,6 @@
 //! A run that is killed and resumed gives the same files, byte for byte, as an undisturbed one.
 
-use finetune::rng::{Purpose, Stream};
+use finetune_common::rng::{Purpose, Stream};
 use serde_json::json;
 
 use crate::support::{Bench, LORA, reference, until};

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use finetune::store::{Environment, Store, StoreOptions};
+use finetune_store::{Environment, Store, StoreOptions};
 use serde_json::{Value, json};
 
 use crate::servers::{BUCKET, S3_READER, Server, seaweedfs};

@@ -13,7 +13,7 @@ class Operand(ctypes.Structure):
 
 
 class Parameters(ctypes.Structure):
-    """AttentionParameters of src/kernels/cuda/attention.cuh."""
+    """AttentionParameters of src/compute/src/kernels/cuda/attention.cuh."""
 
     OPERANDS = ["q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"]
     _fields_ = [(name, Operand) for name in OPERANDS] + [

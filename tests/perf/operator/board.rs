@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use finetune::api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_SUFFIX};
-use finetune::operator::status::lifecycle_differs;
+use finetune_api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_SUFFIX};
+use finetune_operator::status::lifecycle_differs;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use finetune::api::{PROGRESS_PORT, Progress, Stage};
+use finetune_api::{PROGRESS_PORT, Progress, Stage};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};

@@ -1,0 +1,23 @@
+//! Pure: a spec and what is known of the world become a plan.
+//!
+//! [`resolve`] is the one seam between the manifest and everything that acts on it: `finetune plan` prints its result, the operator puts its
+//! [`TrainConfig`] into a ConfigMap, the trainer reads that, `finetune run` does both in one process.
+
+mod canonical;
+mod config;
+mod identity;
+mod memory;
+mod resolve;
+mod shape;
+mod steps;
+
+pub use crate::{ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme};
+pub use canonical::canonical_json;
+pub use config::{
+    CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
+    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+};
+pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
+pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
+pub use shape::{EncoderShape, ModelShape};
+pub use steps::{StepPlan, updates_per_epoch};

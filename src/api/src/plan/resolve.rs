@@ -1,0 +1,516 @@
+//! From the spec to the configuration.
+
+use std::path::PathBuf;
+
+use super::config::{
+    CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
+    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+};
+use super::identity::Identity;
+use super::{BUDGET_BYTES, GpuTooSmall, MemoryBudget, MemoryPlan, ModelShape, OptimizerKind, ScheduleKind, StepPlan, memory_plan};
+use crate::{Decimal, FineTuneJobSpec, Reason};
+
+/// Updates of a run whose spec names neither `maxSteps` nor `epochs`.
+pub const DEFAULT_MAX_STEPS: u64 = 2000;
+/// Prefix of the environment variables with the credentials for a model store of its own.
+pub const MODEL_CREDENTIALS_PREFIX: &str = "MODEL_";
+
+/// What is known of the world; each part may be unknown.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Facts {
+    /// Usable samples of the dataset.
+    pub dataset_size: Option<u64>,
+    /// The device that the trainer has found.
+    pub device: Option<DeviceFacts>,
+    /// Where a `persistentVolumeClaim` model is mounted.
+    pub model_directory: Option<PathBuf>,
+    /// Where `model.cache` is mounted, or another folder that outlives the run.
+    pub cache_dir: Option<PathBuf>,
+    /// Where the certificates of `storage.caBundleConfigMapRef` are mounted.
+    pub ca_bundle: Option<PathBuf>,
+    /// Where the certificates of the model store's own `caBundleConfigMapRef` are mounted.
+    pub model_ca_bundle: Option<PathBuf>,
+    /// The operator's defaults for what `spec.storage` leaves out.
+    pub storage: Option<StorageConfig>,
+    /// The model's shape; Stable Diffusion 3 Medium where unknown.
+    pub model: Option<ModelShape>,
+}
+
+/// A device.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum DeviceFacts {
+    /// The CPU.
+    Cpu,
+    /// A GPU.
+    Gpu {
+        /// Its memory in bytes.
+        memory_bytes: u64,
+        /// Its compute capability, major and minor.
+        compute_capability: (u32, u32),
+    },
+}
+
+/// What will be done.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The configuration of the trainer.
+    pub config: TrainConfig,
+    /// Length of the run.
+    pub steps: StepPlan,
+    /// Division of the work and memory of each stage.
+    pub memory: MemoryPlan,
+}
+
+/// One thing in a spec that cannot be done.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Problem {
+    /// Path of the field, as in `spec.training.maxSteps`.
+    pub path: String,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.path, self.message)
+    }
+}
+
+/// A spec that cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Every problem of the spec at once.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Invalid(Vec<Problem>),
+    /// Nothing fits the GPU.
+    #[error("spec.training: {0}")]
+    TooSmall(#[source] GpuTooSmall),
+    /// The identity could not be written as JSON.
+    #[error("failed to write the spec's identity as JSON")]
+    Identity(#[source] serde_json::Error),
+}
+
+impl PlanError {
+    /// The reason for conditions and exit codes.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::TooSmall(_) => Reason::GPUTooSmall,
+            Self::Invalid(_) | Self::Identity(_) => Reason::InvalidConfig,
+        }
+    }
+}
+
+/// Resolves the spec of the job `namespace/name` to a plan. Pure: the same arguments give the same plan.
+///
+/// The spec is one that has passed the API's validation, so that defaults are filled in; what the schema cannot say is checked here.
+/// `config` depends on the spec and on where things are mounted, never on the dataset or the device: operator and trainer come to the same one.
+///
+/// # Errors
+/// Every problem of the spec at once.
+pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Facts) -> Result<Plan, PlanError> {
+    let mut reader = Reader::default();
+    let dataset = DatasetConfig {
+        uri: spec.dataset.uri.clone(),
+        metadata_file: spec.dataset.metadata_file.clone(),
+        caption_column: spec.dataset.caption_column.clone(),
+        repeats: spec.dataset.repeats,
+        expected_digest: spec.dataset.expected_digest.clone(),
+        on_bad_sample: spec.dataset.on_bad_sample,
+    };
+    let training = training(&spec.training, &mut reader);
+    let validation = spec.validation.as_ref().map(|validation| ValidationConfig {
+        prompts: validation.prompts.clone(),
+        dataset_uri: validation.dataset_uri.clone(),
+        every_steps: validation.every_steps,
+        seed: validation.seed,
+        steps: validation.steps,
+        guidance_scale: reader.number("spec.validation.guidanceScale", &validation.guidance_scale, |v| v >= 1.0),
+    });
+    let storage = storage(spec.storage.as_ref(), facts);
+    let source = model_source(spec, facts, &mut reader);
+    reader.folder("spec.dataset.uri", &spec.dataset.uri);
+    reader.folder("spec.output.uri", &spec.output.uri);
+    let gpu = &spec.scheduling.gpu;
+    if let Some(max) = gpu.max_memory_mib.filter(|&max| max < gpu.min_memory_mib) {
+        reader.problem("spec.scheduling.gpu", format!("minMemoryMiB ({}) must not exceed maxMemoryMiB ({max})", gpu.min_memory_mib));
+    }
+    let (Some(source), true) = (source, reader.problems.is_empty()) else {
+        return Err(PlanError::Invalid(reader.problems));
+    };
+    let mut formats = spec.output.formats.clone();
+    formats.sort_unstable();
+    formats.dedup();
+    let identity = Identity {
+        model: &spec.model.source,
+        dataset: &dataset,
+        training: &training,
+        validation: validation.as_ref(),
+        from_checkpoint: spec.resume.from_checkpoint.as_deref(),
+        formats: &formats,
+    };
+    let spec_hash = identity.hash().map_err(PlanError::Identity)?;
+    let hash_digits = spec_hash.trim_start_matches("sha256:");
+    let checkpoint_uri = spec.checkpoint.uri.clone().unwrap_or_else(|| format!("{}.checkpoints/{}/", spec.output.uri, &hash_digits[..16]));
+    let nonzero = |value: u64| (value > 0).then_some(value);
+    let steps = StepPlan::new(&training, dataset.repeats, facts.dataset_size);
+    let config = TrainConfig {
+        job: format!("{namespace}/{name}"),
+        spec_hash,
+        model: ModelConfig { source, cache_dir: facts.cache_dir.clone() },
+        dataset,
+        training,
+        validation,
+        checkpoint: CheckpointConfig {
+            uri: checkpoint_uri,
+            every_steps: nonzero(spec.checkpoint.every_steps),
+            every_seconds: nonzero(spec.checkpoint.every_seconds),
+            keep_last: spec.checkpoint.keep_last,
+            on_termination: spec.checkpoint.on_termination,
+            keep_after_success: spec.checkpoint.keep_after_success,
+        },
+        resume: ResumeConfig { policy: spec.resume.policy, from_checkpoint: spec.resume.from_checkpoint.clone() },
+        output: OutputConfig { uri: spec.output.uri.clone(), formats, existing: spec.output.existing },
+        storage,
+        device: if spec.scheduling.gpu.per_replica == 0 { DeviceRequest::Cpu } else { DeviceRequest::Gpu },
+    };
+    let shape = facts.model.unwrap_or(ModelShape::SD3_MEDIUM);
+    let budget = memory_budget(gpu, facts);
+    let memory = memory_plan(&config.training, config.validation.as_ref(), &shape, budget).map_err(PlanError::TooSmall)?;
+    Ok(Plan { config, steps, memory })
+}
+
+/// The 16 GB class is the most that is used on any GPU; a smaller one, asked for or found, is the limit.
+fn memory_budget(gpu: &crate::GpuSpec, facts: &Facts) -> MemoryBudget {
+    if gpu.per_replica == 0 {
+        return MemoryBudget::Cpu;
+    }
+    let available = match facts.device {
+        Some(DeviceFacts::Gpu { memory_bytes, .. }) => memory_bytes,
+        _ => u64::from(gpu.min_memory_mib) << 20,
+    };
+    MemoryBudget::Gpu(BUDGET_BYTES.min(available))
+}
+
+/// Collects problems while numbers are read.
+#[derive(Default)]
+struct Reader {
+    problems: Vec<Problem>,
+}
+
+impl Reader {
+    fn problem(&mut self, path: &str, message: impl Into<String>) {
+        self.problems.push(Problem { path: path.to_owned(), message: message.into() });
+    }
+
+    /// The number, where it is one and `good`; the schema has said the same with the bounds, so the message is short.
+    fn number(&mut self, path: &str, decimal: &Decimal, good: impl Fn(f64) -> bool) -> f64 {
+        match decimal.value() {
+            Ok(value) if good(value) => return value,
+            Ok(value) => self.problem(path, format!("{value} is out of range")),
+            Err(error) => self.problem(path, error.to_string()),
+        }
+        0.0
+    }
+
+    fn folder(&mut self, path: &str, uri: &str) {
+        if !uri.ends_with('/') {
+            self.problem(path, "must end with \"/\", as it is a folder");
+        }
+    }
+}
+
+fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
+    let flow = &spec.flow_matching;
+    let (max_steps, epochs) = match (spec.max_steps, spec.epochs) {
+        (Some(_), Some(_)) => {
+            reader.problem("spec.training", "set maxSteps or epochs, not both");
+            (spec.max_steps, None)
+        }
+        (None, None) => (Some(DEFAULT_MAX_STEPS), None),
+        given => given,
+    };
+    TrainingConfig {
+        max_steps,
+        epochs,
+        resolution: spec.resolution,
+        batch_size: spec.batch_size,
+        gradient_accumulation_steps: spec.gradient_accumulation_steps,
+        gradient_checkpointing: spec.gradient_checkpointing,
+        precision: spec.precision,
+        seed: spec.seed,
+        max_sequence_length: spec.max_sequence_length,
+        center_crop: spec.center_crop,
+        random_flip: spec.random_flip,
+        flow_matching: FlowMatchingConfig {
+            weighting_scheme: flow.weighting_scheme,
+            logit_mean: reader.number("spec.training.flowMatching.logitMean", &flow.logit_mean, |v| v.abs() <= 10.0),
+            logit_std: reader.number("spec.training.flowMatching.logitStd", &flow.logit_std, |v| v > 0.0),
+            mode_scale: reader.number("spec.training.flowMatching.modeScale", &flow.mode_scale, |v| (-1.0..=1.7519).contains(&v)),
+            precondition_outputs: flow.precondition_outputs,
+        },
+        optimizer: optimizer(&spec.optimizer, reader),
+        max_grad_norm: reader.number("spec.training.maxGradNorm", &spec.max_grad_norm, |v| v >= 0.0),
+        learning_rate_schedule: schedule(&spec.learning_rate_schedule, reader),
+        lora: LoraConfig {
+            rank: spec.lora.rank,
+            alpha: f64::from(spec.lora.alpha.unwrap_or(spec.lora.rank)),
+            dropout: reader.number("spec.training.lora.dropout", &spec.lora.dropout, |v| (0.0..1.0).contains(&v)),
+            target_modules: spec.lora.target_modules.clone(),
+        },
+        prior_preservation: spec.prior_preservation.as_ref().map(|prior| PriorPreservationConfig {
+            class_prompt: prior.class_prompt.clone(),
+            images: prior.images,
+            weight: reader.number("spec.training.priorPreservation.weight", &prior.weight, |v| v > 0.0 && v <= 100.0),
+            sample_batch_size: prior.sample_batch_size,
+            precision: prior.precision,
+        }),
+    }
+}
+
+fn optimizer(spec: &crate::OptimizerSpec, reader: &mut Reader) -> OptimizerConfig {
+    let fraction = |v: f64| (0.0..1.0).contains(&v);
+    let positive = |v: f64| v > 0.0;
+    let path = |field: &str| format!("spec.training.optimizer.{field}");
+    let beta2 = reader.number(&path("beta2"), &spec.beta2, fraction);
+    let prodigy = (spec.kind == OptimizerKind::Prodigy).then(|| {
+        let prodigy = spec.prodigy.clone().unwrap_or_default();
+        ProdigyConfig {
+            d0: reader.number(&path("prodigy.d0"), &prodigy.d0, positive),
+            d_coef: reader.number(&path("prodigy.dCoef"), &prodigy.d_coef, positive),
+            growth_rate: prodigy.growth_rate.as_ref().map(|rate| reader.number(&path("prodigy.growthRate"), rate, |v| v >= 1.0)),
+            beta3: prodigy.beta3.as_ref().map_or(beta2.sqrt(), |beta3| reader.number(&path("prodigy.beta3"), beta3, fraction)),
+            use_bias_correction: prodigy.use_bias_correction,
+            safeguard_warmup: prodigy.safeguard_warmup,
+        }
+    });
+    OptimizerConfig {
+        kind: spec.kind,
+        learning_rate: reader.number(&path("learningRate"), &spec.learning_rate, |v| v > 0.0 && v <= 1.0),
+        beta1: reader.number(&path("beta1"), &spec.beta1, fraction),
+        beta2,
+        weight_decay: reader.number(&path("weightDecay"), &spec.weight_decay, |v| (0.0..=1.0).contains(&v)),
+        epsilon: reader.number(&path("epsilon"), &spec.epsilon, positive),
+        prodigy,
+    }
+}
+
+fn schedule(spec: &crate::LearningRateScheduleSpec, reader: &mut Reader) -> ScheduleConfig {
+    let positive = |v: f64| v > 0.0;
+    let default_cycles = if spec.kind == ScheduleKind::Cosine { 0.5 } else { 1.0 };
+    ScheduleConfig {
+        kind: spec.kind,
+        warmup_steps: spec.warmup_steps,
+        cycles: spec.cycles.as_ref().map_or(default_cycles, |cycles| reader.number("spec.training.learningRateSchedule.cycles", cycles, positive)),
+        power: reader.number("spec.training.learningRateSchedule.power", &spec.power, positive),
+    }
+}
+
+/// What the spec leaves out comes from the operator's defaults, field by field.
+fn storage(spec: Option<&crate::StorageSpec>, facts: &Facts) -> Option<StorageConfig> {
+    let defaults = facts.storage.clone();
+    let Some(spec) = spec else { return defaults };
+    let defaults = defaults.unwrap_or_default();
+    // An endpoint of one's own comes without the defaults for another server.
+    let defaults = if spec.endpoint.is_some() { StorageConfig::default() } else { defaults };
+    Some(StorageConfig {
+        endpoint: spec.endpoint.clone().or(defaults.endpoint),
+        region: spec.region.clone().or(defaults.region),
+        ca_bundle: if spec.ca_bundle_config_map_ref.is_some() { facts.ca_bundle.clone() } else { defaults.ca_bundle },
+        credentials_prefix: None,
+    })
+}
+
+fn model_source(spec: &FineTuneJobSpec, facts: &Facts, reader: &mut Reader) -> Option<ModelSource> {
+    let source = &spec.model.source;
+    match (&source.hugging_face, &source.object_store, &source.persistent_volume_claim) {
+        (Some(hub), None, None) => Some(ModelSource::HuggingFace { repo: hub.repo.clone(), revision: hub.revision.clone() }),
+        (None, Some(store), None) => Some(ModelSource::ObjectStore {
+            uri: store.uri.clone(),
+            sha256_manifest: store.sha256_manifest.clone(),
+            storage: store.storage.as_ref().map(|storage| StorageConfig {
+                endpoint: storage.endpoint.clone(),
+                region: storage.region.clone(),
+                ca_bundle: storage.ca_bundle_config_map_ref.as_ref().and(facts.model_ca_bundle.clone()),
+                credentials_prefix: storage.credentials.as_ref().and_then(|c| c.secret_ref.as_ref()).map(|_| MODEL_CREDENTIALS_PREFIX.to_owned()),
+            }),
+        }),
+        (None, None, Some(claim)) => {
+            if facts.model_directory.is_none() {
+                reader.problem(
+                    "spec.model.source.persistentVolumeClaim",
+                    format!("the claim {:?} can only be mounted in a cluster; use objectStore or huggingFace on this machine", claim.claim_name),
+                );
+            }
+            facts.model_directory.clone().map(|path| ModelSource::Directory { path })
+        }
+        _ => {
+            reader.problem("spec.model.source", "set exactly one of huggingFace, objectStore and persistentVolumeClaim");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(change: Value) -> FineTuneJobSpec {
+        let mut spec = json!({
+            "model": {"source": {"objectStore": {"uri": "s3://models/sd3/"}}},
+            "dataset": {"uri": "s3://data/corgi/"},
+            "output": {"uri": "s3://loras/corgi/"},
+        });
+        merge(&mut spec, change);
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn merge(into: &mut Value, from: Value) {
+        match (into, from) {
+            (Value::Object(into), Value::Object(from)) => {
+                for (key, value) in from {
+                    if value.is_null() {
+                        into.remove(&key);
+                    } else {
+                        merge(into.entry(key).or_insert(Value::Null), value);
+                    }
+                }
+            }
+            (into, from) => *into = from,
+        }
+    }
+
+    fn plan(change: Value) -> Plan {
+        resolve(&spec(change), "team-a", "corgi", &Facts::default()).unwrap()
+    }
+
+    #[test]
+    fn the_defaults_are_the_articles_command() {
+        let plan = plan(json!({}));
+        let training = &plan.config.training;
+        assert_eq!((training.max_steps, training.epochs, training.resolution, training.batch_size), (Some(2000), None, 512, 4));
+        assert_eq!((training.gradient_accumulation_steps, training.seed, training.max_sequence_length), (3, 42, 77));
+        assert_eq!((training.optimizer.kind, training.optimizer.learning_rate, training.optimizer.weight_decay), (OptimizerKind::AdamW8bit, 1e-4, 1e-4));
+        assert_eq!((training.lora.rank, training.lora.alpha, training.max_grad_norm), (4, 4.0, 1.0));
+        assert_eq!(training.learning_rate_schedule.kind, ScheduleKind::Constant);
+        assert_eq!(plan.config.device, DeviceRequest::Gpu);
+        assert_eq!(plan.config.job, "team-a/corgi");
+        let hash = plan.config.spec_hash.strip_prefix("sha256:").unwrap();
+        assert_eq!(plan.config.checkpoint.uri, format!("s3://loras/corgi/.checkpoints/{}/", &hash[..16]));
+    }
+
+    #[test]
+    fn the_configuration_survives_the_config_map() {
+        let config =
+            plan(json!({"training": {"optimizer": {"type": "Prodigy"}, "epochs": 3}, "validation": {"prompts": ["x"]}, "storage": {"region": "r"}})).config;
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<TrainConfig>(&text).unwrap(), config);
+        assert!(serde_json::from_str::<TrainConfig>(&text.replacen('{', "{\"surprise\":1,", 1)).is_err());
+    }
+
+    #[test]
+    fn the_hash_is_of_what_determines_the_weights_and_of_nothing_else() {
+        let base = plan(json!({})).config.spec_hash;
+        for same in [
+            json!({"training": {"maxSteps": 2000, "lora": {"alpha": 4}, "optimizer": {"learningRate": "0.0001", "type": "AdamW8bit"}}}),
+            json!({"training": {"learningRateSchedule": {"power": "1"}, "gradientCheckpointing": "Always"}}),
+            json!({"suspend": true, "queueName": "q", "image": "x", "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 5}),
+            json!({"scheduling": {"gpu": {"perReplica": 0}}, "resources": {"limits": {"memory": "30Gi"}}, "storage": {"endpoint": "http://x"}}),
+            json!({"checkpoint": {"everySteps": 7, "uri": "s3://elsewhere/"}, "resume": {"policy": "Never"}}),
+            json!({"output": {"existing": "Overwrite", "uri": "s3://other/", "formats": ["Kohya", "Diffusers"]}}),
+            json!({"model": {"cache": {"persistentVolumeClaim": {"claimName": "c"}}, "source": {"objectStore": {"storage": {"region": "r"}}}}}),
+        ] {
+            assert_eq!(plan(same.clone()).config.spec_hash, base, "{same}");
+        }
+        for other in [
+            json!({"training": {"maxSteps": 2001}}),
+            json!({"training": {"epochs": 2}}),
+            json!({"training": {"seed": 43}}),
+            json!({"training": {"lora": {"alpha": 8}}}),
+            json!({"training": {"precision": "FP32"}}),
+            json!({"training": {"optimizer": {"type": "Prodigy"}}}),
+            json!({"dataset": {"repeats": 2}}),
+            json!({"dataset": {"uri": "s3://data/cats/"}}),
+            json!({"validation": {"prompts": ["x"]}}),
+            json!({"resume": {"fromCheckpoint": "s3://x/"}}),
+            json!({"output": {"formats": ["Kohya"]}}),
+            json!({"model": {"source": {"objectStore": {"uri": "s3://models/other/"}}}}),
+        ] {
+            assert_ne!(plan(other.clone()).config.spec_hash, base, "{other}");
+        }
+        assert_eq!(resolve(&spec(json!({})), "other", "name", &Facts { dataset_size: Some(7), ..Facts::default() }).unwrap().config.spec_hash, base);
+    }
+
+    /// A hash that changes makes every finished job train again: on purpose only, and with a new IDENTITY_VERSION.
+    #[test]
+    fn the_hash_of_the_defaults_stays() {
+        assert_eq!(plan(json!({})).config.spec_hash, "sha256:89aef78765c76871114fce39913d7a96af9c2e1868aeab43d0242e9046994b40");
+    }
+
+    #[test]
+    fn steps_follow_from_the_dataset() {
+        let facts = Facts { dataset_size: Some(25), ..Facts::default() };
+        let steps = |change| resolve(&spec(change), "n", "j", &facts).unwrap().steps;
+        assert_eq!(steps(json!({})), StepPlan { total_steps: Some(2000), updates_per_epoch: Some(3), epochs: Some(667) });
+        assert_eq!(steps(json!({"training": {"epochs": 10}})), StepPlan { total_steps: Some(30), updates_per_epoch: Some(3), epochs: Some(10) });
+        let prior = json!({"training": {"epochs": 1, "priorPreservation": {"classPrompt": "a dog", "images": 100}}});
+        assert_eq!(steps(prior).updates_per_epoch, Some(9));
+        assert_eq!(plan(json!({"training": {"epochs": 10}})).steps, StepPlan { total_steps: None, updates_per_epoch: None, epochs: None });
+    }
+
+    #[test]
+    fn schedules_get_the_cycles_of_diffusers() {
+        let cycles = |schedule| plan(json!({"training": {"learningRateSchedule": schedule}})).config.training.learning_rate_schedule.cycles;
+        assert_eq!(cycles(json!({"type": "Cosine"})), 0.5);
+        assert_eq!(cycles(json!({"type": "CosineWithRestarts"})), 1.0);
+        assert_eq!(cycles(json!({"type": "CosineWithRestarts", "cycles": "3"})), 3.0);
+    }
+
+    #[test]
+    fn storage_comes_from_the_spec_then_from_the_operator() {
+        let defaults =
+            StorageConfig { endpoint: Some("http://default".into()), region: Some("here".into()), ca_bundle: Some("/ca".into()), credentials_prefix: None };
+        let facts = Facts { storage: Some(defaults.clone()), ca_bundle: Some("/own".into()), ..Facts::default() };
+        let storage = |change| resolve(&spec(change), "n", "j", &facts).unwrap().config.storage.unwrap();
+        assert_eq!(storage(json!({})), defaults);
+        assert_eq!(storage(json!({"storage": {"region": "there"}})), StorageConfig { region: Some("there".into()), ..defaults });
+        let own = storage(json!({"storage": {"endpoint": "http://own", "caBundleConfigMapRef": {"name": "c"}}}));
+        assert_eq!(own, StorageConfig { endpoint: Some("http://own".into()), ca_bundle: Some("/own".into()), ..StorageConfig::default() });
+    }
+
+    #[test]
+    fn each_kind_of_source_is_resolved() {
+        let source = |source: Value, facts: &Facts| resolve(&spec(json!({"model": {"source": source}})), "n", "j", facts).map(|plan| plan.config.model.source);
+        let hub = json!({"objectStore": null, "huggingFace": {"repo": "a/b", "revision": "0".repeat(40)}});
+        assert_eq!(source(hub, &Facts::default()).unwrap(), ModelSource::HuggingFace { repo: "a/b".into(), revision: "0".repeat(40) });
+        let store = source(json!({"objectStore": {"storage": {"credentials": {"secretRef": {"name": "s"}}}}}), &Facts::default()).unwrap();
+        let ModelSource::ObjectStore { storage: Some(storage), .. } = store else { panic!("{store:?}") };
+        assert_eq!(storage.credentials_prefix.as_deref(), Some("MODEL_"));
+        let claim = json!({"objectStore": null, "persistentVolumeClaim": {"claimName": "w"}});
+        let mounted = Facts { model_directory: Some("/model".into()), ..Facts::default() };
+        assert_eq!(source(claim.clone(), &mounted).unwrap(), ModelSource::Directory { path: "/model".into() });
+        assert!(source(claim, &Facts::default()).unwrap_err().to_string().contains("can only be mounted in a cluster"));
+        assert!(source(json!({"objectStore": null}), &Facts::default()).is_err());
+    }
+
+    #[test]
+    fn every_problem_is_named_at_once() {
+        let bad = json!({"training": {"optimizer": {"learningRate": "fast", "beta1": "2"}}, "scheduling": {"gpu": {"minMemoryMiB": 20000}}});
+        let error = resolve(&spec(bad), "n", "j", &Facts::default()).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidConfig);
+        let PlanError::Invalid(problems) = error else { panic!("{error}") };
+        let mut paths: Vec<_> = problems.iter().map(|problem| problem.path.as_str()).collect();
+        paths.sort_unstable();
+        assert_eq!(paths, ["spec.scheduling.gpu", "spec.training.optimizer.beta1", "spec.training.optimizer.learningRate"]);
+    }
+
+    #[test]
+    fn a_gpu_that_is_too_small_is_refused_before_it_is_asked_for() {
+        let small = json!({"scheduling": {"gpu": {"minMemoryMiB": 4000}}});
+        assert_eq!(resolve(&spec(small), "n", "j", &Facts::default()).unwrap_err().reason(), Reason::GPUTooSmall);
+        let large = Facts { device: Some(DeviceFacts::Gpu { memory_bytes: 80 << 30, compute_capability: (9, 0) }), ..Facts::default() };
+        assert_eq!(resolve(&spec(json!({})), "n", "j", &large).unwrap().memory.budget_bytes, Some(BUDGET_BYTES));
+        assert_eq!(plan(json!({"scheduling": {"gpu": {"perReplica": 0}}})).memory.budget_bytes, None);
+    }
+}

@@ -1,0 +1,45 @@
+//! The devices that commands compute on.
+
+use anyhow::Result;
+
+use finetune_compute::kernels::{Engine, Precision};
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(super) enum DeviceName {
+    /// This machine's processor.
+    Cpu,
+    /// The first GPU.
+    Cuda,
+}
+
+/// `--precision`.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(super) enum PrecisionName {
+    /// 32 bits, without TF32.
+    Fp32,
+    /// IEEE's half precision.
+    Fp16,
+    /// bfloat16: from compute capability 8.0 on.
+    Bf16,
+}
+
+impl From<PrecisionName> for Precision {
+    fn from(name: PrecisionName) -> Self {
+        match name {
+            PrecisionName::Fp32 => Self::F32,
+            PrecisionName::Fp16 => Self::F16,
+            PrecisionName::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl DeviceName {
+    /// Opens the device. The CPU computes in f32 whatever the precision.
+    pub(super) fn open(self, precision: PrecisionName) -> Result<Engine> {
+        Ok(match self {
+            Self::Cpu => Engine::cpu(),
+            Self::Cuda => Engine::cuda(0, precision.into())?,
+        })
+    }
+}

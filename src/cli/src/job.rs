@@ -1,0 +1,129 @@
+//! What `finetune train` and `finetune run` share: a run in this process, its progress server and its end.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+use super::USAGE;
+use finetune_api::plan::TrainConfig;
+use finetune_api::{FailureReport, Reason, ReportedArtifact, TrainingResult};
+use finetune_store::Buckets;
+use finetune_train::environment::JobEnvironment;
+use finetune_train::error::TrainError;
+use finetune_train::interrupt::Interrupt;
+use finetune_train::job::{self, Outcome};
+use finetune_train::report::Reporter;
+use finetune_train::server;
+
+/// Where a run may put things on this machine, and who may watch it.
+pub(super) struct Place {
+    /// Directories that stand in for buckets.
+    pub(super) buckets: Buckets,
+    /// Folder for downloads and prepared data.
+    pub(super) cache_dir: PathBuf,
+    /// Address of the progress server; none: no server.
+    pub(super) progress_address: Option<SocketAddr>,
+}
+
+/// How a run ended.
+pub(super) struct Ended {
+    /// The outcome.
+    pub(super) result: Result<Outcome, TrainError>,
+    /// What the operator is told.
+    pub(super) reporter: Reporter,
+}
+
+/// Runs a job to its end.
+///
+/// # Errors
+/// If the runtime or the signal handlers cannot be set up.
+pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("failed to start the runtime")?;
+    let reporter = Reporter::new();
+    let interrupt = Interrupt::default();
+    let environment =
+        JobEnvironment { buckets: place.buckets, cache_dir: place.cache_dir, owner: owner(), interrupt: interrupt.clone(), reporter: reporter.clone() };
+    let result = runtime.block_on(async {
+        interrupt.on_signals().context("failed to listen to signals")?;
+        if let Some(address) = place.progress_address {
+            match server::serve(address, reporter.clone()).await {
+                Ok(address) => tracing::info!(%address, "serving /progress and /metrics"),
+                // Nobody can watch, but training is what counts.
+                Err(error) => tracing::warn!(%address, %error, "failed to serve /progress and /metrics"),
+            }
+        }
+        anyhow::Ok(job::run(config, &environment).await)
+    })?;
+    reporter.finished(training_result(&result), artifacts(config, &result));
+    runtime.shutdown_background();
+    Ok(Ended { result, reporter })
+}
+
+fn training_result(result: &Result<Outcome, TrainError>) -> TrainingResult {
+    match result {
+        Ok(outcome) => TrainingResult { already_completed: matches!(outcome, Outcome::AlreadyCompleted(_)), failure: None },
+        Err(error) => {
+            let (reason, message) = (error.reason(), chain(error));
+            TrainingResult { already_completed: false, failure: Some(FailureReport { reason, exit_code: reason.exit_code(), message }) }
+        }
+    }
+}
+
+fn artifacts(config: &TrainConfig, result: &Result<Outcome, TrainError>) -> Vec<ReportedArtifact> {
+    let Ok(outcome) = result else { return Vec::new() };
+    let report = |a: &finetune_train::result::Artifact| ReportedArtifact {
+        format: a.format,
+        uri: format!("{}{}", config.output.uri, a.file),
+        sha256: a.sha256.clone(),
+        size_bytes: a.size_bytes,
+    };
+    outcome.result().artifacts.iter().map(report).collect()
+}
+
+/// An error and its causes in one line, each cause once.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Prints the failure and returns its exit code.
+#[expect(clippy::print_stderr, reason = "the command's own error report")]
+pub(super) fn fail(reason: Reason, message: &str) -> ExitCode {
+    let word = if reason.exit_code() == Reason::Interrupted.exit_code() { "stopped" } else { "error" };
+    eprintln!("{word}: {message} ({reason}, exit code {})", reason.exit_code());
+    ExitCode::from(reason.exit_code())
+}
+
+/// Prints a problem with the command line or manifest and returns its exit code.
+#[expect(clippy::print_stderr, reason = "the command's own error report")]
+pub(super) fn refuse(message: &str) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::from(USAGE)
+}
+
+/// The folder for downloads and prepared data: as given, else of the configuration, else the user's cache.
+pub(super) fn cache_dir(given: Option<PathBuf>, config: &TrainConfig) -> PathBuf {
+    let home = || {
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
+        let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
+        cache.unwrap_or_else(std::env::temp_dir).join("finetune")
+    };
+    given.or_else(|| config.model.cache_dir.clone()).unwrap_or_else(home)
+}
+
+/// A name for people to see in claims.
+fn owner() -> String {
+    let named = ["POD_NAME", "HOSTNAME"].iter().find_map(|name| std::env::var(name).ok()).filter(|n| !n.is_empty());
+    let host = named.or_else(|| std::fs::read_to_string("/proc/sys/kernel/hostname").ok()).unwrap_or_default();
+    format!("{} process {}", host.trim(), std::process::id())
+}

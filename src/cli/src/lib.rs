@@ -1,0 +1,132 @@
+//! The command line: one file per subcommand. The only place for stdout, `anyhow` and the process's exit code.
+
+#[cfg(feature = "train")]
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::telemetry::LogFormat;
+
+mod convert;
+mod crd;
+#[cfg(feature = "train")]
+mod device;
+#[cfg(feature = "train")]
+mod job;
+#[cfg(feature = "operator")]
+mod operator;
+mod plan;
+#[cfg(feature = "train")]
+mod reach;
+mod reference;
+#[cfg(feature = "train")]
+mod run;
+#[cfg(feature = "train")]
+mod sample;
+mod telemetry;
+#[cfg(feature = "train")]
+mod train;
+mod validate;
+#[cfg(feature = "train")]
+mod verify;
+
+/// Fine-tune Stable Diffusion 3 with LoRA on 16 GB GPUs, on this machine or on Kubernetes.
+#[derive(Debug, Parser)]
+#[command(name = "finetune", version, about, propagate_version = true)]
+struct Cli {
+    /// How log lines (on stderr) look.
+    #[arg(long, global = true, value_enum, default_value = "auto", env = "FINETUNE_LOG_FORMAT")]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Turn the article's command line into a FineTuneJob.
+    Convert(convert::Args),
+    /// Print the CustomResourceDefinition.
+    Crd(crd::Args),
+    /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
+    #[cfg(feature = "operator")]
+    Operator(Box<operator::Args>),
+    /// Show steps, memory per stage and work of a job before anything runs.
+    Plan(plan::Args),
+    /// Print a generated page of the documentation.
+    #[command(hide = true)]
+    Reference(reference::Args),
+    /// Train a FineTuneJob manifest on this machine, without a cluster.
+    #[cfg(feature = "train")]
+    Run(run::Args),
+    /// Draw pictures with a model, with or without a LoRA.
+    #[cfg(feature = "train")]
+    Sample(sample::Args),
+    /// Train from a resolved configuration: what runs in the pod.
+    #[cfg(feature = "train")]
+    Train(train::Args),
+    /// Check a manifest as the API server and the planner would, and the dataset and model that it names: all problems at once.
+    Validate(validate::Args),
+    /// Compare this build's numbers with cases of the reference implementation.
+    #[cfg(feature = "train")]
+    Verify(verify::Args),
+}
+
+/// Exit code for a command line or manifest that cannot be used (`EX_USAGE`).
+const USAGE: u8 = 64;
+
+/// Runs the command line and returns the process's exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are errors to clap, but not to the caller.
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
+        }
+    };
+    let default_filter = match cli.command {
+        Command::Convert(_) | Command::Crd(_) | Command::Plan(_) | Command::Reference(_) | Command::Validate(_) => "warn",
+        #[cfg(feature = "operator")]
+        Command::Operator(_) => "info",
+        #[cfg(feature = "train")]
+        Command::Train(_) => "info",
+        // On a terminal the progress bar tells; elsewhere log lines do.
+        #[cfg(feature = "train")]
+        Command::Run(_) if !std::io::stderr().is_terminal() => "info",
+        #[cfg(feature = "train")]
+        Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
+    };
+    telemetry::init(cli.log_format, default_filter);
+    // A second installation is refused; the first one is the same.
+    let _already_installed = rustls::crypto::ring::default_provider().install_default();
+    let result = match cli.command {
+        Command::Convert(args) => convert::run(&args),
+        Command::Crd(args) => crd::run(&args),
+        #[cfg(feature = "operator")]
+        Command::Operator(args) => operator::run(*args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Reference(args) => reference::run(&args),
+        #[cfg(feature = "train")]
+        Command::Run(args) => run::run(args),
+        #[cfg(feature = "train")]
+        Command::Sample(args) => sample::run(&args),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run(args),
+        Command::Validate(args) => validate::run(&args),
+        #[cfg(feature = "train")]
+        Command::Verify(args) => verify::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::FAILURE
+    })
+}
+
+/// Prints an error and its causes to stderr, each cause once.
+#[expect(clippy::print_stderr, reason = "the command line's own error report")]
+fn report(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}

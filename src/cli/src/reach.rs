@@ -1,0 +1,57 @@
+//! The part of `finetune validate` that looks at datasets and models.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+use super::job;
+use super::validate::Reached;
+use finetune_api::FineTuneJob;
+use finetune_api::plan::{self, Facts};
+use finetune_api::validate::Violation;
+use finetune_store::Buckets;
+use finetune_train::environment::JobEnvironment;
+use finetune_train::inspect::{self, Inspection};
+use finetune_train::interrupt::Interrupt;
+use finetune_train::report::Reporter;
+
+/// Looks at what each job reads.
+///
+/// # Errors
+/// If a stand-in for a bucket cannot be used or the runtime cannot be set up.
+pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> {
+    let buckets = Buckets::parse(buckets)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("failed to start the runtime")?;
+    let mut reached = Reached::default();
+    for (index, job) in jobs.iter().enumerate() {
+        let name = job.metadata.name.clone().unwrap_or_default();
+        let claim = job.spec.model.source.persistent_volume_claim.is_some();
+        let facts = Facts { model_directory: claim.then(PathBuf::new), ..Facts::default() };
+        let config = plan::resolve(&job.spec, job.metadata.namespace.as_deref().unwrap_or("default"), &name, &facts)?.config;
+        let environment = JobEnvironment {
+            buckets: buckets.clone(),
+            cache_dir: job::cache_dir(None, &config),
+            owner: String::new(),
+            interrupt: Interrupt::default(),
+            reporter: Reporter::new(),
+        };
+        let Inspection { dataset, model } = runtime.block_on(inspect::inspect(&config, &environment));
+        let violation = |path: &str, message| Violation { document: index + 1, object: Some(name.clone()), path: path.to_owned(), message };
+        match dataset {
+            Ok(dataset) => reached.good.push(format!("{name}: the dataset has {} usable pictures", dataset.samples.len())),
+            Err(error) if inspect::dataset_is_unreachable(&error) => {
+                reached.unchecked.push(format!("{name}: the dataset was not checked: {}", job::chain(&error)));
+            }
+            Err(error) => reached.violations.push(violation("spec.dataset", job::chain(&error))),
+        }
+        match model {
+            _ if claim => reached.unchecked.push(format!("{name}: the model was not checked: its volume is the cluster's")),
+            Ok(()) => reached.good.push(format!("{name}: the model has every part")),
+            Err(error) if inspect::model_is_unreachable(&error) => {
+                reached.unchecked.push(format!("{name}: the model was not checked: {}", job::chain(&error)));
+            }
+            Err(error) => reached.violations.push(violation("spec.model.source", job::chain(&error))),
+        }
+    }
+    Ok(reached)
+}

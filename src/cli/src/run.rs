@@ -1,0 +1,236 @@
+//! `finetune run`: a FineTuneJob manifest on this machine, without a cluster.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::job::{self, Ended, Place};
+use finetune_api::plan::{self, DeviceRequest, Facts, TrainConfig};
+use finetune_api::{FineTuneJob, OutputFormat};
+use finetune_common::yaml;
+use finetune_store::{Buckets, Store, StoreOptions};
+use finetune_train::device;
+use finetune_train::job::Outcome;
+use finetune_train::result::RunResult;
+
+/// Arguments of `finetune run`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The manifest: the same file that kubectl apply takes.
+    manifest: PathBuf,
+
+    /// A directory that stands in for a bucket, as s3://NAME=DIR. May be repeated.
+    #[arg(long, value_name = "URI=DIR")]
+    bucket: Vec<String>,
+
+    /// What to compute on. Auto: what the manifest asks for, and the CPU, with a notice, where there is no GPU.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceChoice,
+
+    /// Which job, where the manifest has several.
+    #[arg(long)]
+    name: Option<String>,
+
+    /// Changes a field of the spec before anything else, as training.maxSteps=20. May be repeated.
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+
+    /// Folder for downloads and prepared data. Default: ~/.cache/finetune.
+    #[arg(long, env = "FINETUNE_CACHE_DIR")]
+    cache_dir: Option<PathBuf>,
+
+    /// Serve /progress and /metrics here while the job runs, as 127.0.0.1:9400.
+    #[arg(long)]
+    progress_address: Option<SocketAddr>,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum DeviceChoice {
+    /// What the manifest asks for; the CPU where there is no GPU.
+    Auto,
+    /// This machine's processor.
+    Cpu,
+    /// The first GPU.
+    Cuda,
+}
+
+/// Runs the job and returns its exit code.
+pub(super) fn run(args: Args) -> Result<ExitCode> {
+    let Args { manifest, bucket, device, name, set, cache_dir, progress_address } = args;
+    let prepared = Buckets::parse(&bucket)
+        .map_err(|error| job::chain(&error))
+        .and_then(|buckets| Ok((buckets, read(&manifest, &set)?)))
+        .and_then(|(buckets, jobs)| Ok((buckets, select(jobs, name.as_deref(), &manifest)?)))
+        .and_then(|(buckets, job)| Ok((buckets, resolve(&job)?)));
+    let (buckets, mut config) = match prepared {
+        Ok(prepared) => prepared,
+        Err(message) => return Ok(job::refuse(&message)),
+    };
+    config.device = choose(device, config.device);
+    let cache_dir = job::cache_dir(cache_dir, &config);
+    let output = local_output(&config, &buckets);
+    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, progress_address })?;
+    Ok(match result {
+        Ok(outcome) => {
+            say(&summary(&outcome, &config, output.as_deref()));
+            ExitCode::SUCCESS
+        }
+        Err(error) => job::fail(error.reason(), &job::chain(&error)),
+    })
+}
+
+/// The jobs of the manifest, validated as the API server does.
+fn read(path: &Path, set: &[String]) -> Result<Vec<FineTuneJob>, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?;
+    let text = if set.is_empty() { text } else { with_changes(&text, set)? };
+    finetune_api::validate::manifest(&text).map_err(|violations| format!("{} cannot be used:\n{violations}", path.display()))
+}
+
+/// The manifest with fields of each FineTuneJob's spec changed.
+fn with_changes(text: &str, changes: &[String]) -> Result<String, String> {
+    let mut documents = yaml::documents(text).map_err(|error| job::chain(&error))?;
+    for change in changes {
+        let (field, value) = change.split_once('=').ok_or_else(|| format!("--set {change}: write FIELD=VALUE, as training.maxSteps=20"))?;
+        let value: Value = yaml::from_str(value).map_err(|error| format!("--set {change}: {}", job::chain(&error)))?;
+        for document in documents.iter_mut().filter(|d| d["kind"] == finetune_api::KIND) {
+            let mut place = &mut document["spec"];
+            for key in field.strip_prefix("spec.").unwrap_or(field).split('.') {
+                if !(place.is_object() || place.is_null()) {
+                    return Err(format!("--set {change}: {key} lies below something that is not an object"));
+                }
+                place = &mut place[key];
+            }
+            *place = value.clone();
+        }
+    }
+    let texts: Vec<String> = documents.iter().map(|d| yaml::to_string(d).map_err(|error| job::chain(&error))).collect::<Result<_, _>>()?;
+    Ok(texts.join("---\n"))
+}
+
+fn select(mut jobs: Vec<FineTuneJob>, name: Option<&str>, manifest: &Path) -> Result<FineTuneJob, String> {
+    let names: Vec<String> = jobs.iter().filter_map(|j| j.metadata.name.clone()).collect();
+    let found = |jobs: &[FineTuneJob], name: &str| jobs.iter().position(|j| j.metadata.name.as_deref() == Some(name));
+    match name {
+        Some(name) => {
+            found(&jobs, name).map(|i| jobs.swap_remove(i)).ok_or_else(|| format!("{} has no job {name:?}, only {}", manifest.display(), names.join(", ")))
+        }
+        None if jobs.len() > 1 => Err(format!("{} has several jobs: choose one with --name ({})", manifest.display(), names.join(", "))),
+        None => jobs.pop().ok_or_else(|| format!("{} has no FineTuneJob", manifest.display())),
+    }
+}
+
+fn resolve(job: &FineTuneJob) -> Result<TrainConfig, String> {
+    let namespace = job.metadata.namespace.as_deref().unwrap_or("default");
+    let name = job.metadata.name.as_deref().unwrap_or_default();
+    plan::resolve(&job.spec, namespace, name, &Facts::default()).map(|plan| plan.config).map_err(|error| job::chain(&error))
+}
+
+fn choose(choice: DeviceChoice, asked: DeviceRequest) -> DeviceRequest {
+    match (choice, asked) {
+        (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, DeviceRequest::Cpu) => DeviceRequest::Cpu,
+        (DeviceChoice::Cuda, _) => DeviceRequest::Gpu,
+        (DeviceChoice::Auto, DeviceRequest::Gpu) if device::gpu_is_usable() => DeviceRequest::Gpu,
+        (DeviceChoice::Auto, DeviceRequest::Gpu) => {
+            let why = if device::has_gpu_code() { "none can be used here" } else { "this build has no GPU code" };
+            notice(&format!("the manifest asks for a GPU and {why}: training on the CPU"));
+            DeviceRequest::Cpu
+        }
+    }
+}
+
+/// The directory that the results go to, where the output is one.
+fn local_output(config: &TrainConfig, buckets: &Buckets) -> Option<PathBuf> {
+    let options = StoreOptions { buckets: buckets.clone(), ..StoreOptions::default() };
+    Store::open(&config.output.uri, &options).ok()?.local_directory()
+}
+
+fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> String {
+    let result = outcome.result();
+    let place = local.map_or_else(|| config.output.uri.clone(), |path| format!("{}/", path.display()));
+    let mut rows: Vec<(String, String)> = Vec::new();
+    let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
+    row("steps", format!("{} ({:.1} epochs of {} pictures)", result.steps, result.epochs, result.samples));
+    row("training loss", format!("{:.4} at the end, smoothed ({:.4} at first)", result.loss.smoothed, result.loss.first));
+    let RunResult { evaluation, lora, .. } = result;
+    row("evaluation loss", format!("{:.4} -> {:.4} ({:+.1}%)", evaluation.start, evaluation.end, -100.0 * evaluation.improvement));
+    if let Some(comparison) = &result.comparison {
+        let (base, lora) = (comparison.base_distance, comparison.lora_distance);
+        row("held-out pictures", format!("distance {base:.3} by the base model -> {lora:.3} with the LoRA ({} pictures)", comparison.pictures));
+        row("look at", format!("{place}{}", finetune_train::comparison::FILE_NAME));
+    }
+    row("training time", duration(result.training_seconds));
+    row("LoRA", format!("rank {}, alpha {}, {} modules, {} parameters", lora.rank, lora.alpha, lora.modules, lora.parameters));
+    for artifact in &result.artifacts {
+        let reader = if artifact.format == OutputFormat::Diffusers { "diffusers" } else { "ComfyUI, kohya" };
+        row("file", format!("{} ({:.1} KiB, {reader})", artifact.file, artifact.size_bytes as f64 / 1024.0));
+    }
+    row("also", "result.json, metrics.jsonl, logs/ (TensorBoard)".to_owned());
+    row("in", place.clone());
+    if result.artifacts.iter().any(|a| a.format == OutputFormat::Diffusers) {
+        row("load it", format!("pipeline.load_lora_weights({place:?})"));
+    }
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
+    let head = match outcome {
+        Outcome::Completed(_) => format!("{} is trained.", config.job),
+        Outcome::AlreadyCompleted(_) => {
+            format!("{} was trained already, on {}: the output holds the result of this very spec and dataset.", config.job, result.completed)
+        }
+    };
+    let lines = rows.iter().map(|(name, value)| format!("  {name:width$}  {value}"));
+    std::iter::once(head).chain(lines).collect::<Vec<_>>().join("\n")
+}
+
+fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..60 => format!("{seconds:.1} s"),
+        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
+        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the command's result")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+#[expect(clippy::print_stderr, reason = "a notice that must be seen, whatever the log level")]
+fn notice(text: &str) {
+    eprintln!("note: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_the_spec_are_changed_and_made() {
+        let text = "kind: FineTuneJob\nspec:\n  training: {maxSteps: 5}\n---\nkind: Other\nspec: {}\n";
+        let changed =
+            with_changes(text, &["training.maxSteps=20".into(), "spec.output.existing=Fail".into(), "training.optimizer.learningRate='1e-3'".into()]).unwrap();
+        let documents = yaml::documents(&changed).unwrap();
+        assert_eq!(
+            documents[0]["spec"],
+            serde_json::json!({"training": {"maxSteps": 20, "optimizer": {"learningRate": "1e-3"}}, "output": {"existing": "Fail"}})
+        );
+        assert_eq!(documents[1]["spec"], serde_json::json!({}));
+        assert!(with_changes(text, &["training.maxSteps.x=1".into()]).is_err());
+        assert!(with_changes(text, &["training".into()]).is_err());
+    }
+
+    #[test]
+    fn the_cpu_stands_in_only_where_run_may_choose() {
+        assert_eq!(choose(DeviceChoice::Cpu, DeviceRequest::Gpu), DeviceRequest::Cpu);
+        assert_eq!(choose(DeviceChoice::Cuda, DeviceRequest::Cpu), DeviceRequest::Gpu);
+        assert_eq!(choose(DeviceChoice::Auto, DeviceRequest::Cpu), DeviceRequest::Cpu);
+    }
+
+    #[test]
+    fn durations_are_readable() {
+        assert_eq!([0.4, 61.6, 7325.0].map(duration), ["0.4 s", "1 min 2 s", "2 h 2 min"]);
+    }
+}

@@ -1,0 +1,242 @@
+//! Every operation against its formula in f64, and its backward against central differences of that formula.
+
+use super::*;
+use finetune_common::rng::{Purpose, Stream};
+
+fn engine() -> Engine {
+    Engine::cpu()
+}
+
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    Stream::new(seed, Purpose::Noise, 1, 0).fill_normal(&mut values);
+    values
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+fn assert_close(got: &[f32], want: &[f64], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
+    let error = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
+    assert!(error <= 2e-6 * norm + 1e-7, "{what}: {error} of {norm}");
+}
+
+/// d(Σ weights · f(x))/dx by central differences in f64.
+fn slopes(x: &[f32], weights: &[f32], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
+    let objective = |x: &[f64]| f(x).iter().zip(weights).map(|(y, w)| y * f64::from(*w)).sum::<f64>();
+    let mut point = wide(x);
+    (0..x.len())
+        .map(|i| {
+            let (at, step) = (point[i], 1e-5);
+            point[i] = at + step;
+            let up = objective(&point);
+            point[i] = at - step;
+            let down = objective(&point);
+            point[i] = at;
+            (up - down) / (2.0 * step)
+        })
+        .collect()
+}
+
+const BATCH: usize = 2;
+const TOKENS: usize = 3;
+const WIDTH: usize = 21;
+
+fn modulation(buffer: &Buffer) -> Modulation<'_> {
+    Modulation { values: buffer, stride: 3 * WIDTH, tokens: TOKENS, width: WIDTH }
+}
+
+/// Offsets within the modulation's row.
+const SHIFT: usize = WIDTH;
+const SCALE: usize = 0;
+const GATE: usize = 2 * WIDTH;
+
+fn reference_modulate(x: &[f64], m: &[f64]) -> Vec<f64> {
+    let mut y = Vec::new();
+    for (row, x) in x.chunks(WIDTH).enumerate() {
+        let m = &m[row / TOKENS * 3 * WIDTH..];
+        let mean = x.iter().sum::<f64>() / WIDTH as f64;
+        let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / WIDTH as f64;
+        y.extend((0..WIDTH).map(|i| (x[i] - mean) / (variance + 1e-6).sqrt() * (1.0 + m[SCALE + i]) + m[SHIFT + i]));
+    }
+    y
+}
+
+#[test]
+fn modulate_and_its_gradients() {
+    let e = engine();
+    let (x, m, w) = (random(BATCH * TOKENS * WIDTH, 1), random(BATCH * 3 * WIDTH, 2), random(BATCH * TOKENS * WIDTH, 3));
+    let (xb, mb, wb) = (e.upload(&x), e.upload(&m), e.upload(&w));
+    let (y, stats) = e.modulate(&xb, modulation(&mb), SHIFT, SCALE);
+    assert_close(&e.download(&y), &reference_modulate(&wide(&x), &wide(&m)), "forward");
+    let (mut dx, mut dm) = (e.upload(&w), e.zeros(m.len()));
+    e.modulate_backward(&xb, &stats, modulation(&mb), SHIFT, SCALE, &wb, Some(&mut dx), Some(&mut dm));
+    let want: Vec<f64> = slopes(&x, &w, |x| reference_modulate(x, &wide(&m))).iter().zip(&w).map(|(s, w)| s + f64::from(*w)).collect();
+    assert_close(&e.download(&dx), &want, "dx, added to what was there");
+    assert_close(&e.download(&dm), &slopes(&m, &w, |m| reference_modulate(&wide(&x), m)), "d shift and scale");
+}
+
+#[test]
+fn gate_and_its_gradients() {
+    let e = engine();
+    let n = BATCH * TOKENS * WIDTH;
+    let (x, y, m, w) = (random(n, 1), random(n, 2), random(BATCH * 3 * WIDTH, 3), random(n, 4));
+    let reference =
+        |y: &[f64], m: &[f64]| -> Vec<f64> { (0..n).map(|i| f64::from(x[i]) + y[i] * m[i / (TOKENS * WIDTH) * 3 * WIDTH + GATE + i % WIDTH]).collect() };
+    let (yb, mb) = (e.upload(&y), e.upload(&m));
+    assert_close(&e.download(&e.gate_residual(&e.upload(&x), &yb, modulation(&mb), GATE)), &reference(&wide(&y), &wide(&m)), "forward");
+    let mut dm = e.zeros(m.len());
+    let dy = e.gate_backward(&e.upload(&w), modulation(&mb), GATE, Some((&yb, &mut dm)));
+    assert_close(&e.download(&dy), &slopes(&y, &w, |y| reference(y, &wide(&m))), "dy");
+    assert_close(&e.download(&dm), &slopes(&m, &w, |m| reference(&wide(&y), m)), "d gate");
+}
+
+#[test]
+fn activations_and_their_gradients() {
+    let e = engine();
+    let mut x = random(300, 1);
+    x.extend([0.0, -0.0, 30.0, -30.0, 1e-6]);
+    let w = random(x.len(), 2);
+    let gelu = |x: &[f64]| x.iter().map(|x| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())).collect::<Vec<_>>();
+    let silu = |x: &[f64]| x.iter().map(|x| x / (1.0 + (-x).exp())).collect::<Vec<_>>();
+    let xb = e.upload(&x);
+    assert_close(&e.download(&e.gelu(&xb)), &gelu(&wide(&x)), "gelu");
+    assert_close(&e.download(&e.silu(&xb)), &silu(&wide(&x)), "silu");
+    let (mut dg, mut ds) = (e.upload(&w), e.upload(&w));
+    e.gelu_backward(&xb, &mut dg);
+    e.silu_backward(&xb, &mut ds);
+    assert_close(&e.download(&dg), &slopes(&x, &w, gelu), "d gelu");
+    assert_close(&e.download(&ds), &slopes(&x, &w, silu), "d silu");
+}
+
+#[test]
+fn rms_norm_and_its_gradient() {
+    let e = engine();
+    for d in [8, 19, 64] {
+        let (x, weight, w) = (random(7 * d, 1), random(d, 2), random(7 * d, 3));
+        let reference = |x: &[f64]| -> Vec<f64> {
+            let norm = |row: &[f64]| (row.iter().map(|v| v * v).sum::<f64>() / d as f64 + 1e-6).sqrt();
+            x.chunks(d).flat_map(|row| row.iter().zip(&weight).map(|(v, w)| v / norm(row) * f64::from(*w)).collect::<Vec<_>>()).collect()
+        };
+        let (xb, wb) = (e.upload(&x), e.upload(&weight));
+        let (y, stats) = e.rms_norm(&xb, &wb);
+        assert_close(&e.download(&y), &reference(&wide(&x)), "forward");
+        let mut dx = e.upload(&w);
+        e.rms_norm_backward(&xb, &wb, &stats, &mut dx);
+        assert_close(&e.download(&dx), &slopes(&x, &w, reference), "dx");
+    }
+}
+
+/// q, k and v of both streams one after another, as one point in space.
+fn reference_attention(shape: &AttentionShape, point: &[f64]) -> Vec<f64> {
+    let (width, dim) = (shape.width(), shape.head_dim);
+    let (ni, nc) = (shape.batch * shape.image * width, shape.batch * shape.context * width);
+    let part = |i: usize| (&point[i * (ni + nc)..][..ni], &point[i * (ni + nc) + ni..][..nc]);
+    let row = |(image, context): (&[f64], &[f64]), b: usize, t: usize, h: usize| -> Vec<f64> {
+        let (source, index) = if t < shape.image { (image, b * shape.image + t) } else { (context, b * shape.context + t - shape.image) };
+        source[index * width + h * dim..][..dim].to_vec()
+    };
+    let mut out = vec![0.0; ni + if shape.context_queries { nc } else { 0 }];
+    for b in 0..shape.batch {
+        for h in 0..shape.heads {
+            for t in 0..if shape.context_queries { shape.keys() } else { shape.image } {
+                let q = row(part(0), b, t, h);
+                let scores: Vec<f64> =
+                    (0..shape.keys()).map(|u| q.iter().zip(row(part(1), b, u, h)).map(|(a, b)| a * b).sum::<f64>() / (dim as f64).sqrt()).collect();
+                let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+                let total: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
+                let start = if t < shape.image { (b * shape.image + t) * width } else { ni + (b * shape.context + t - shape.image) * width } + h * dim;
+                for (u, s) in scores.iter().enumerate() {
+                    let p = (s - largest).exp() / total;
+                    row(part(2), b, u, h).iter().enumerate().for_each(|(i, v)| out[start + i] += p * v);
+                }
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn attention_and_its_gradients() {
+    let e = engine();
+    for (heads, head_dim, image, context, context_queries) in
+        [(2, 5, 3, 4, true), (1, 8, 5, 2, false), (2, 3, 6, 0, false), (1, 17, 1, 1, true), (1, 4, 51, 50, true)]
+    {
+        let shape = AttentionShape { batch: if image > 50 { 1 } else { 2 }, heads, head_dim, image, context, context_queries };
+        let (ni, nc) = (shape.batch * image * shape.width(), shape.batch * context * shape.width());
+        let point = random(3 * (ni + nc), 1);
+        let joint = |i: usize, wanted: bool| Joint {
+            image: e.upload(&point[i * (ni + nc)..][..ni]),
+            context: (wanted && nc > 0).then(|| e.upload(&point[i * (ni + nc) + ni..][..nc])),
+        };
+        let (q, k, v) = (joint(0, context_queries), joint(1, true), joint(2, true));
+        let (out, lse) = e.attention(&shape, &q, &k, &v);
+        let flat = |j: &Joint<Buffer>| [e.download(&j.image), j.context.as_ref().map(|c| e.download(c)).unwrap_or_default()].concat();
+        assert_close(&flat(&out), &reference_attention(&shape, &wide(&point)), "forward");
+        let w = random(flat(&out).len(), 2);
+        let d_out = Joint { image: e.upload(&w[..ni]), context: (w.len() > ni).then(|| e.upload(&w[ni..])) };
+        let (dq, dk, dv) = e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d_out);
+        let mut got = flat(&dq);
+        got.resize(ni + nc, 0.0);
+        got.extend(flat(&dk));
+        got.extend(flat(&dv));
+        assert_close(&got, &slopes(&point, &w, |point| reference_attention(&shape, point)), "dq, dk, dv");
+    }
+}
+
+/// With and without LoRA and a dropout mask, for few and many rows: `y`, `dx`, `dA`, `dB`.
+#[test]
+fn linear_with_lora_and_its_gradients() {
+    let e = engine();
+    for (rows, inputs, outputs, rank, dropped) in [(2, 5, 7, 1, false), (30, 9, 35, 3, true), (26, 33, 6, 17, false)] {
+        let (w, bias) = (random(outputs * inputs, 1), random(outputs, 2));
+        let (a, b, x, dy) = (random(rank * inputs, 3), random(outputs * rank, 4), random(rows * inputs, 5), random(rows * outputs, 6));
+        let scale = 0.75;
+        let key = [(1, 2)];
+        let mask = if dropped { e.dropout_mask(1, &key, 4, rows, inputs, 0.4) } else { e.upload(&vec![1.0; rows * inputs]) };
+        let m = wide(&e.download(&mask));
+        let reference = |x: &[f64], a: &[f64], b: &[f64]| -> Vec<f64> {
+            let mut y = Vec::new();
+            for r in 0..rows {
+                let x_r = &x[r * inputs..][..inputs];
+                let t: Vec<f64> = (0..rank).map(|q| (0..inputs).map(|i| a[q * inputs + i] * x_r[i] * m[r * inputs + i]).sum()).collect();
+                y.extend((0..outputs).map(|o| {
+                    let base: f64 = (0..inputs).map(|i| f64::from(w[o * inputs + i]) * x_r[i]).sum();
+                    f64::from(bias[o]) + base + scale * (0..rank).map(|q| b[o * rank + q] * t[q]).sum::<f64>()
+                }));
+            }
+            y
+        };
+        let (frozen, lora) = (e.frozen(outputs, inputs, &w), e.lora(rank, inputs, outputs, &a, &b, scale as f32));
+        let (xb, dyb) = (e.upload(&x), e.upload(&dy));
+        let mut x_lora = e.copy(&xb);
+        e.multiply(&mut x_lora, &mask);
+        let mut y = e.alloc(rows * outputs);
+        let t = e.linear(rows, &xb, &frozen, Some(&e.upload(&bias)), Some((&lora, Some(&x_lora), 1.0)), &mut y).unwrap();
+        assert_close(&e.download(&y), &reference(&wide(&x), &wide(&a), &wide(&b)), "forward");
+        let mut dx = e.alloc(rows * inputs);
+        let dt = e.linear_backward(rows, &dyb, &frozen, Some((&lora, dropped.then_some(&mask))), Some((&mut dx, false))).unwrap();
+        assert_close(&e.download(&dx), &slopes(&x, &dy, |x| reference(x, &wide(&a), &wide(&b))), "dx");
+        let (mut da, mut db) = (e.zeros(a.len()), e.zeros(b.len()));
+        e.lora_gradient(rows, &x_lora, &dyb, &t, &dt, scale as f32, &mut da, &mut db);
+        assert_close(&e.download(&da), &slopes(&a, &dy, |a| reference(&wide(&x), a, &wide(&b))), "dA");
+        assert_close(&e.download(&db), &slopes(&b, &dy, |b| reference(&wide(&x), &wide(&a), b)), "dB");
+    }
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_follows_its_name() {
+    let e = engine();
+    let mask = |samples: &[(u64, u64)], module| e.download(&e.dropout_mask(7, samples, module, 50, 200, 0.3));
+    let both = mask(&[(0, 1), (0, 2)], 3);
+    let kept = both.iter().filter(|m| **m != 0.0).count() as f64 / both.len() as f64;
+    assert!((kept - 0.7).abs() < 0.015, "{kept}");
+    assert!(both.iter().all(|m| *m == 0.0 || (m - 1.0 / 0.7).abs() < 1e-6));
+    assert_eq!(both[10_000..], mask(&[(0, 2)], 3));
+    for other in [mask(&[(0, 2)], 4), mask(&[(1, 2)], 3), mask(&[(0, 3)], 3)] {
+        assert_ne!(both[10_000..], other);
+    }
+}

@@ -1,0 +1,232 @@
+//! Against PyTorch, bitsandbytes, prodigyopt and diffusers (`tests/golden/optim/make.py`), and what must hold for all.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::*;
+
+fn golden(name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "..", "..", "tests", "golden", "optim", name].iter().collect()
+}
+
+struct Trajectory(BTreeMap<String, Tensor>);
+
+impl Trajectory {
+    fn load(name: &str) -> Self {
+        Self(candle_core::safetensors::load(golden(&format!("{name}.safetensors")), &Device::Cpu).unwrap().into_iter().collect())
+    }
+
+    fn f32(&self, name: &str) -> Vec<f32> {
+        self.0[name].to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn start(&self) -> Vec<Param> {
+        ["a", "b"].map(|n| Param { name: n.into(), shape: self.0[&format!("start.{n}")].dims().to_vec(), value: self.f32(&format!("start.{n}")) }).to_vec()
+    }
+
+    fn grads(&self, update: usize) -> Vec<Vec<f32>> {
+        ["a", "b"].map(|n| self.f32(&format!("grad.{update}.{n}"))).to_vec()
+    }
+}
+
+fn relative_error(got: &[f32], want: &[f32]) -> f64 {
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let want_norm = norm(&mut want.iter().map(|w| f64::from(*w)));
+    norm(&mut got.iter().zip(want).map(|(g, w)| f64::from(*g) - f64::from(*w))) / want_norm.max(1e-30)
+}
+
+const RATES: [f64; 6] = [1e-3, 5e-4, 1e-3, 2e-3, 1e-3, 1e-3];
+const SETTINGS: AdamWSettings = AdamWSettings { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.05 };
+
+fn prodigy(variant: &str) -> (ProdigySettings, [f64; 6]) {
+    let default = ProdigySettings::default();
+    match variant {
+        "default" => (default, [1.0; 6]),
+        "all" => (
+            ProdigySettings {
+                beta2: 0.99,
+                beta3: Some(0.98),
+                weight_decay: 0.01,
+                use_bias_correction: true,
+                safeguard_warmup: true,
+                d0: 1e-5,
+                d_coef: 2.0,
+                growth_rate: 1.5,
+                ..default
+            },
+            [0.1, 0.5, 1.0, 1.0, 0.0, 0.7],
+        ),
+        _ => (ProdigySettings { weight_decay: 0.1, decouple: false, d0: 1e-4, ..default }, [1.0; 6]),
+    }
+}
+
+/// Follows a trajectory; the change of each parameter since the start is compared, which is stricter than its value.
+fn follow(name: &str, optimizer: &mut dyn Optimizer, rates: [f64; 6], tolerance: f64, mut after: impl FnMut(usize, &Trajectory, &dyn Optimizer)) {
+    let trajectory = Trajectory::load(name);
+    let mut params = trajectory.start();
+    for (update, rate) in rates.into_iter().enumerate() {
+        optimizer.step(&mut params, &trajectory.grads(update), rate);
+        for param in &params {
+            let change = |now: &[f32]| now.iter().zip(trajectory.f32(&format!("start.{}", param.name))).map(|(n, s)| n - s).collect::<Vec<_>>();
+            let error = relative_error(&change(&param.value), &change(&trajectory.f32(&format!("value.{update}.{}", param.name))));
+            assert!(error < tolerance, "{name}: {} after update {update}: {error:e}", param.name);
+        }
+        after(update, &trajectory, optimizer);
+    }
+}
+
+#[test]
+fn adamw_follows_torch() {
+    let mut optimizer = AdamW::new(SETTINGS, &Trajectory::load("adamw").start());
+    follow("adamw", &mut optimizer, RATES, 1e-5, |_, _, _| {});
+}
+
+#[test]
+fn adamw8bit_follows_bitsandbytes_to_the_code() {
+    let mut optimizer = AdamW8bit::new(SETTINGS, &Trajectory::load("adamw8bit").start());
+    follow("adamw8bit", &mut optimizer, RATES, 1e-5, |update, trajectory, optimizer| {
+        if update < 5 {
+            return;
+        }
+        let state: BTreeMap<String, StateData> = optimizer.state().into_iter().map(|t| (t.name, t.data)).collect();
+        for moment in [1, 2] {
+            let StateData::U8(codes) = &state[&format!("state{moment}.b")] else { panic!("codes are bytes") };
+            let want: Vec<u8> = trajectory.0[&format!("state{moment}.b")].to_vec1().unwrap();
+            // A moment that differs in its last bit may round to the neighbouring code.
+            let differing = codes.iter().zip(&want).filter(|(g, w)| g != w).count();
+            assert!(differing * 1000 <= codes.len(), "moment {moment}: {differing} of {} codes differ", codes.len());
+            assert!(codes.iter().zip(&want).all(|(g, w)| g.abs_diff(*w) <= 1), "moment {moment}");
+            let StateData::F32(absmax) = &state[&format!("absmax{moment}.b")] else { panic!("scales are f32") };
+            assert!(relative_error(absmax, &trajectory.f32(&format!("absmax{moment}.b"))) < 1e-6);
+        }
+    });
+}
+
+#[test]
+fn prodigy_follows_prodigyopt() {
+    for variant in ["default", "all", "coupled"] {
+        let name = format!("prodigy-{variant}");
+        let (settings, rates) = prodigy(variant);
+        let mut optimizer = Prodigy::new(settings, &Trajectory::load(&name).start());
+        follow(&name, &mut optimizer, rates, 1e-5, |update, trajectory, optimizer| {
+            let state = optimizer.state();
+            let Some(StateData::F64(d)) = state.iter().find(|t| t.name == "d").map(|t| &t.data) else { panic!("d is f64") };
+            let want: f64 = trajectory.0[&format!("d.{update}")].to_vec1::<f64>().unwrap()[0];
+            assert!((d[0] / want - 1.0).abs() < 1e-6, "{name}: d after update {update}: {} for {want}", d[0]);
+        });
+    }
+}
+
+#[test]
+fn schedules_follow_diffusers() {
+    #[derive(serde::Deserialize)]
+    struct Case {
+        name: String,
+        warmup: u64,
+        total: u64,
+        cycles: f64,
+        power: f64,
+        lr: f64,
+        values: Vec<f64>,
+    }
+    let file: serde_json::Value = serde_json::from_slice(&std::fs::read(golden("schedules.json")).unwrap()).unwrap();
+    let cases: Vec<Case> = serde_json::from_value(file["schedules"].clone()).unwrap();
+    let mut names = std::collections::BTreeSet::new();
+    for case in cases {
+        let shape = match case.name.as_str() {
+            "constant" => schedule::Shape::Constant,
+            "constant_with_warmup" => schedule::Shape::ConstantWithWarmup,
+            "linear" => schedule::Shape::Linear,
+            "cosine" => schedule::Shape::Cosine,
+            "cosine_with_restarts" => schedule::Shape::CosineWithRestarts,
+            _ => schedule::Shape::Polynomial,
+        };
+        let schedule = Schedule { shape, learning_rate: case.lr, warmup_steps: case.warmup, total_steps: case.total, cycles: case.cycles, power: case.power };
+        for (index, want) in case.values.iter().enumerate() {
+            let got = schedule.lr(index as u64);
+            assert!((got - want).abs() <= 1e-15 + 1e-12 * want, "{schedule:?} at {index}: {got} for {want}");
+        }
+        names.insert(case.name);
+    }
+    assert_eq!(names.len(), 6);
+    // Where diffusers divides by zero.
+    let flat = Schedule { shape: schedule::Shape::Polynomial, learning_rate: 1e-3, warmup_steps: 5, total_steps: 5, cycles: 1.0, power: 1.0 };
+    assert!(flat.lr(5).is_finite() && flat.lr(6).is_finite());
+}
+
+fn every_optimizer(params: &[Param]) -> Vec<Box<dyn Optimizer>> {
+    let prodigy = |variant| Box::new(Prodigy::new(prodigy(variant).0, params));
+    vec![Box::new(AdamW::new(SETTINGS, params)), Box::new(AdamW8bit::new(SETTINGS, params)), prodigy("default"), prodigy("all"), prodigy("coupled")]
+}
+
+fn bits(params: &[Param]) -> Vec<u32> {
+    params.iter().flat_map(|p| p.value.iter().map(|v| v.to_bits())).collect()
+}
+
+/// Through bytes, as a checkpoint does, into an optimizer that was made from the values of the moment.
+#[test]
+fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
+    let trajectory = Trajectory::load("adamw8bit");
+    let start = trajectory.start();
+    for index in 0..every_optimizer(&start).len() {
+        let mut whole = start.clone();
+        let mut optimizer = every_optimizer(&whole).swap_remove(index);
+        (0..6).for_each(|t| optimizer.step(&mut whole, &trajectory.grads(t), RATES[t]));
+        for stop in 0..6 {
+            let mut params = start.clone();
+            let mut before = every_optimizer(&params).swap_remove(index);
+            (0..stop).for_each(|t| before.step(&mut params, &trajectory.grads(t), RATES[t]));
+            let saved: Vec<_> = before.state().iter().map(|t| (t.name.clone(), t.dtype(), t.shape.clone(), t.to_bytes())).collect();
+            let loaded = saved.iter().map(|(name, dtype, shape, bytes)| StateTensor::from_bytes(name, *dtype, shape, bytes).unwrap()).collect();
+            let mut after = every_optimizer(&params).swap_remove(index);
+            after.load_state(loaded).unwrap();
+            (stop..6).for_each(|t| after.step(&mut params, &trajectory.grads(t), RATES[t]));
+            assert_eq!(bits(&params), bits(&whole), "optimizer {index}, stopped after {stop}");
+            assert_eq!(after.state(), optimizer.state());
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let trajectory = Trajectory::load("adamw8bit");
+    let run = |threads| {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+            let mut all = Vec::new();
+            for mut optimizer in every_optimizer(&trajectory.start()) {
+                let mut params = trajectory.start();
+                (0..6).for_each(|t| optimizer.step(&mut params, &trajectory.grads(t), RATES[t]));
+                all.extend(bits(&params));
+            }
+            all
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(5));
+}
+
+#[test]
+fn a_state_of_other_parameters_is_refused() {
+    let trajectory = Trajectory::load("adamw");
+    let params = trajectory.start();
+    let mut other = params.clone();
+    other[1].name = "c".into();
+    for (mut optimizer, theirs) in every_optimizer(&params).into_iter().zip(every_optimizer(&other)) {
+        let before = optimizer.state();
+        assert!(matches!(optimizer.load_state(theirs.state()), Err(StateError::Missing { .. })));
+        assert_eq!(optimizer.state(), before);
+    }
+}
+
+#[test]
+#[should_panic(expected = "should have 40 values")]
+fn mixed_up_parameters_are_a_panic() {
+    let trajectory = Trajectory::load("adamw");
+    let mut params = trajectory.start();
+    let mut optimizer = AdamW::new(SETTINGS, &params);
+    params.swap(0, 1);
+    optimizer.step(&mut params, &trajectory.grads(0), 1e-3);
+}

@@ -1,0 +1,13 @@
+//! Stable Diffusion 3: weights, text encoders, VAE, MMDiT, LoRA.
+
+pub mod digest;
+pub mod layout;
+pub mod lora;
+pub mod mmdit;
+pub mod sample;
+pub mod text;
+pub mod vae;
+pub mod weights;
+
+pub use layout::ModelDir;
+pub use weights::Weights;

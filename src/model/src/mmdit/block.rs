@@ -1,0 +1,286 @@
+//! One joint transformer block: AdaLayerNormZero modulation, joint attention (and in some blocks of SD3.5 a second one of
+//! the image alone), feed-forward of both streams.
+
+use finetune_compute::kernels::{Buffer, Modulation, NormStats};
+use finetune_compute::nn::{Attention, AttentionSaved, FeedForward, FeedForwardSaved, Gradients, Linear, Pass};
+
+/// Which gradients a block must produce besides those of its own LoRA.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent answers")]
+pub(super) struct Needs {
+    /// Of its image input.
+    pub(super) x: bool,
+    /// Of its context input.
+    pub(super) c: bool,
+    /// Of its image modulation.
+    pub(super) modulation: bool,
+    /// Of its context modulation.
+    pub(super) context_modulation: bool,
+}
+
+/// Modulation vectors of a block, as [`Block::modulation`] gives them, or their gradients.
+#[derive(Debug)]
+pub(super) struct BlockModulation {
+    /// [batch, 6D] (9D with a second attention), in f32.
+    pub(super) image: Buffer,
+    /// [batch, 6D] (2D in the last block), in f32.
+    pub(super) context: Buffer,
+}
+
+/// A joint transformer block.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) width: usize,
+    /// The context ends here: it is attended to, and its output is discarded.
+    pub(super) last: bool,
+    pub(super) norm1: Linear,
+    pub(super) norm1_context: Linear,
+    pub(super) attention: Attention,
+    pub(super) attention2: Option<Attention>,
+    pub(super) feed_forward: FeedForward,
+    pub(super) feed_forward_context: Option<FeedForward>,
+    pub(super) needs: Needs,
+}
+
+/// The feed-forward half of a stream.
+#[derive(Debug)]
+struct MlpSaved {
+    /// Its residual input [rows, D].
+    x: Buffer,
+    stats: NormStats,
+    inner: FeedForwardSaved,
+    /// Its output before the gate, if the gate's gradient is wanted.
+    y: Option<Buffer>,
+}
+
+/// # Saved for backward
+/// Inputs of the four LayerNorms with their statistics, what attention and feed-forward keep, and where modulation is
+/// trained the outputs of the branches.
+#[derive(Debug)]
+pub(super) struct BlockSaved {
+    x: Buffer,
+    x_stats: NormStats,
+    c: Buffer,
+    c_stats: NormStats,
+    attention: AttentionSaved,
+    attention_y: Option<Buffer>,
+    attention_yc: Option<Buffer>,
+    second: Option<(NormStats, AttentionSaved, Option<Buffer>)>,
+    mlp: MlpSaved,
+    context_mlp: Option<MlpSaved>,
+}
+
+impl BlockSaved {
+    /// Leaves out the modulated inputs of attention, one D of eleven: [`Block::bring_back_inputs`] computes them again.
+    pub(super) fn leave_out_inputs(&mut self) {
+        self.attention.leave_out_inputs();
+        if let Some((_, second, _)) = &mut self.second {
+            second.leave_out_inputs();
+        }
+    }
+}
+
+/// Chunks of the modulation, in units of D: shift, scale, gate of attention, then of the feed-forward, then of the second attention.
+const SHIFT: usize = 0;
+const SCALE: usize = 1;
+const GATE: usize = 2;
+const SHIFT_MLP: usize = 3;
+const SCALE_MLP: usize = 4;
+const GATE_MLP: usize = 5;
+const SHIFT_2: usize = 6;
+const SCALE_2: usize = 7;
+const GATE_2: usize = 8;
+
+impl Block {
+    /// Calls `f` on every linear layer but those of the modulation.
+    pub(super) fn each_linear(&mut self, f: &mut dyn FnMut(&mut Linear)) {
+        self.attention.each_linear(f);
+        if let Some(attention) = &mut self.attention2 {
+            attention.each_linear(f);
+        }
+        self.feed_forward.each_linear(f);
+        if let Some(feed_forward) = &mut self.feed_forward_context {
+            feed_forward.each_linear(f);
+        }
+    }
+
+    /// All linear layers but those of the modulation.
+    pub(super) fn each_linear_ref<'a>(&'a self, layers: &mut Vec<&'a Linear>) {
+        std::iter::once(&self.attention).chain(&self.attention2).for_each(|a| a.linears(layers));
+        for feed_forward in std::iter::once(&self.feed_forward).chain(&self.feed_forward_context) {
+            layers.extend([&feed_forward.up, &feed_forward.down]);
+        }
+    }
+
+    fn image_modulation<'a>(&self, m: &'a Buffer, batch: usize, rows: usize) -> Modulation<'a> {
+        Modulation { values: m, stride: self.norm1.outputs(), tokens: rows / batch, width: self.width }
+    }
+
+    fn context_modulation<'a>(&self, m: &'a Buffer, batch: usize, rows: usize) -> Modulation<'a> {
+        Modulation { values: m, stride: self.norm1_context.outputs(), tokens: rows / batch, width: self.width }
+    }
+
+    /// Offsets of the context's shift and scale before attention: the last block has (scale, shift), the others (shift, scale).
+    fn context_offsets(&self) -> (usize, usize) {
+        if self.last { (self.width, 0) } else { (SHIFT * self.width, SCALE * self.width) }
+    }
+
+    /// # Shapes
+    /// x [batch · N, D], c [batch · S, D], modulation as [`BlockModulation`] -> x, and c unless this is the last block.
+    pub(super) fn forward(&self, pass: Pass<'_>, batch: usize, x: Buffer, c: Buffer, modulation: &BlockModulation) -> (Buffer, Option<Buffer>, BlockSaved) {
+        let (engine, d) = (pass.engine, self.width);
+        let m = self.image_modulation(&modulation.image, batch, x.len() / d);
+        let mc = self.context_modulation(&modulation.context, batch, c.len() / d);
+        let (context_shift, context_scale) = self.context_offsets();
+
+        let (xn, x_stats) = engine.modulate(&x, m, SHIFT * d, SCALE * d);
+        let (cn, c_stats) = engine.modulate(&c, mc, context_shift, context_scale);
+        let (y, yc, attention) = self.attention.forward(pass, batch, xn, Some(cn));
+        let (x2, mlp, second);
+        if let Some(attention2) = &self.attention2 {
+            let x1 = engine.gate_residual(&x, &y, m, GATE * d);
+            let (xn, stats) = engine.modulate(&x, m, SHIFT_2 * d, SCALE_2 * d);
+            let (y2, _, saved) = attention2.forward(pass, batch, xn, None);
+            (x2, mlp) = mlp_forward(pass, &self.feed_forward, m, (&x1, &y2, GATE_2), self.needs.modulation);
+            second = Some((stats, saved, Some(y2).filter(|_| self.needs.modulation)));
+        } else {
+            (x2, mlp) = mlp_forward(pass, &self.feed_forward, m, (&x, &y, GATE), self.needs.modulation);
+            second = None;
+        }
+        let mut context_mlp = None;
+        let mut c2 = None;
+        if let (Some(feed_forward), Some(yc)) = (&self.feed_forward_context, &yc) {
+            let (out, saved) = mlp_forward(pass, feed_forward, mc, (&c, yc, GATE), self.needs.context_modulation);
+            (c2, context_mlp) = (Some(out), Some(saved));
+        }
+        let saved = BlockSaved {
+            x,
+            x_stats,
+            c,
+            c_stats,
+            attention,
+            attention_y: Some(y).filter(|_| self.needs.modulation),
+            attention_yc: yc.filter(|_| self.needs.context_modulation),
+            second,
+            mlp,
+            context_mlp,
+        };
+        (x2, c2, saved)
+    }
+
+    /// Computes the inputs of attention again that [`BlockSaved::leave_out_inputs`] has left out: the same bits.
+    pub(super) fn bring_back_inputs(&self, pass: Pass<'_>, batch: usize, saved: &mut BlockSaved, modulation: &BlockModulation) {
+        let (engine, d) = (pass.engine, self.width);
+        let m = self.image_modulation(&modulation.image, batch, saved.x.len() / d);
+        let mc = self.context_modulation(&modulation.context, batch, saved.c.len() / d);
+        let (context_shift, context_scale) = self.context_offsets();
+        let (image, context) = saved.attention.left_out();
+        let xn = image.then(|| engine.modulate(&saved.x, m, SHIFT * d, SCALE * d).0);
+        let cn = context.then(|| engine.modulate(&saved.c, mc, context_shift, context_scale).0);
+        saved.attention.bring_back(xn, cn);
+        if let Some((_, second, _)) = &mut saved.second {
+            let xn = second.left_out().0.then(|| engine.modulate(&saved.x, m, SHIFT_2 * d, SCALE_2 * d).0);
+            second.bring_back(xn, None);
+        }
+    }
+
+    /// # Backward
+    /// `dx` and `dc` turn from the gradients of the outputs into those of the inputs where [`Needs`] asks for them (else
+    /// their content is of no use); in the last block `dc` comes in as zeros. Gradients of the modulation are added to
+    /// `d_modulation`.
+    #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
+    pub(super) fn backward(
+        &self,
+        pass: Pass<'_>,
+        batch: usize,
+        saved: &BlockSaved,
+        modulation: &BlockModulation,
+        dx: &mut Buffer,
+        dc: &mut Buffer,
+        d_modulation: &mut BlockModulation,
+        gradients: &mut Gradients,
+    ) {
+        let (engine, d, needs) = (pass.engine, self.width, self.needs);
+        let m = self.image_modulation(&modulation.image, batch, dx.len() / d);
+        let mc = self.context_modulation(&modulation.context, batch, dc.len() / d);
+        // Whether anything is wanted below the feed-forwards.
+        let below = needs != Needs::default() || self.attention.has_lora() || self.attention2.as_ref().is_some_and(Attention::has_lora);
+
+        let trained = needs.modulation.then_some(&mut d_modulation.image);
+        let gated = mlp_backward(pass, &self.feed_forward, m, &saved.mlp, dx, trained, below, gradients);
+        let mut gated_context = None;
+        if let (Some(feed_forward), Some(mlp)) = (&self.feed_forward_context, &saved.context_mlp) {
+            let trained = needs.context_modulation.then_some(&mut d_modulation.context);
+            gated_context = mlp_backward(pass, feed_forward, mc, mlp, dc, trained, below, gradients);
+        }
+        if !below {
+            return;
+        }
+
+        let need = (needs.x || needs.modulation, needs.c || needs.context_modulation);
+        let dy = gated.unwrap_or_else(|| engine.gate_backward(dx, m, GATE * d, saved.attention_y.as_ref().map(|y| (y, &mut d_modulation.image))));
+        let dyc = (!self.last).then(|| {
+            let trained = saved.attention_yc.as_ref().map(|y| (y, &mut d_modulation.context));
+            gated_context.unwrap_or_else(|| engine.gate_backward(dc, mc, GATE * d, trained))
+        });
+        let (dxn, dcn) = self.attention.backward(pass, &saved.attention, &dy, dyc.as_ref(), need, gradients);
+        let mut dxn2 = None;
+        if let (Some(attention2), Some((stats, inner, y))) = (&self.attention2, &saved.second) {
+            let dy = engine.gate_backward(dx, m, GATE_2 * d, y.as_ref().map(|y| (y, &mut d_modulation.image)));
+            dxn2 = attention2.backward(pass, inner, &dy, None, (need.0, false), gradients).0.map(|g| (g, stats));
+        }
+        if let Some(dxn) = dxn {
+            let trained = needs.modulation.then_some(&mut d_modulation.image);
+            engine.modulate_backward(&saved.x, &saved.x_stats, m, SHIFT * d, SCALE * d, &dxn, needs.x.then_some(&mut *dx), trained);
+        }
+        if let Some((dxn, stats)) = dxn2 {
+            let trained = needs.modulation.then_some(&mut d_modulation.image);
+            engine.modulate_backward(&saved.x, stats, m, SHIFT_2 * d, SCALE_2 * d, &dxn, needs.x.then_some(&mut *dx), trained);
+        }
+        if let Some(dcn) = dcn {
+            let (shift, scale) = self.context_offsets();
+            let trained = needs.context_modulation.then_some(&mut d_modulation.context);
+            engine.modulate_backward(&saved.c, &saved.c_stats, mc, shift, scale, &dcn, needs.c.then_some(&mut *dc), trained);
+        }
+    }
+}
+
+/// `x + gate_mlp · ff(LN(x) (1 + scale_mlp) + shift_mlp)` of x = residual + gate · branch.
+fn mlp_forward(
+    pass: Pass<'_>,
+    feed_forward: &FeedForward,
+    m: Modulation<'_>,
+    (residual, branch, gate): (&Buffer, &Buffer, usize),
+    keep_branch: bool,
+) -> (Buffer, MlpSaved) {
+    let (x, normal, stats) = pass.engine.gate_modulate(residual, branch, m, gate * m.width, SHIFT_MLP * m.width, SCALE_MLP * m.width);
+    let (y, inner) = feed_forward.forward(pass, x.len() / m.width, normal);
+    let out = pass.engine.gate_residual(&x, &y, m, GATE_MLP * m.width);
+    (out, MlpSaved { x, stats, inner, y: Some(y).filter(|_| keep_branch) })
+}
+
+/// Adds the branch's part to `dx` if `below`. Returns attention's gate · dx where no gradient of the modulation is wanted.
+#[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
+fn mlp_backward(
+    pass: Pass<'_>,
+    feed_forward: &FeedForward,
+    m: Modulation<'_>,
+    saved: &MlpSaved,
+    dx: &mut Buffer,
+    mut d_modulation: Option<&mut Buffer>,
+    below: bool,
+    gradients: &mut Gradients,
+) -> Option<Buffer> {
+    let trained = saved.y.as_ref().zip(d_modulation.as_deref_mut());
+    let dy = pass.engine.gate_backward(dx, m, GATE_MLP * m.width, trained);
+    let d_normal = feed_forward.backward(pass, dx.len() / m.width, &saved.inner, &dy, below, gradients);
+    let (shift, scale) = (SHIFT_MLP * m.width, SCALE_MLP * m.width);
+    match (d_normal, d_modulation) {
+        (Some(d_normal), None) => Some(pass.engine.modulate_gate_backward(&saved.x, &saved.stats, m, shift, scale, &d_normal, dx, GATE * m.width)),
+        (Some(d_normal), trained) => {
+            pass.engine.modulate_backward(&saved.x, &saved.stats, m, shift, scale, &d_normal, Some(dx), trained);
+            None
+        }
+        (None, _) => None,
+    }
+}

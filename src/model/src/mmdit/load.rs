@@ -1,0 +1,227 @@
+//! From files to layers.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use safetensors::Dtype;
+
+use super::block::{Block, Needs};
+use super::config::MmditConfig;
+use super::embed::{Embedder, Positions};
+use super::{Mmdit, MmditError};
+use crate::weights::{View, Weights};
+use finetune_compute::kernels::{Buffer, Engine, Precision, StoredMatrix};
+use finetune_compute::nn::{Attention, FeedForward, Linear, Projections};
+
+/// Models up to so many values are converted to f32 once; the weights of larger ones are converted in passing.
+const CONVERT_ONCE: usize = 200_000_000;
+
+/// A weight [rows, columns] in its file.
+struct InFile {
+    weights: Arc<Weights>,
+    name: String,
+    columns: usize,
+}
+
+impl StoredMatrix for InFile {
+    fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        // Name, shape and type were checked when the layer was made.
+        let good = self.weights.view(&self.name).is_ok_and(|view| {
+            let mut blocks = out.chunks_exact_mut(columns.len().max(1)).zip(rows);
+            blocks.all(|(out, row)| view.read_f32(row * self.columns + columns.start, out))
+        });
+        assert!(good, "should be a checked weight");
+    }
+
+    fn stored(&self) -> Option<(Precision, &[u8])> {
+        let view = self.weights.view(&self.name).ok()?;
+        let precision = match view.dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::F16 => Precision::F16,
+            Dtype::BF16 => Precision::Bf16,
+            _ => return None,
+        };
+        Some((precision, view.bytes))
+    }
+}
+
+/// Makes layers from checked weights.
+struct Loader<'a> {
+    weights: &'a Arc<Weights>,
+    config: &'a MmditConfig,
+    engine: &'a Engine,
+    /// The same device in f32.
+    exact: &'a Engine,
+    /// Whether weights become f32 once on the host.
+    convert: bool,
+    ordinal: usize,
+}
+
+impl Loader<'_> {
+    fn view(&self, name: &str, shape: &[usize]) -> Result<View<'_>, MmditError> {
+        Ok(self.weights.view_of_shape(name, shape)?)
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, MmditError> {
+        let view = self.view(name, shape)?;
+        view.to_f32().ok_or_else(|| MmditError::Weight { name: name.to_owned(), problem: format!("stored as {}, which is not a supported float", view.dtype) })
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Buffer, MmditError> {
+        Ok(self.engine.upload(&self.values(name, &[len])?))
+    }
+
+    /// The next linear module, which must be called `name` in [`MmditConfig::linear_sites`].
+    fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+        self.next_linear(name, inputs, outputs, self.engine)
+    }
+
+    /// As [`Loader::linear`], computed in f32.
+    fn exact_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+        self.next_linear(name, inputs, outputs, self.exact)
+    }
+
+    fn next_linear(&mut self, name: &str, inputs: usize, outputs: usize, engine: &Engine) -> Result<Linear, MmditError> {
+        let ordinal = self.ordinal;
+        self.ordinal += 1;
+        let weight = format!("{name}.weight");
+        let frozen = if self.convert {
+            engine.frozen(outputs, inputs, &self.values(&weight, &[outputs, inputs])?)
+        } else {
+            let view = self.view(&weight, &[outputs, inputs])?;
+            if !view.read_f32(0, &mut [0.0]) {
+                return Err(MmditError::Weight { name: weight, problem: format!("stored as {}, which is not a supported float", view.dtype) });
+            }
+            let stored = Arc::new(InFile { weights: Arc::clone(self.weights), name: weight, columns: inputs });
+            let model = self.engine.precision();
+            if engine.precision() == model { engine.frozen_stored(outputs, inputs, stored) } else { engine.frozen_kept(outputs, inputs, stored, model) }
+        };
+        let bias = engine.upload(&self.values(&format!("{name}.bias"), &[outputs])?);
+        Ok(Linear::new(ordinal, inputs, outputs, frozen, Some(bias)))
+    }
+
+    fn square(&mut self, name: &str) -> Result<Linear, MmditError> {
+        let d = self.config.width();
+        self.linear(name, d, d)
+    }
+
+    fn embedder(&mut self, name: &str, inputs: usize) -> Result<Embedder, MmditError> {
+        let d = self.config.width();
+        Ok(Embedder { linear_1: self.exact_linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.exact_linear(&format!("{name}.linear_2"), d, d)? })
+    }
+
+    /// RMSNorm weights of queries and keys.
+    fn norms(&self, q: &str, k: &str) -> Result<Option<(Buffer, Buffer)>, MmditError> {
+        let dim = self.config.attention_head_dim;
+        let norm = |name: &str| self.vector(&format!("{name}.weight"), dim);
+        self.config.qk_norm.as_ref().map(|_| Ok((norm(q)?, norm(k)?))).transpose()
+    }
+
+    /// In the order of [`MmditConfig::linear_sites`].
+    fn joint_attention(&mut self, name: &str, last: bool) -> Result<Attention, MmditError> {
+        let part = |part: &str| format!("{name}.{part}");
+        let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
+        let (kc, vc, qc) = (self.square(&part("add_k_proj"))?, self.square(&part("add_v_proj"))?, self.square(&part("add_q_proj"))?);
+        let out = self.square(&part("to_out.0"))?;
+        let out_context = if last { None } else { Some(self.square(&part("to_add_out"))?) };
+        let norms = self.norms(&part("norm_q"), &part("norm_k"))?;
+        let context_norms = self.norms(&part("norm_added_q"), &part("norm_added_k"))?;
+        Ok(Attention {
+            heads: self.config.num_attention_heads,
+            head_dim: self.config.attention_head_dim,
+            image: Projections { q: Some(q), k, v, out: Some(out), norms, stack: None },
+            context: Some(Projections { q: if last { None } else { Some(qc) }, k: kc, v: vc, out: out_context, norms: context_norms, stack: None }),
+        })
+    }
+
+    fn image_attention(&mut self, name: &str) -> Result<Attention, MmditError> {
+        let part = |part: &str| format!("{name}.{part}");
+        let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
+        let out = self.square(&part("to_out.0"))?;
+        let norms = self.norms(&part("norm_q"), &part("norm_k"))?;
+        let image = Projections { q: Some(q), k, v, out: Some(out), norms, stack: None };
+        Ok(Attention { heads: self.config.num_attention_heads, head_dim: self.config.attention_head_dim, image, context: None })
+    }
+
+    fn feed_forward(&mut self, name: &str) -> Result<FeedForward, MmditError> {
+        let d = self.config.width();
+        Ok(FeedForward { up: self.linear(&format!("{name}.net.0.proj"), d, 4 * d)?, down: self.linear(&format!("{name}.net.2"), 4 * d, d)? })
+    }
+
+    fn block(&mut self, layer: usize) -> Result<Block, MmditError> {
+        let (d, dual, last) = (self.config.width(), self.config.is_dual(layer), self.config.is_last(layer));
+        let part = |part: &str| format!("transformer_blocks.{layer}.{part}");
+        let mut block = Block {
+            width: d,
+            last,
+            norm1: self.exact_linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
+            norm1_context: self.exact_linear(&part("norm1_context.linear"), d, if last { 2 * d } else { 6 * d })?,
+            attention: self.joint_attention(&part("attn"), last)?,
+            attention2: if dual { Some(self.image_attention(&part("attn2"))?) } else { None },
+            feed_forward: self.feed_forward(&part("ff"))?,
+            feed_forward_context: if last { None } else { Some(self.feed_forward(&part("ff_context"))?) },
+            needs: Needs::default(),
+        };
+        block.attention.stack(self.engine);
+        if let Some(attention) = &mut block.attention2 {
+            attention.stack(self.engine);
+        }
+        Ok(block)
+    }
+}
+
+/// Whether a model of this size is converted to f32 once.
+pub(super) fn converts_once(config: &MmditConfig) -> bool {
+    config.linear_sites().iter().map(|s| s.in_features * s.out_features).sum::<usize>() <= CONVERT_ONCE
+}
+
+/// Loads the transformer: see [`Mmdit::load`]. `convert`: weights become f32 at once, else whenever they are used.
+pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
+    config.check()?;
+    let d = config.width();
+    let exact = engine.in_precision(Precision::F32)?;
+    let mut loader = Loader { weights, config: &config, engine: &engine, exact: &exact, convert, ordinal: 0 };
+
+    let p = config.patch_size;
+    let inputs = config.in_channels * p * p;
+    let patch = engine.frozen(d, inputs, &loader.values("pos_embed.proj.weight", &[d, config.in_channels, p, p])?);
+    let patch = Linear::new(usize::MAX, inputs, d, patch, Some(loader.vector("pos_embed.proj.bias", d)?));
+    let side = config.pos_embed_max_size;
+    if !loader.view(Positions::NAME, &[1, side * side, d])?.read_f32(0, &mut [0.0]) {
+        return Err(MmditError::Weight { name: Positions::NAME.into(), problem: "not stored as a supported float".into() });
+    }
+    let timestep = loader.embedder("time_text_embed.timestep_embedder", super::TIMESTEP_FEATURES)?;
+    let pooled = loader.embedder("time_text_embed.text_embedder", config.pooled_projection_dim)?;
+    let context_embedder = loader.linear("context_embedder", config.joint_attention_dim, d)?;
+    let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
+    let mut norm_out = loader.exact_linear("norm_out.linear", d, 2 * d)?;
+    let proj_out = loader.linear("proj_out", d, config.patch_out())?;
+    let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
+    let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
+    let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
+    layers.push(&mut norm_out);
+    let modulation = Linear::stack(&exact, &mut layers);
+    if on_gpu {
+        // What the layers had before they were laid together.
+        engine.trim();
+    }
+    Ok(Mmdit {
+        engine,
+        exact,
+        config,
+        layout: crate::lora::LoraLayout::default(),
+        patch,
+        positions,
+        timestep,
+        pooled,
+        context_embedder,
+        blocks,
+        norm_out,
+        modulation,
+        proj_out,
+        recompute,
+        spread: None,
+        recorded: super::flow::Recorded::default(),
+        in_file: !convert && !on_gpu,
+    })
+}

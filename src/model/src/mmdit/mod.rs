@@ -1,0 +1,305 @@
+//! The transformer of Stable Diffusion 3 and 3.5 (MMDiT; Esser et al., "Scaling Rectified Flow Transformers for
+//! High-Resolution Image Synthesis", 2024) with diffusers' names, LoRA on any linear module, and an explicit backward.
+//!
+//! Shapes: `B` samples, `C` latent channels, `h x w` latent pixels, `N` image tokens (patches), `S` prompt tokens,
+//! `D` width, `J` width of prompt embeddings, `P` width of pooled embeddings.
+
+mod block;
+mod config;
+mod embed;
+mod flow;
+mod load;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use self::block::{Block, Needs};
+pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
+use self::embed::{Embedder, Positions};
+pub use self::flow::FlowTarget;
+use self::flow::Recorded;
+pub use self::run::Saved;
+
+use super::lora::{LoraError, LoraLayout, LoraSpec};
+use super::weights::{Weights, WeightsError};
+use finetune_compute::kernels::{DeviceError, Engine, LoraSpread, Stack, starts_together};
+use finetune_compute::nn::Linear;
+use finetune_compute::optim::Param;
+
+/// Why the transformer cannot be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum MmditError {
+    /// The configuration cannot be read.
+    #[error("failed to read {path}")]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration is not JSON or lacks a field.
+    #[error("failed to understand {path}")]
+    ParseConfig {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A model of another kind.
+    #[error("failed to use this transformer: {field} is {value}, supported is {expected}")]
+    Unsupported {
+        /// The field of config.json.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What is supported.
+        expected: String,
+    },
+    /// A weight cannot be used.
+    #[error("failed to load transformer weight {name:?}: {problem}")]
+    Weight {
+        /// The weight.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An input does not fit.
+    #[error("failed to run the transformer: {input} has shape {got:?}, expected {expected}")]
+    Input {
+        /// The input.
+        input: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+        /// What fits.
+        expected: String,
+    },
+    /// The LoRA does not fit.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// The device cannot be used, or stopped.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A weight is missing or has another shape.
+    #[error(transparent)]
+    Weights(Box<WeightsError>),
+    /// A tensor cannot be read or made.
+    #[error("failed to convert a tensor")]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl From<WeightsError> for MmditError {
+    fn from(error: WeightsError) -> Self {
+        Self::Weights(Box::new(error))
+    }
+}
+
+/// The transformer.
+#[derive(Debug)]
+pub struct Mmdit {
+    engine: Engine,
+    /// The same device in f32, for what makes the modulations of a sample: one number that is wrong there is wrong in all its tokens.
+    /// Computed in bf16 they make most of the error of LoRA's gradients.
+    exact: Engine,
+    config: MmditConfig,
+    layout: LoraLayout,
+    patch: Linear,
+    positions: Positions,
+    timestep: Embedder,
+    pooled: Embedder,
+    context_embedder: Linear,
+    blocks: Vec<Block>,
+    norm_out: Linear,
+    /// The layers that make all modulations laid together, where the engine is faster then: the blocks' in order, then the last norm's.
+    modulation: Option<Stack>,
+    proj_out: Linear,
+    recompute: Vec<bool>,
+    recorded: Recorded,
+    /// Where the device wants the LoRA parameters, if it takes all at once: those of `engine`, those of `exact`.
+    spread: Option<(LoraSpread, LoraSpread)>,
+    /// Weights stay in their file.
+    in_file: bool,
+}
+
+impl Mmdit {
+    /// Loads the frozen weights. Those of large models stay in their stored type, memory-mapped, and are converted in
+    /// passing.
+    ///
+    /// # Errors
+    /// If a weight is missing or does not fit the configuration, or the device fails.
+    #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
+    pub fn load(weights: Arc<Weights>, config: MmditConfig, engine: &Engine) -> Result<Self, MmditError> {
+        // A GPU converts what is stored as it arrives.
+        let convert = !engine.is_cuda() && load::converts_once(&config);
+        finetune_compute::kernels::catch(|| load::load(&weights, config, engine.clone(), convert))?
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &MmditConfig {
+        &self.config
+    }
+
+    /// The LoRA modules; empty before one is attached.
+    pub fn layout(&self) -> &LoraLayout {
+        &self.layout
+    }
+
+    /// Selects the modules that carry LoRA (without effect until [`Mmdit::set_lora`]); returns their layout.
+    ///
+    /// # Errors
+    /// If a target matches no module.
+    pub fn attach_lora(&mut self, spec: &LoraSpec) -> Result<&LoraLayout, MmditError> {
+        self.attach_layout(LoraLayout::new(spec, &self.config.linear_sites())?)
+    }
+
+    /// As [`Mmdit::attach_lora`] for a LoRA file's layout ([`super::lora::LoraState::resolve`]). An empty layout takes the
+    /// LoRA away.
+    ///
+    /// # Errors
+    /// If a module is not this model's.
+    pub fn attach_layout(&mut self, layout: LoraLayout) -> Result<&LoraLayout, MmditError> {
+        let sites = self.config.linear_sites();
+        if let Some(stranger) = layout.modules.iter().find(|m| sites.get(m.site.ordinal) != Some(&m.site)) {
+            return Err(LoraError::Key { key: stranger.site.name.clone(), problem: "it names no linear module of this transformer".into() }.into());
+        }
+        self.layout = layout;
+        self.recorded.clear();
+        self.spread = None;
+        self.each_linear(&mut |_, linear| linear.clear_lora());
+        // Zeros first, so that the layers know what they carry.
+        let zeros: Vec<Param> =
+            self.layout.parameters().into_iter().map(|(name, shape)| Param { value: vec![0.0; shape.iter().product()], name, shape }).collect();
+        self.set_lora(&zeros)?;
+        self.spread = finetune_compute::kernels::catch(|| self.lora_spread())?;
+        let needs = self.gradient_needs();
+        self.blocks.iter_mut().zip(needs).for_each(|(block, needs)| block.needs = needs);
+        Ok(&self.layout)
+    }
+
+    /// Sets the LoRA parameters, which must be the layout's in canonical order.
+    ///
+    /// # Errors
+    /// Names the first parameter that does not fit.
+    pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
+        self.layout.check(params)?;
+        if let Some((spread, exact)) = &self.spread {
+            let starts = starts_together(params.iter().map(|p| p.value.len()));
+            let mut all = vec![0.0; starts[params.len()]];
+            params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
+            finetune_compute::kernels::catch(|| {
+                self.engine.spread_lora(spread, &all);
+                self.exact.spread_lora(exact, &all);
+            })?;
+            return Ok(());
+        }
+        let layout = std::mem::take(&mut self.layout);
+        let mut slots = vec![None; self.config.linear_sites().len()];
+        layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
+        let set = finetune_compute::kernels::catch(|| {
+            self.each_linear(&mut |engine, linear| {
+                if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
+                    linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
+                }
+            });
+            for block in &mut self.blocks {
+                block.attention.stack_lora(&self.engine);
+                if let Some(attention) = &mut block.attention2 {
+                    attention.stack_lora(&self.engine);
+                }
+            }
+        });
+        self.layout = layout;
+        set?;
+        Ok(())
+    }
+
+    /// As [`Mmdit::set_lora`], from f32 values on the GPU that lie as [`starts_together`] says. False: this model takes them from the host only.
+    ///
+    /// # Errors
+    /// If the device fails.
+    #[cfg(feature = "cuda")]
+    pub fn set_lora_from(&mut self, values: &finetune_compute::kernels::Buffer) -> Result<bool, MmditError> {
+        match &self.spread {
+            Some((spread, exact)) => {
+                finetune_compute::kernels::catch(|| {
+                    self.engine.spread_lora_from(spread, values);
+                    self.exact.spread_lora_from(exact, values);
+                })?;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Where the device wants the parameters, if it takes all at once.
+    fn lora_spread(&self) -> Option<(LoraSpread, LoraSpread)> {
+        let starts = starts_together(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
+        let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
+        // Layers lend their factors one after another.
+        let stacks: Vec<_> = self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.lora_stacks(&source)).collect();
+        let (mut layers, mut exact) = (vec![&self.context_embedder, &self.proj_out], vec![&self.norm_out]);
+        for embedder in [&self.timestep, &self.pooled] {
+            exact.extend([&embedder.linear_1, &embedder.linear_2]);
+        }
+        for block in &self.blocks {
+            exact.extend([&block.norm1, &block.norm1_context]);
+            block.each_linear_ref(&mut layers);
+        }
+        let total = starts[starts.len() - 1];
+        let [layers, exact] = [layers, exact].map(|layers| {
+            let with_lora = layers.into_iter().filter_map(Linear::lora);
+            with_lora.map(|(factors, slot, scale)| (factors, source(slot, scale))).collect::<Vec<_>>()
+        });
+        self.engine.lora_spread(&layers, &stacks, total).zip(self.exact.lora_spread(&exact, &[], total))
+    }
+
+    /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
+    /// ones are false. Results are bit-identical. Default: none.
+    pub fn set_recompute(&mut self, blocks: &[bool]) {
+        self.recorded.clear();
+        self.recompute = (0..self.blocks.len()).map(|i| blocks.get(i).copied().unwrap_or(false)).collect();
+    }
+
+    /// Gives memory that was kept for the next step back: to the system, and to whatever else is to be done on a GPU, where a recorded step holds
+    /// all that it needs.
+    pub fn trim(&self) {
+        self.recorded.clear();
+        self.engine.trim();
+    }
+
+    fn each_linear(&mut self, f: &mut dyn FnMut(&Engine, &mut Linear)) {
+        let (engine, exact) = (&self.engine, &self.exact);
+        for embedder in [&mut self.timestep, &mut self.pooled] {
+            f(exact, &mut embedder.linear_1);
+            f(exact, &mut embedder.linear_2);
+        }
+        f(engine, &mut self.context_embedder);
+        for block in &mut self.blocks {
+            f(exact, &mut block.norm1);
+            f(exact, &mut block.norm1_context);
+            block.each_linear(&mut |linear| f(engine, linear));
+        }
+        f(exact, &mut self.norm_out);
+        f(engine, &mut self.proj_out);
+    }
+
+    /// Which gradients each block must pass on, from where the LoRA is.
+    fn gradient_needs(&mut self) -> Vec<Needs> {
+        let conditioning = self.timestep.has_lora() || self.pooled.has_lora();
+        let mut below = (false, self.context_embedder.has_lora());
+        let mut all = Vec::with_capacity(self.blocks.len());
+        for block in &mut self.blocks {
+            let modulation = conditioning || block.norm1.has_lora();
+            let context_modulation = conditioning || block.norm1_context.has_lora();
+            all.push(Needs { x: below.0, c: below.1, modulation, context_modulation });
+            let mut trained = modulation || context_modulation || below.0 || below.1;
+            block.each_linear(&mut |linear| trained |= linear.has_lora());
+            below = (trained, trained);
+        }
+        all
+    }
+}

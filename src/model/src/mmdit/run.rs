@@ -1,0 +1,441 @@
+//! The whole transformer, forward and backward.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+
+use super::block::{BlockModulation, BlockSaved};
+use super::embed::{self, EmbedderSaved};
+use super::{Mmdit, MmditError};
+use finetune_compute::kernels::{Buffer, Modulation, NormStats, Precision};
+use finetune_compute::nn::{DropoutKey, Gradients, LinearSaved, Pass};
+
+/// Sizes of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    /// Latent pixels (height, width).
+    pixels: (usize, usize),
+    /// Patches (height, width).
+    pub(super) patches: (usize, usize),
+    context: usize,
+}
+
+/// Inputs that the host makes.
+pub(super) struct HostInputs {
+    sizes: Sizes,
+    patches: Vec<f32>,
+    features: Vec<f32>,
+}
+
+/// Inputs on the device.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    pub(super) sizes: Sizes,
+    positions: Arc<Buffer>,
+    /// [B · N, C · p · p].
+    patches: Buffer,
+    /// Of the timesteps [B, 256].
+    features: Buffer,
+    pooled: Buffer,
+    prompt: Buffer,
+}
+
+/// What a block leaves for its backward.
+#[derive(Debug)]
+enum Kept {
+    /// Nothing: no gradient passes through it.
+    Nothing,
+    /// Its activations.
+    Activations(Box<BlockSaved>),
+    /// Its inputs, from which it is computed again.
+    Inputs(Buffer, Buffer),
+}
+
+/// What [`Mmdit::forward`] keeps for [`Mmdit::backward`]. Memory is given back piece by piece during the backward.
+#[derive(Debug)]
+pub struct Saved {
+    pub(super) sizes: Sizes,
+    dropout: Option<DropoutKey>,
+    timestep: EmbedderSaved,
+    pooled: EmbedderSaved,
+    /// Timestep and pooled embedding together [batch, D], and its SiLU.
+    conditioning: (Buffer, Buffer),
+    /// Prompt embeddings, if the context embedder has LoRA.
+    prompt: Option<Buffer>,
+    context_embedder: LinearSaved,
+    modulations: Vec<BlockModulation>,
+    modulation_layers: Vec<(LinearSaved, LinearSaved)>,
+    blocks: Vec<Kept>,
+    /// The last block's output, statistics and modulation of the final norm.
+    x: Buffer,
+    stats: NormStats,
+    norm_out: Buffer,
+    norm_out_layer: LinearSaved,
+    /// The final norm's output, if the projection has LoRA.
+    normal: Option<Buffer>,
+    proj_out: LinearSaved,
+}
+
+/// Whether a forward keeps what a backward needs, and which blocks it leaves out.
+#[derive(Clone, Copy)]
+pub(super) enum Mode<'a> {
+    Train,
+    Only { skip_blocks: &'a [usize] },
+}
+
+impl Mmdit {
+    /// Predicts the velocity for training.
+    ///
+    /// `x` `[B, C, h, w]` noisy latents, `timestep` `[B]` in 0..=1000, `prompt_embeds` `[B, S, J]`, `pooled` `[B, P]`.
+    /// `dropout`: names the LoRA dropout masks; `None` switches dropout off. Returns the velocity [B, C, h, w].
+    ///
+    /// # Errors
+    /// If an input does not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        timestep: &Tensor,
+        prompt_embeds: &Tensor,
+        pooled: &Tensor,
+        dropout: Option<&DropoutKey>,
+    ) -> Result<(Tensor, Saved), MmditError> {
+        if let Some(key) = dropout.filter(|k| k.samples.len() != x.dims().first().copied().unwrap_or(0)) {
+            return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
+        }
+        finetune_compute::kernels::catch(|| {
+            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+            let (out, saved) = self.run(&inputs, dropout, 1.0, Mode::Train);
+            Ok((self.velocity(&out, saved.sizes)?, saved))
+        })?
+    }
+
+    /// The output [B · h/p · w/p, p · p · C] as velocity [B, C, h, w] on the host.
+    fn velocity(&self, out: &Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<Tensor, MmditError> {
+        let (channels, p) = (self.config.out_channels(), self.config.patch_size);
+        let velocity = embed::unpatchify(&self.engine.download(out), batch, channels, pixels, p);
+        Ok(Tensor::from_vec(velocity, (batch, channels, pixels.0, pixels.1), &Device::Cpu)?)
+    }
+
+    /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
+    /// without the blocks in `skip_blocks` (skip-layer guidance).
+    ///
+    /// # Errors
+    /// If an input does not fit.
+    pub fn forward_only(
+        &self,
+        x: &Tensor,
+        timestep: &Tensor,
+        prompt_embeds: &Tensor,
+        pooled: &Tensor,
+        lora_scale: f64,
+        skip_blocks: &[usize],
+    ) -> Result<Tensor, MmditError> {
+        finetune_compute::kernels::catch(|| {
+            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+            let (out, saved) = self.run(&inputs, None, lora_scale as f32, Mode::Only { skip_blocks });
+            self.velocity(&out, saved.sizes)
+        })?
+    }
+
+    fn sizes(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Sizes, MmditError> {
+        let config = &self.config;
+        let refuse = |input, tensor: &Tensor, expected: String| Err(MmditError::Input { input, got: tensor.dims().to_vec(), expected });
+        let (p, most) = (config.patch_size, config.pos_embed_max_size * config.patch_size);
+        let &[batch, channels, height, width] = x.dims() else {
+            return refuse("the noisy latent", x, "four dimensions".into());
+        };
+        let fits = |side: usize| side > 0 && side.is_multiple_of(p) && side <= most;
+        if batch == 0 || channels != config.in_channels || !fits(height) || !fits(width) {
+            return refuse("the noisy latent", x, format!("[batch, {}, height, width] with sides that are multiples of {p} up to {most}", config.in_channels));
+        }
+        if timestep.dims() != [batch] {
+            return refuse("the timestep", timestep, format!("[{batch}]"));
+        }
+        let context = match *prompt_embeds.dims() {
+            [b, tokens, width] if b == batch && tokens > 0 && width == config.joint_attention_dim => tokens,
+            _ => return refuse("the prompt embedding", prompt_embeds, format!("[{batch}, tokens, {}]", config.joint_attention_dim)),
+        };
+        if pooled.dims() != [batch, config.pooled_projection_dim] {
+            return refuse("the pooled prompt embedding", pooled, format!("[{batch}, {}]", config.pooled_projection_dim));
+        }
+        Ok(Sizes { batch, pixels: (height, width), patches: (height / p, width / p), context })
+    }
+
+    /// For the blocks, and for what makes modulations.
+    fn passes<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> (Pass<'a>, Pass<'a>) {
+        let pass = Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) };
+        (pass, Pass { engine: &self.exact, ..pass })
+    }
+
+    /// Asks for weights of block `i` that stay in their file to be read before they are used.
+    fn read_ahead(&self, i: usize, part: &str) {
+        if self.in_file && i < self.blocks.len() {
+            self.positions.weights.will_need(&format!("transformer_blocks.{i}.{part}"));
+        }
+    }
+
+    /// Whether a backward passes through block `i`.
+    fn is_trained(&self, i: usize) -> bool {
+        let needs = self.blocks[i].needs;
+        needs.x || needs.c || needs.modulation || needs.context_modulation || self.has_lora(i)
+    }
+
+    /// Whether a layer that makes modulations has LoRA.
+    fn modulation_has_lora(&self) -> bool {
+        self.norm_out.has_lora() || self.blocks.iter().any(|b| b.norm1.has_lora() || b.norm1_context.has_lora())
+    }
+
+    fn has_lora(&self, i: usize) -> bool {
+        let block = &self.blocks[i];
+        block.attention.has_lora()
+            || block.attention2.as_ref().is_some_and(finetune_compute::nn::Attention::has_lora)
+            || block.feed_forward.has_lora()
+            || block.feed_forward_context.as_ref().is_some_and(finetune_compute::nn::FeedForward::has_lora)
+    }
+
+    /// The inputs as the device wants them.
+    pub(super) fn host_inputs(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<HostInputs, MmditError> {
+        let sizes = self.sizes(x, timestep, prompt_embeds, pooled)?;
+        let (channels, p) = (self.config.in_channels, self.config.patch_size);
+        Ok(HostInputs {
+            sizes,
+            patches: embed::patchify(&to_host(x)?, sizes.batch, channels, sizes.pixels, p),
+            features: embed::timestep_features(&to_host(timestep)?),
+        })
+    }
+
+    /// The inputs on the device.
+    pub(super) fn upload(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Inputs, MmditError> {
+        let (engine, host) = (&self.engine, self.host_inputs(x, timestep, prompt_embeds, pooled)?);
+        let positions = self.positions.crop(engine, &self.config, host.sizes.patches.0, host.sizes.patches.1);
+        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
+        let put = |values: &[f32]| engine.upload(values);
+        Ok(Inputs {
+            sizes: host.sizes,
+            positions,
+            patches: put(&host.patches),
+            features: self.exact.upload(&host.features),
+            pooled: with_values(pooled, |values| self.exact.upload(values))?,
+            prompt: with_values(prompt_embeds, put)?,
+        })
+    }
+
+    /// As [`Mmdit::upload`], in the place of inputs of the same sizes.
+    pub(super) fn overwrite(&self, inputs: &Inputs, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<(), MmditError> {
+        let host = self.host_inputs(x, timestep, prompt_embeds, pooled)?;
+        self.engine.overwrite(&inputs.patches, &host.patches);
+        self.engine.overwrite(&inputs.features, &host.features);
+        with_values(pooled, |values| self.engine.overwrite(&inputs.pooled, values))?;
+        with_values(prompt_embeds, |values| self.engine.overwrite(&inputs.prompt, values))
+    }
+
+    pub(super) fn run(&self, inputs: &Inputs, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (Buffer, Saved) {
+        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
+        let sizes = inputs.sizes;
+        let Sizes { batch, patches, .. } = sizes;
+        let (pass, exact_pass) = self.passes(dropout, lora_scale);
+        let d = config.width();
+
+        let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &inputs.patches);
+        engine.add(&mut x, &inputs.positions);
+
+        let (mut conditioning, timestep_saved) = self.timestep.forward(exact_pass, batch, exact.copy(&inputs.features));
+        let (pooled, pooled_saved) = self.pooled.forward(exact_pass, batch, exact.copy(&inputs.pooled));
+        exact.add(&mut conditioning, &pooled);
+        let activated = exact.silu(&conditioning);
+
+        let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &inputs.prompt);
+        let prompt = self.context_embedder.has_lora().then(|| engine.copy(&inputs.prompt));
+
+        // All modulations of the step at once, outside what is recomputed.
+        let (mut modulations, mut modulation_layers) = (Vec::new(), Vec::new());
+        (0..self.blocks.len()).for_each(|i| self.read_ahead(i, "norm1"));
+        self.read_ahead(0, "");
+        let together = self.modulation.as_ref().filter(|_| !self.modulation_has_lora());
+        let mut parts = together.map(|stack| exact.stack_forward(batch, &activated, stack, 0.0).0.into_iter());
+        let mut modulate = |layer: &finetune_compute::nn::Linear| match parts.as_mut().and_then(Iterator::next) {
+            Some(part) => (part, LinearSaved::default()),
+            None => layer.forward(exact_pass, batch, &activated),
+        };
+        for block in &self.blocks {
+            let (image, saved) = modulate(&block.norm1);
+            let (context, context_saved) = modulate(&block.norm1_context);
+            modulations.push(BlockModulation { image, context });
+            modulation_layers.push((saved, context_saved));
+        }
+        let (norm_out, norm_out_layer) = modulate(&self.norm_out);
+
+        let mut c = Some(c);
+        let mut kept = Vec::with_capacity(self.blocks.len());
+        // Where memory is so short that blocks are computed again, the others keep less, too.
+        let short = self.recompute.contains(&true);
+        for (i, block) in self.blocks.iter().enumerate() {
+            let Some(context) = c.take() else { break };
+            self.read_ahead(i + 1, "");
+            let (keep, recompute) = match mode {
+                Mode::Only { skip_blocks } if skip_blocks.contains(&i) => {
+                    c = Some(context);
+                    continue;
+                }
+                Mode::Only { .. } => (false, false),
+                Mode::Train => (self.is_trained(i), self.recompute[i]),
+            };
+            let inputs = (keep && recompute).then(|| Kept::Inputs(engine.copy(&x), engine.copy(&context)));
+            let (next, next_context, mut saved) = block.forward(pass, batch, x, context, &modulations[i]);
+            (x, c) = (next, next_context);
+            kept.push(match inputs {
+                Some(inputs) => inputs,
+                None if keep => {
+                    if short {
+                        saved.leave_out_inputs();
+                    }
+                    Kept::Activations(Box::new(saved))
+                }
+                None => Kept::Nothing,
+            });
+        }
+
+        let rows = batch * patches.0 * patches.1;
+        let m = Modulation { values: &norm_out, stride: 2 * d, tokens: rows / batch, width: d };
+        let (normal, stats) = engine.modulate(&x, m, d, 0);
+        let (out, proj_out) = self.proj_out.forward(pass, rows, &normal);
+        let saved = Saved {
+            sizes,
+            dropout: dropout.cloned(),
+            timestep: timestep_saved,
+            pooled: pooled_saved,
+            conditioning: (conditioning, activated),
+            prompt,
+            context_embedder: context_saved,
+            modulations,
+            modulation_layers,
+            blocks: kept,
+            x,
+            stats,
+            norm_out,
+            norm_out_layer,
+            normal: Some(normal).filter(|_| self.proj_out.has_lora()),
+            proj_out,
+        };
+        (out, saved)
+    }
+
+    /// Gradients of the LoRA parameters in canonical order, given d(loss)/d(velocity) [B, C, h, w].
+    ///
+    /// # Errors
+    /// If `d_velocity` does not fit.
+    pub fn backward(&self, saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
+        let Sizes { batch, pixels, .. } = saved.sizes;
+        let (channels, p) = (self.config.out_channels(), self.config.patch_size);
+        if d_velocity.dims() != [batch, channels, pixels.0, pixels.1] {
+            let expected = format!("{:?}", [batch, channels, pixels.0, pixels.1]);
+            return Err(MmditError::Input { input: "the velocity's gradient", got: d_velocity.dims().to_vec(), expected });
+        }
+        let mut patches = embed::unpatchify_backward(&to_host(d_velocity)?, batch, channels, pixels, p);
+        let scale = self.gradient_scale(patches.iter().fold(0.0_f32, |most, d| most.max(d.abs())));
+        if scale != 1.0 {
+            patches.iter_mut().for_each(|d| *d *= scale);
+        }
+        Ok(finetune_compute::kernels::catch(|| unscaled(self.gradients(saved, &self.engine.upload(&patches)).download(&self.engine), scale))?)
+    }
+
+    /// What gradients are multiplied with on their way through the model: a power of two that brings `most`, the largest of the
+    /// output's, near 1 where the precision has few small numbers; else 1.
+    pub(super) fn gradient_scale(&self, most: f32) -> f32 {
+        if self.engine.precision() == Precision::F16 && most.is_normal() { (-most.log2().floor()).clamp(-60.0, 60.0).exp2() } else { 1.0 }
+    }
+
+    /// Gradients of the LoRA parameters, given those of the output's patches.
+    pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Gradients {
+        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
+        let Sizes { batch, patches, context, .. } = saved.sizes;
+        let dropout = saved.dropout.take();
+        let (pass, exact_pass) = self.passes(dropout.as_ref(), 1.0);
+        let (d, rows) = (config.width(), batch * patches.0 * patches.1);
+        let mut gradients = Gradients::zeros(engine, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
+
+        // Output: projection, final norm.
+        let conditioning_trained = self.timestep.has_lora() || self.pooled.has_lora();
+        let norm_out_trained = conditioning_trained || self.norm_out.has_lora();
+        let blocks_trained = (0..self.blocks.len()).any(|i| self.is_trained(i));
+        let through = blocks_trained || norm_out_trained;
+        let mut d_normal = through.then(|| engine.alloc(rows * d));
+        self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
+        let Some(d_normal) = d_normal else { return gradients };
+        let mut dx = engine.zeros(rows * d);
+        let mut d_norm_out = norm_out_trained.then(|| exact.zeros(batch * 2 * d));
+        let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
+        engine.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
+        drop(d_normal);
+
+        // Blocks, last first; the context's gradient begins in the last.
+        let mut dc = engine.zeros(batch * context * d);
+        let mut d_activated = conditioning_trained.then(|| exact.zeros(batch * d));
+        let activated = &saved.conditioning.1;
+        for (i, block) in self.blocks.iter().enumerate().rev() {
+            if i > 0 && self.is_trained(i - 1) {
+                self.read_ahead(i - 1, "");
+            }
+            let modulation = &saved.modulations[i];
+            let mut d_modulation = BlockModulation {
+                image: exact.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
+                context: exact.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
+            };
+            let activations = match saved.blocks.pop() {
+                Some(Kept::Activations(mut activations)) => {
+                    block.bring_back_inputs(pass, batch, &mut activations, modulation);
+                    activations
+                }
+                Some(Kept::Inputs(x, c)) => Box::new(block.forward(pass, batch, x, c, modulation).2),
+                Some(Kept::Nothing) | None => break,
+            };
+            block.backward(pass, batch, &activations, modulation, &mut dx, &mut dc, &mut d_modulation, &mut gradients);
+            let (image, context) = &saved.modulation_layers[i];
+            let mut conditioned = |linear: &finetune_compute::nn::Linear, layer: &LinearSaved, dm: &Buffer, wanted: bool| {
+                if wanted {
+                    linear.backward(exact_pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
+                }
+            };
+            conditioned(&block.norm1, image, &d_modulation.image, block.needs.modulation);
+            conditioned(&block.norm1_context, context, &d_modulation.context, block.needs.context_modulation);
+        }
+
+        // Input: context embedder, conditioning.
+        if let Some(prompt) = &saved.prompt {
+            self.context_embedder.backward(pass, batch * context, Some(prompt), &saved.context_embedder, &dc, None, &mut gradients);
+        }
+        if let Some(dm) = &d_norm_out {
+            let d_activated = d_activated.as_mut().map(|b| (b, true));
+            self.norm_out.backward(exact_pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
+        }
+        if let Some(mut d_conditioning) = d_activated {
+            exact.silu_backward(&saved.conditioning.0, &mut d_conditioning);
+            self.timestep.backward(exact_pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
+            self.pooled.backward(exact_pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
+        }
+        gradients
+    }
+}
+
+/// Takes the scale of [`Mmdit::gradient_scale`] away again.
+pub(super) fn unscaled(mut gradients: Vec<Vec<f32>>, scale: f32) -> Vec<Vec<f32>> {
+    if scale != 1.0 {
+        gradients.iter_mut().flatten().for_each(|g| *g /= scale);
+    }
+    gradients
+}
+
+/// Calls `f` with a tensor's values, without a copy where it can be.
+fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T, MmditError> {
+    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => Ok(f(&to_host(&tensor)?)),
+    }
+}
+
+fn to_host(tensor: &Tensor) -> Result<Vec<f32>, MmditError> {
+    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}

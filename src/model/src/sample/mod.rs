@@ -1,0 +1,297 @@
+//! Pictures from a model, with or without a LoRA: flow-matching Euler steps with guidance, as diffusers'
+//! `StableDiffusion3Pipeline`.
+
+use std::ops::ControlFlow;
+
+use candle_core::{Device, Tensor};
+
+use crate::layout::{LayoutError, SchedulerConfig};
+use crate::lora::LoraError;
+use crate::mmdit::{Mmdit, MmditError};
+use crate::text::{PromptEmbedding, TextError};
+use crate::vae::VaeError;
+use crate::weights::WeightsError;
+use finetune_common::rng::{Purpose, Stream};
+
+mod font;
+mod picture;
+mod pipeline;
+mod schedule;
+mod sheet;
+
+pub use picture::{save_png, to_pictures, to_unit};
+pub use pipeline::{Pipeline, PipelineSettings, Stage};
+pub use schedule::sigmas;
+pub use sheet::{COLUMNS, Sheet, SheetRow, in_groups};
+
+/// Why pictures could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SampleError {
+    /// The model folder is not as it should be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The weights are not as they should be.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The prompts could not be encoded.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The transformer failed.
+    #[error(transparent)]
+    Mmdit(#[from] MmditError),
+    /// The LoRA does not fit.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// The latents could not be decoded.
+    #[error(transparent)]
+    Vae(#[from] VaeError),
+    /// A setting is out of range.
+    #[error("{setting} is {value}, it must be {expected}")]
+    Setting {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What fits.
+        expected: String,
+    },
+    /// A picture cannot be written.
+    #[error("failed to write {path}")]
+    Write {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The cause.
+        #[source]
+        source: image::ImageError,
+    },
+    /// A tensor operation failed.
+    #[error("failed to compute pictures")]
+    Tensor(#[from] candle_core::Error),
+    /// The caller asked to stop.
+    #[error("sampling was stopped")]
+    Stopped,
+}
+
+/// Skip-layer guidance, as Stable Diffusion 3.5 Medium is sampled with: away from what the model predicts without some blocks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SkipLayers {
+    /// Blocks left out (7, 8, 9).
+    pub layers: Vec<usize>,
+    /// Strength (2.8).
+    pub scale: f64,
+    /// Fraction of the steps after which it begins (0.01).
+    pub start: f64,
+    /// Fraction of the steps before which it ends (0.2).
+    pub stop: f64,
+}
+
+impl Default for SkipLayers {
+    fn default() -> Self {
+        Self { layers: vec![7, 8, 9], scale: 2.8, start: 0.01, stop: 0.2 }
+    }
+}
+
+/// How latents are denoised.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Denoise {
+    /// Number of Euler steps.
+    pub steps: usize,
+    /// Strength of guidance; up to 1 there is none, and the negative prompt is not used.
+    pub guidance_scale: f64,
+    /// Scale of the LoRA; 0 is the base model.
+    pub lora_scale: f64,
+    /// Skip-layer guidance.
+    pub skip_layers: Option<SkipLayers>,
+}
+
+impl Default for Denoise {
+    /// 28 steps, guidance 7, as diffusers.
+    fn default() -> Self {
+        Self { steps: 28, guidance_scale: 7.0, lora_scale: 1.0, skip_layers: None }
+    }
+}
+
+/// Prompts of a batch: embeddings [B, S, J] and pooled [B, P].
+#[derive(Debug, Clone)]
+pub struct PromptBatch {
+    /// [B, S, J].
+    pub embeds: Tensor,
+    /// [B, P].
+    pub pooled: Tensor,
+}
+
+impl PromptBatch {
+    /// One prompt for each sample, on `device`.
+    ///
+    /// # Errors
+    /// If the prompts differ in shape or the device has no room.
+    pub fn stack(prompts: &[&PromptEmbedding], device: &Device) -> candle_core::Result<Self> {
+        let embeds: Vec<&Tensor> = prompts.iter().map(|p| &p.embeds).collect();
+        let pooled: Vec<&Tensor> = prompts.iter().map(|p| &p.pooled).collect();
+        Ok(Self { embeds: Tensor::stack(&embeds, 0)?.to_device(device)?, pooled: Tensor::stack(&pooled, 0)?.to_device(device)? })
+    }
+}
+
+/// What predicts velocities: the transformer.
+pub trait Velocity {
+    /// The velocity `[B, C, h, w]` at `x` `[B, C, h, w]` and `timestep` `[B]`.
+    ///
+    /// # Errors
+    /// If an input does not fit or the device fails.
+    fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError>;
+}
+
+impl Velocity for Mmdit {
+    fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError> {
+        Ok(self.forward_only(x, timestep, &prompts.embeds, &prompts.pooled, lora_scale, skip_blocks)?)
+    }
+}
+
+/// Initial latents [1, channels, height, width] of picture `index`: standard normal, named by (seed, index).
+///
+/// # Errors
+/// If the device has no room.
+pub fn initial_latents(seed: u64, index: u64, channels: usize, height: usize, width: usize, device: &Device) -> candle_core::Result<Tensor> {
+    let mut values = vec![0.0; channels * height * width];
+    Stream::new(seed, Purpose::SampleLatents, index, 0).fill_normal(&mut values);
+    Tensor::from_vec(values, (1, channels, height, width), device)
+}
+
+/// Denoises `latents` [B, C, h, w], standard normal, to x0. `on_step` gets the number of steps done; `Break` stops.
+///
+/// Guidance computes unconditional and conditional predictions in one batch, in this order.
+///
+/// # Errors
+/// If a setting is out of range, an input does not fit, or `on_step` asked to stop.
+pub fn denoise(
+    model: &impl Velocity,
+    scheduler: &SchedulerConfig,
+    latents: &Tensor,
+    prompts: &PromptBatch,
+    negative: &PromptBatch,
+    settings: &Denoise,
+    on_step: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Tensor, SampleError> {
+    if settings.steps == 0 || settings.steps > 10_000 {
+        return Err(SampleError::Setting { setting: "the number of steps", value: settings.steps.to_string(), expected: "between 1 and 10000".into() });
+    }
+    for (setting, value) in [("the guidance scale", settings.guidance_scale), ("the LoRA scale", settings.lora_scale)] {
+        if !value.is_finite() {
+            return Err(SampleError::Setting { setting, value: value.to_string(), expected: "a finite number".into() });
+        }
+    }
+    let guided = settings.guidance_scale > 1.0;
+    let both = if guided {
+        PromptBatch { embeds: Tensor::cat(&[&negative.embeds, &prompts.embeds], 0)?, pooled: Tensor::cat(&[&negative.pooled, &prompts.pooled], 0)? }
+    } else {
+        prompts.clone()
+    };
+    let batch = latents.dim(0)?;
+    let levels = sigmas(scheduler, settings.steps);
+    let steps = settings.steps as f64;
+    let mut x = latents.clone();
+    for (i, pair) in levels.windows(2).enumerate() {
+        let t = pair[0] * scheduler.num_train_timesteps as f32;
+        let timestep = |n: usize| Tensor::full(t, n, x.device());
+        let mut v;
+        if guided {
+            let predictions = model.velocity(&Tensor::cat(&[&x, &x], 0)?, &timestep(2 * batch)?, &both, settings.lora_scale, &[])?;
+            let (without, with) = (predictions.narrow(0, 0, batch)?, predictions.narrow(0, batch, batch)?);
+            v = (&without + ((&with - &without)? * settings.guidance_scale)?)?;
+            // As the pipeline: only together with guidance, strictly between the fractions.
+            if let Some(skip) = settings.skip_layers.as_ref().filter(|s| i as f64 > steps * s.start && (i as f64) < steps * s.stop) {
+                let skipped = model.velocity(&x, &timestep(batch)?, prompts, settings.lora_scale, &skip.layers)?;
+                v = (v + ((with - skipped)? * skip.scale)?)?;
+            }
+        } else {
+            v = model.velocity(&x, &timestep(batch)?, &both, settings.lora_scale, &[])?;
+        }
+        x = (x + (v * f64::from(pair[1] - pair[0]))?)?;
+        if on_step(i + 1).is_break() {
+            return Err(SampleError::Stopped);
+        }
+    }
+    Ok(x)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use candle_core::DType;
+
+    use super::*;
+
+    /// Predicts `pooled - x` plus the number of skipped blocks, and notes every call.
+    struct Fake {
+        calls: RefCell<Vec<(usize, f32, Vec<usize>)>>,
+    }
+
+    impl Velocity for Fake {
+        fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, _lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError> {
+            self.calls.borrow_mut().push((x.dim(0)?, timestep.to_vec1::<f32>()?[0], skip_blocks.to_vec()));
+            let target = prompts.pooled.reshape(((), 1, 1, 1))?;
+            Ok((x.neg()?.broadcast_add(&target)? + skip_blocks.len() as f64)?)
+        }
+    }
+
+    fn prompts(value: f32) -> PromptBatch {
+        PromptBatch { embeds: Tensor::zeros((1, 2, 3), DType::F32, &Device::Cpu).unwrap(), pooled: Tensor::full(value, (1, 1), &Device::Cpu).unwrap() }
+    }
+
+    fn run(settings: &Denoise) -> (Vec<(usize, f32, Vec<usize>)>, f32) {
+        let fake = Fake { calls: RefCell::default() };
+        let x = initial_latents(1, 0, 2, 3, 4, &Device::Cpu).unwrap();
+        let out = denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(0.5), settings, &mut |_| ControlFlow::Continue(())).unwrap();
+        (fake.calls.into_inner(), out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0])
+    }
+
+    #[test]
+    fn guidance_and_skipped_layers_are_called_as_the_pipeline_does() {
+        let (calls, plain) = run(&Denoise { steps: 10, guidance_scale: 1.0, ..Denoise::default() });
+        assert_eq!(calls.len(), 10);
+        assert!(calls.iter().all(|(batch, _, skip)| *batch == 1 && skip.is_empty()));
+        assert!((calls[0].1 - 1000.0).abs() < 1e-3);
+
+        let (calls, guided) = run(&Denoise { steps: 10, guidance_scale: 4.0, ..Denoise::default() });
+        assert!(calls.iter().all(|(batch, _, _)| *batch == 2));
+        // Guidance of 4 makes the constant part of the velocity 0.5 + 4 (2.0 - 0.5) = 6.5 instead of 2, and x goes against it.
+        assert!(guided < plain - 4.0, "{guided} {plain}");
+
+        let skip = SkipLayers { layers: vec![7, 8], scale: 2.8, start: 0.0, stop: 0.3 };
+        let (calls, _) = run(&Denoise { steps: 10, guidance_scale: 4.0, lora_scale: 1.0, skip_layers: Some(skip) });
+        let skipping: Vec<usize> = calls.iter().enumerate().filter(|(_, c)| !c.2.is_empty()).map(|(i, _)| i).collect();
+        // Steps 1 and 2: strictly above 0 and strictly below 3. Calls: step 0; step 1 twice; step 2 twice; ...
+        assert_eq!(skipping, [2, 4]);
+        assert_eq!(calls[2], (1, calls[1].1, vec![7, 8]));
+    }
+
+    #[test]
+    fn one_step_is_exact() {
+        let fake = Fake { calls: RefCell::default() };
+        let x = Tensor::zeros((1, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
+        let settings = Denoise { steps: 1, guidance_scale: 3.0, ..Denoise::default() };
+        let out = denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(1.0), &settings, &mut |_| ControlFlow::Continue(())).unwrap();
+        // v = 1 + 3 (2 - 1) = 4, x = 0 + (0 - 1) 4.
+        assert!((out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0] + 4.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn settings_are_checked_and_stopping_stops() {
+        let fake = Fake { calls: RefCell::default() };
+        let x = initial_latents(1, 0, 1, 1, 1, &Device::Cpu).unwrap();
+        let go = |settings: &Denoise| denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(1.0), settings, &mut |_| ControlFlow::Break(()));
+        assert!(matches!(go(&Denoise { steps: 0, ..Denoise::default() }), Err(SampleError::Setting { .. })));
+        assert!(matches!(go(&Denoise { guidance_scale: f64::NAN, ..Denoise::default() }), Err(SampleError::Setting { .. })));
+        assert!(matches!(go(&Denoise::default()), Err(SampleError::Stopped)));
+        assert_eq!(fake.calls.borrow().len(), 1);
+    }
+
+    #[test]
+    fn latents_are_named_by_seed_and_index() {
+        let values = |seed, index| initial_latents(seed, index, 4, 3, 2, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(1, 2), values(1, 2));
+        assert_ne!(values(1, 2), values(1, 3));
+        assert_ne!(values(1, 2), values(2, 2));
+    }
+}

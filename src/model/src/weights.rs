@@ -1,0 +1,551 @@
+//! Weights of one component in diffusers layout: a single `*.safetensors` file or shards with an index, memory-mapped.
+//!
+//! Nothing is read until a tensor is asked for, and [`Weights::release`] drops its pages again, so a model larger than
+//! memory can be streamed through.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
+use safetensors::{Dtype, SafeTensors};
+
+use finetune_common::mmap::MappedFile;
+
+/// Why weights cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// A file or folder cannot be read.
+    #[error("failed to read {path}")]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The folder has no weights.
+    #[error("found no weights in {dir}: expected diffusion_pytorch_model.safetensors, model.safetensors or their *.safetensors.index.json with shards")]
+    NoWeights {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// The folder has several variants, none of them the default.
+    #[error("found several variants of weights in {dir} ({}): leave only one", variants.join(", "))]
+    SeveralVariants {
+        /// The folder.
+        dir: PathBuf,
+        /// Their names, as `fp16`.
+        variants: Vec<String>,
+    },
+    /// A file is not valid safetensors: truncated, or its header contradicts its size.
+    #[error("{path} is damaged or not a safetensors file: download it again")]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: safetensors::SafeTensorError,
+    },
+    /// An index file cannot be understood.
+    #[error("failed to understand the index {path}")]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// An index names a file that is not a plain file name beside it.
+    #[error("the index {path} names the shard {shard:?}, which is not a file beside it")]
+    ShardName {
+        /// The index.
+        path: PathBuf,
+        /// The offending name.
+        shard: String,
+    },
+    /// There is no such tensor.
+    #[error("{path} has no tensor {name:?}: the weights do not belong to this config.json")]
+    MissingTensor {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor has another shape than the configuration demands.
+    #[error("tensor {name:?} of {path} has shape {got:?}, expected {want:?}: the weights do not belong to this config.json")]
+    Shape {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// The shape in the file.
+        got: Box<[usize]>,
+        /// The shape demanded.
+        want: Box<[usize]>,
+    },
+    /// A tensor's type is none of f16, bf16 and f32.
+    #[error("tensor {name:?} of {path} is stored as {dtype}: only F16, BF16 and F32 weights can be used")]
+    Dtype {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// The type in the file.
+        dtype: Dtype,
+    },
+    /// The tensor could not be made on the device.
+    #[error("failed to load tensor {name:?} of {path}")]
+    Device {
+        /// The file or folder.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// The cause.
+        #[source]
+        source: Box<candle_core::Error>,
+    },
+}
+
+type Result<T, E = WeightsError> = std::result::Result<T, E>;
+
+#[derive(Debug)]
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Bytes of the tensor within the file.
+    range: Range<usize>,
+}
+
+/// The tensors of one component, by name. See the module's documentation.
+#[derive(Debug)]
+pub struct Weights {
+    path: PathBuf,
+    files: Vec<MappedFile>,
+    entries: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
+}
+
+/// A tensor as it lies in the file: little-endian values, row-major, of no particular alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    /// Type of the values.
+    pub dtype: Dtype,
+    /// Dimensions.
+    pub shape: &'a [usize],
+    /// The values.
+    pub bytes: &'a [u8],
+}
+
+impl View<'_> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes values `start..start + out.len()` to `out` as f32. Exact for f16, bf16 and f32.
+    ///
+    /// Returns `false`, and leaves `out` alone, if the type is none of these or the range lies outside the tensor.
+    #[must_use]
+    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> bool {
+        let size = match self.dtype {
+            Dtype::F16 | Dtype::BF16 => 2,
+            Dtype::F32 => 4,
+            _ => return false,
+        };
+        let Some(bytes) = start.checked_mul(size).and_then(|first| self.bytes.get(first..first.checked_add(out.len().checked_mul(size)?)?)) else {
+            return false;
+        };
+        match self.dtype {
+            Dtype::F32 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Dtype::BF16 => {
+                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                }
+            }
+            _ => {
+                // Through a small aligned buffer, which the F16C instructions need.
+                let mut bits = [0_u16; 1024];
+                for (out, bytes) in out.chunks_mut(bits.len()).zip(bytes.chunks(2 * bits.len())) {
+                    let bits = &mut bits[..out.len()];
+                    for (bit, b) in bits.iter_mut().zip(bytes.chunks_exact(2)) {
+                        *bit = u16::from_le_bytes([b[0], b[1]]);
+                    }
+                    bits.reinterpret_cast::<half::f16>().convert_to_f32_slice(out);
+                }
+            }
+        }
+        true
+    }
+
+    /// All values as f32, converted by several threads; `None` if the type is none of f16, bf16 and f32.
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        use rayon::prelude::*;
+        const PIECE: usize = 1 << 18;
+        let mut values = vec![0.0_f32; self.len()];
+        let good = values.par_chunks_mut(PIECE).enumerate().map(|(i, piece)| self.read_f32(i * PIECE, piece)).reduce(|| true, |a, b| a && b);
+        good.then_some(values)
+    }
+}
+
+impl Weights {
+    /// Opens the weights of the component folder `dir` (as `model/vae`).
+    ///
+    /// The default variant (`model.safetensors` or its index) is taken if it is there, else `fp16`, else the only other
+    /// one. Every header is checked against its file's size.
+    ///
+    /// # Errors
+    /// If there are none or several, or a file is missing, damaged or contradicts the index.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let chosen = choose(dir)?;
+        tracing::debug!(path = %chosen.display(), "opening weights");
+        if chosen.extension().is_some_and(|e| e == "json") { Self::open_index(dir, &chosen) } else { Self::open_file(&chosen) }
+    }
+
+    /// Opens a single safetensors file, as a LoRA file.
+    ///
+    /// # Errors
+    /// If the file cannot be read or its header contradicts its size.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let mut weights = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        weights.add_file(path, None)?;
+        Ok(weights)
+    }
+
+    fn open_index(dir: &Path, index: &Path) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        struct Index {
+            weight_map: HashMap<String, String>,
+        }
+        let text = std::fs::read(index).map_err(|source| WeightsError::Read { path: index.to_owned(), source })?;
+        let parsed: Index = serde_json::from_slice(&text).map_err(|source| WeightsError::Index { path: index.to_owned(), source })?;
+        let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (name, shard) in parsed.weight_map {
+            let plain = Path::new(&shard).file_name().is_some_and(|f| f == shard.as_str()) && shard.ends_with(".safetensors");
+            if !plain {
+                return Err(WeightsError::ShardName { path: index.to_owned(), shard });
+            }
+            shards.entry(shard).or_default().push(name);
+        }
+        let mut weights = Self { path: dir.to_owned(), files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        for (shard, names) in shards {
+            weights.add_file(&dir.join(shard), Some(&names))?;
+        }
+        if weights.entries.is_empty() {
+            return Err(WeightsError::NoWeights { dir: dir.to_owned() });
+        }
+        Ok(weights)
+    }
+
+    /// Adds the tensors of a file, or only those of `names`, which must all be there.
+    fn add_file(&mut self, path: &Path, names: Option<&[String]>) -> Result<()> {
+        let map = MappedFile::open(path).map_err(|source| WeightsError::Read { path: path.to_owned(), source })?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|source| WeightsError::Safetensors { path: path.to_owned(), source })?;
+        let start = header + size_of::<u64>();
+        let file = self.files.len();
+        // `read_metadata` compares the offsets with the file's size, but adds them up without a check of its own.
+        let entry = |name: &str, info: &safetensors::tensor::TensorInfo| {
+            let (first, end) = (start.checked_add(info.data_offsets.0), start.checked_add(info.data_offsets.1));
+            match (first, end) {
+                (Some(first), Some(end)) if first <= end && end <= map.len() => {
+                    Ok(Entry { file, dtype: info.dtype, shape: info.shape.clone(), range: first..end })
+                }
+                _ => Err(WeightsError::Safetensors { path: path.to_owned(), source: safetensors::SafeTensorError::InvalidOffset(name.to_owned()) }),
+            }
+        };
+        if let Some(names) = names {
+            for name in names {
+                let info = metadata.info(name).ok_or_else(|| WeightsError::MissingTensor { path: path.to_owned(), name: name.clone() })?;
+                self.entries.insert(name.clone(), entry(name, info)?);
+            }
+        } else {
+            for (name, info) in metadata.tensors() {
+                let entry = entry(&name, info)?;
+                self.entries.insert(name, entry);
+            }
+        }
+        self.metadata.extend(metadata.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
+        self.files.push(map);
+        Ok(())
+    }
+
+    /// The file or folder that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files that hold the tensors.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(MappedFile::path)
+    }
+
+    /// Every tensor's name, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// The headers' metadata (`__metadata__`).
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| WeightsError::MissingTensor { path: self.path.clone(), name: name.to_owned() })
+    }
+
+    /// The tensor as it lies in the file.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub fn view(&self, name: &str) -> Result<View<'_>> {
+        let entry = self.entry(name)?;
+        Ok(View { dtype: entry.dtype, shape: &entry.shape, bytes: &self.files[entry.file][entry.range.clone()] })
+    }
+
+    /// The tensor as it lies in the file, if its shape is `shape`.
+    ///
+    /// # Errors
+    /// If there is none of this name, or its shape differs.
+    pub fn view_of_shape(&self, name: &str, shape: &[usize]) -> Result<View<'_>> {
+        let view = self.view(name)?;
+        if view.shape == shape {
+            return Ok(view);
+        }
+        Err(WeightsError::Shape { path: self.path.clone(), name: name.to_owned(), got: view.shape.into(), want: shape.into() })
+    }
+
+    /// The tensor's shape.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.entry(name)?.shape)
+    }
+
+    /// The tensor's values as f32.
+    ///
+    /// # Errors
+    /// If there is none of this name, or it is not stored as f16, bf16 or f32.
+    pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        let view = self.view(name)?;
+        view.to_f32().ok_or_else(|| WeightsError::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: view.dtype })
+    }
+
+    /// The tensor converted to `dtype` on `device`.
+    ///
+    /// # Errors
+    /// If there is none of this name, it is not stored as f16, bf16 or f32, or the device has no room.
+    pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let view = self.view(name)?;
+        let failed = |source| WeightsError::Device { path: self.path.clone(), name: name.to_owned(), source: Box::new(source) };
+        let stored = match view.dtype {
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F32 => DType::F32,
+            other => return Err(WeightsError::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: other }),
+        };
+        if stored != dtype && dtype == DType::F32 && device.is_cpu() {
+            return Tensor::from_vec(self.f32(name)?, view.shape, device).map_err(failed);
+        }
+        // To the device in the stored type first: half the bytes over the bus.
+        let tensor = Tensor::from_raw_buffer(view.bytes, stored, view.shape, device).map_err(failed)?;
+        tensor.to_dtype(dtype).map_err(failed)
+    }
+
+    /// [`Weights::tensor`], if its shape is `shape`.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`], and if the shape differs.
+    pub fn tensor_of_shape(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        self.view_of_shape(name, shape)?;
+        self.tensor(name, dtype, device)
+    }
+
+    /// Asks for the pages of the tensors whose names begin with `prefix` to be read ahead. Best effort.
+    pub fn will_need(&self, prefix: &str) {
+        self.each(prefix, MappedFile::will_need);
+    }
+
+    /// Drops the pages of the tensors whose names begin with `prefix` from memory; they are read again when used again.
+    pub fn release(&self, prefix: &str) {
+        self.each(prefix, MappedFile::release);
+    }
+
+    fn each(&self, prefix: &str, apply: impl Fn(&MappedFile, Range<usize>)) {
+        // Neighbours in the file are joined, so that small tensors between large ones go with them.
+        let mut ranges: Vec<(usize, Range<usize>)> =
+            self.entries.iter().filter(|(n, _)| n.starts_with(prefix)).map(|(_, e)| (e.file, e.range.clone())).collect();
+        ranges.sort_by_key(|(file, range)| (*file, range.start));
+        let mut joined: Vec<(usize, Range<usize>)> = Vec::new();
+        for (file, range) in ranges {
+            match joined.last_mut() {
+                Some((last_file, last)) if *last_file == file && last.end == range.start => last.end = range.end,
+                _ => joined.push((file, range)),
+            }
+        }
+        for (file, range) in joined {
+            apply(&self.files[file], range);
+        }
+    }
+}
+
+/// The index or the single file to open in `dir`.
+fn choose(dir: &Path) -> Result<PathBuf> {
+    let read = |source| WeightsError::Read { path: dir.to_owned(), source };
+    // Variant -> file; an index is preferred over a single file of the same variant only where the latter is absent.
+    let mut found: BTreeMap<String, PathBuf> = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).map_err(read)? {
+        let entry = entry.map_err(read)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((variant, is_index)) = variant_of(&name) else { continue };
+        if is_index && found.contains_key(&variant) {
+            continue;
+        }
+        found.insert(variant, entry.path());
+    }
+    if let Some(path) = found.remove("").or_else(|| found.remove("fp16")) {
+        return Ok(path);
+    }
+    match found.len() {
+        0 => Err(WeightsError::NoWeights { dir: dir.to_owned() }),
+        1 => found.into_values().next().ok_or_else(|| WeightsError::NoWeights { dir: dir.to_owned() }),
+        _ => Err(WeightsError::SeveralVariants { dir: dir.to_owned(), variants: found.into_keys().collect() }),
+    }
+}
+
+/// The variant (`""` is the default) of a weight file's name, and whether it is an index; `None` for shards and other files.
+///
+/// diffusers writes `diffusion_pytorch_model.safetensors.index.fp16.json`; both it and transformers read
+/// `model.fp16.safetensors.index.json` too.
+fn variant_of(name: &str) -> Option<(String, bool)> {
+    let rest = name.strip_prefix("diffusion_pytorch_model").or_else(|| name.strip_prefix("model"))?;
+    let (variant, is_index) = if let Some(variant) = rest.strip_suffix(".safetensors") {
+        (variant, false)
+    } else if let Some(variant) = rest.strip_suffix(".safetensors.index.json") {
+        (variant, true)
+    } else {
+        (rest.strip_prefix(".safetensors.index")?.strip_suffix(".json")?, true)
+    };
+    let variant = if variant.is_empty() { variant } else { variant.strip_prefix('.')? };
+    let is_shard = variant.rsplit_once("-of-").is_some();
+    (!is_shard).then(|| (variant.to_owned(), is_index))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes_of(tensors: &[(&str, &[f32])]) -> Vec<u8> {
+        let data: Vec<(String, Vec<u8>, usize)> =
+            tensors.iter().map(|(n, v)| ((*n).to_owned(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len())).collect();
+        let views = data.iter().map(|(n, b, len)| (n.clone(), safetensors::tensor::TensorView::new(Dtype::F32, vec![*len], b).unwrap()));
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn shards_are_read_through_the_index_and_released() {
+        let index = br#"{"metadata": {"total_size": 16}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}"#;
+        let dir = folder(&[
+            ("model-00001-of-00002.safetensors", bytes_of(&[("a", &[1.0, 2.0])])),
+            ("model-00002-of-00002.safetensors", bytes_of(&[("b", &[3.0, 4.0]), ("unlisted", &[0.0])])),
+            ("model.safetensors.index.json", index.to_vec()),
+            ("config.json", b"{}".to_vec()),
+        ]);
+        let weights = Weights::open(dir.path()).unwrap();
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+        weights.release("");
+        assert_eq!(weights.f32("b").unwrap(), [3.0, 4.0]);
+        assert!(matches!(weights.tensor("c", DType::F32, &Device::Cpu), Err(WeightsError::MissingTensor { .. })));
+        assert!(matches!(weights.view_of_shape("a", &[1, 2]), Err(WeightsError::Shape { .. })));
+    }
+
+    #[test]
+    fn one_variant_is_chosen() {
+        let file = |x: f32| bytes_of(&[("a", &[x])]);
+        let both = folder(&[("model.fp16.safetensors", file(1.0)), ("model.safetensors", file(2.0))]);
+        assert_eq!(Weights::open(both.path()).unwrap().f32("a").unwrap(), [2.0]);
+        let half = folder(&[("diffusion_pytorch_model.fp16.safetensors", file(1.0))]);
+        assert_eq!(Weights::open(half.path()).unwrap().f32("a").unwrap(), [1.0]);
+        let unclear = folder(&[("model.x.safetensors", file(1.0)), ("model.y.safetensors", file(2.0))]);
+        assert!(matches!(Weights::open(unclear.path()), Err(WeightsError::SeveralVariants { .. })));
+        assert!(matches!(Weights::open(folder(&[("model.bin", vec![])]).path()), Err(WeightsError::NoWeights { .. })));
+    }
+
+    #[test]
+    fn hostile_headers_and_indices_are_refused() {
+        let with_header = |header: &str, body: usize| {
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.as_bytes());
+            bytes.extend(vec![0; body]);
+            bytes
+        };
+        let good = bytes_of(&[("a", &[1.0, 2.0])]);
+        for bytes in [
+            vec![],
+            vec![1, 2, 3],
+            u64::MAX.to_le_bytes().to_vec(),
+            good[..good.len() - 1].to_vec(),
+            [good.clone(), vec![0]].concat(),
+            with_header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 4),
+            with_header(r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}"#, 8),
+            with_header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8),
+            with_header(r#"{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}"#, 0),
+            with_header("not json", 8),
+        ] {
+            let dir = folder(&[("model.safetensors", bytes)]);
+            assert!(matches!(Weights::open(dir.path()), Err(WeightsError::Safetensors { .. })));
+        }
+        for shard in ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x.bin"] {
+            let index = serde_json::json!({"weight_map": {"a": shard}}).to_string();
+            let dir = folder(&[("model.safetensors.index.json", index.into_bytes())]);
+            assert!(matches!(Weights::open(dir.path()), Err(WeightsError::ShardName { .. })), "{shard}");
+        }
+        let index = br#"{"weight_map": {"b": "model-00001-of-00001.safetensors"}}"#.to_vec();
+        let dir = folder(&[("model.safetensors.index.json", index), ("model-00001-of-00001.safetensors", good)]);
+        assert!(matches!(Weights::open(dir.path()), Err(WeightsError::MissingTensor { .. })));
+    }
+
+    #[test]
+    fn half_types_convert_exactly() {
+        let values: Vec<f32> = (0..5000).map(|i| (i as f32 - 2500.0) / 64.0).collect();
+        let f16: Vec<u8> = values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
+        let bf16: Vec<u8> = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+        let ids = [0_u8; 8];
+        let view = |dtype, bytes| safetensors::tensor::TensorView::new(dtype, vec![5000], bytes).unwrap();
+        let tensors =
+            [("h", view(Dtype::F16, &f16)), ("b", view(Dtype::BF16, &bf16)), ("ids", safetensors::tensor::TensorView::new(Dtype::I64, vec![1], &ids).unwrap())];
+        let dir = folder(&[("model.safetensors", safetensors::serialize(tensors, None).unwrap())]);
+        let weights = Weights::open(dir.path()).unwrap();
+        assert_eq!(weights.f32("h").unwrap(), values.iter().map(|v| half::f16::from_f32(*v).to_f32()).collect::<Vec<_>>());
+        assert_eq!(weights.f32("b").unwrap(), values.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect::<Vec<_>>());
+        let mut part = [0.0; 3];
+        assert!(weights.view("h").unwrap().read_f32(4997, &mut part) && !weights.view("h").unwrap().read_f32(4998, &mut part));
+        assert!(matches!(weights.f32("ids"), Err(WeightsError::Dtype { .. })));
+        let tensor = weights.tensor("b", DType::BF16, &Device::Cpu).unwrap();
+        assert_eq!((tensor.dtype(), tensor.dims()), (DType::BF16, &[5000][..]));
+    }
+}

@@ -1,0 +1,81 @@
+//! The batch Job.
+
+use k8s_openapi::api::batch::v1::{
+    Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
+};
+use kube::api::ObjectMeta;
+
+use super::{labels, owner, pod};
+use crate::settings::Settings;
+use crate::validate::ValidatedJob;
+use finetune_api::{FAILED_BEFORE_ANNOTATION, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, Reason, TRAINER_CONTAINER};
+
+/// What the Job depends on besides the FineTuneJob's spec.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobInputs {
+    /// The image, frozen at the first start.
+    pub image: String,
+    /// Failures in earlier Jobs.
+    pub failed_before: u32,
+    /// Failures that are left.
+    pub backoff_limit: i32,
+}
+
+/// The Job. `ttlSecondsAfterFinished` is absent: it is set once the result is saved.
+pub fn job(job: &ValidatedJob, settings: &Settings, inputs: &JobInputs) -> Job {
+    let mut job_labels = labels(job);
+    if let Some(queue) = &job.spec.queue_name {
+        job_labels.insert(QUEUE_LABEL.to_owned(), queue.clone());
+    }
+    if let Some(priority) = &job.spec.workload_priority_class_name {
+        job_labels.insert(QUEUE_PRIORITY_LABEL.to_owned(), priority.clone());
+    }
+    Job {
+        metadata: ObjectMeta {
+            name: Some(job.job_name.clone()),
+            namespace: Some(job.namespace.clone()),
+            labels: Some(job_labels),
+            annotations: Some([(FAILED_BEFORE_ANNOTATION.to_owned(), inputs.failed_before.to_string())].into()),
+            owner_references: Some(vec![owner(job)]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(JobSpec {
+            // A queued Job starts suspended; from then on the field is Kueue's.
+            suspend: Some(job.spec.queue_name.is_some()),
+            completion_mode: Some("Indexed".to_owned()),
+            completions: Some(1),
+            parallelism: Some(1),
+            backoff_limit: Some(inputs.backoff_limit),
+            pod_replacement_policy: Some("Failed".to_owned()),
+            active_deadline_seconds: job.spec.active_deadline_seconds,
+            pod_failure_policy: Some(pod_failure_policy()),
+            template: pod::template(job, settings, &inputs.image),
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// First match wins: a disruption is never a failure, whatever the exit code.
+fn pod_failure_policy() -> PodFailurePolicy {
+    let on_exit_codes = |action: &str, values: &[i32]| PodFailurePolicyRule {
+        action: action.to_owned(),
+        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+            container_name: Some(TRAINER_CONTAINER.to_owned()),
+            operator: "In".to_owned(),
+            values: values.to_vec(),
+        }),
+        on_pod_conditions: None,
+    };
+    PodFailurePolicy {
+        rules: vec![
+            PodFailurePolicyRule {
+                action: "Ignore".to_owned(),
+                on_exit_codes: None,
+                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".to_owned(), status: "True".to_owned() }]),
+            },
+            on_exit_codes("Ignore", &[Reason::INTERRUPTED_EXIT_CODE]),
+            on_exit_codes("FailJob", &Reason::PERMANENT_EXIT_CODES),
+        ],
+    }
+}

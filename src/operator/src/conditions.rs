@@ -1,0 +1,211 @@
+//! Conditions as data: a list that is built anew each time, whose transition times come from the list before.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use finetune_api::{AdmittedReason, ConditionType, JobCreatedReason, Phase, RunningReason, clean};
+
+/// Longest message of a condition.
+const MESSAGE: usize = 1024;
+
+/// A condition's status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Truth {
+    /// "True".
+    True,
+    /// "False".
+    False,
+    /// "Unknown".
+    Unknown,
+}
+
+impl Truth {
+    /// The API's text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl From<bool> for Truth {
+    fn from(value: bool) -> Self {
+        if value { Self::True } else { Self::False }
+    }
+}
+
+/// Builds the list. What is not set is dropped, unless it is kept by name.
+#[derive(Debug)]
+pub struct Builder<'a> {
+    before: &'a [Condition],
+    generation: Option<i64>,
+    now: Timestamp,
+    list: Vec<Condition>,
+}
+
+impl<'a> Builder<'a> {
+    /// Starts from the list before.
+    pub fn new(before: &'a [Condition], generation: Option<i64>, now: Timestamp) -> Self {
+        Self { before, generation, now, list: Vec::new() }
+    }
+
+    /// Sets a condition. Its transition time changes only with its status.
+    pub fn set(&mut self, type_: ConditionType, status: Truth, reason: &str, message: &str) {
+        let before = find(self.before, type_);
+        let since = before.filter(|before| before.status == status.as_str()).map_or(self.now, |before| before.last_transition_time.0);
+        self.list.retain(|condition| condition.type_ != type_.as_str());
+        self.list.push(Condition {
+            type_: type_.as_str().to_owned(),
+            status: status.as_str().to_owned(),
+            reason: reason.to_owned(),
+            message: clean(message, MESSAGE),
+            last_transition_time: Time(since),
+            observed_generation: self.generation,
+        });
+    }
+
+    /// Keeps a condition as it was, if it was there.
+    pub fn keep(&mut self, type_: ConditionType) {
+        if let Some(before) = find(self.before, type_)
+            && find(&self.list, type_).is_none()
+        {
+            self.list.push(Condition { observed_generation: self.generation, ..before.clone() });
+        }
+    }
+
+    /// Reason and message of a condition that was set to False.
+    pub fn false_of(&self, type_: ConditionType) -> Option<(String, String)> {
+        find(&self.list, type_).filter(|condition| condition.status == "False").map(|condition| (condition.reason.clone(), condition.message.clone()))
+    }
+
+    /// The list, in the order of the documentation.
+    pub fn build(mut self) -> Vec<Condition> {
+        self.list.sort_by_key(|condition| ConditionType::ALL.iter().position(|type_| type_.as_str() == condition.type_));
+        self.list
+    }
+}
+
+/// The condition of that type.
+pub fn find(list: &[Condition], type_: ConditionType) -> Option<&Condition> {
+    list.iter().find(|condition| condition.type_ == type_.as_str())
+}
+
+/// Whether the condition of that type is True.
+pub fn is_true(list: &[Condition], type_: ConditionType) -> bool {
+    find(list, type_).is_some_and(|condition| condition.status == "True")
+}
+
+/// Whether the condition of that type is False.
+pub fn is_false(list: &[Condition], type_: ConditionType) -> bool {
+    find(list, type_).is_some_and(|condition| condition.status == "False")
+}
+
+/// Whether the job has ended: these conditions are never taken back.
+pub fn is_terminal(list: &[Condition]) -> bool {
+    is_true(list, ConditionType::Complete) || is_true(list, ConditionType::Failed)
+}
+
+/// The phase is a summary of the conditions, and of nothing else.
+pub fn phase(list: &[Condition]) -> Phase {
+    let reason = |type_| find(list, type_).map(|condition| condition.reason.as_str()).unwrap_or_default();
+    if is_true(list, ConditionType::Complete) {
+        Phase::Succeeded
+    } else if is_true(list, ConditionType::Failed) || is_false(list, ConditionType::Validated) {
+        Phase::Failed
+    } else if is_true(list, ConditionType::Suspended) {
+        Phase::Suspended
+    } else if is_true(list, ConditionType::Running)
+        || reason(ConditionType::Running) == RunningReason::ProgressUnknown.as_str()
+        || reason(ConditionType::Running) == RunningReason::Publishing.as_str()
+    {
+        Phase::Running
+    } else if reason(ConditionType::JobCreated) == JobCreatedReason::NameConflict.as_str() {
+        Phase::Pending
+    } else if is_false(list, ConditionType::Admitted)
+        && (is_true(list, ConditionType::JobCreated) || reason(ConditionType::Admitted) == AdmittedReason::KueueNotInstalled.as_str())
+    {
+        Phase::Queued
+    } else if is_true(list, ConditionType::JobCreated) || find(list, ConditionType::PodsScheduled).is_some() {
+        Phase::Starting
+    } else {
+        Phase::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(seconds: i64) -> Timestamp {
+        Timestamp::from_second(seconds).unwrap()
+    }
+
+    #[test]
+    fn a_transition_time_changes_with_the_status_only() {
+        let mut first = Builder::new(&[], Some(1), time(10));
+        first.set(ConditionType::Running, Truth::False, "Starting", "a");
+        let first = first.build();
+        let mut second = Builder::new(&first, Some(2), time(20));
+        second.set(ConditionType::Running, Truth::False, "PullingImage", "b");
+        let second = second.build();
+        assert_eq!((second[0].last_transition_time.0, second[0].reason.as_str(), second[0].observed_generation), (time(10), "PullingImage", Some(2)));
+        let mut third = Builder::new(&second, Some(2), time(30));
+        third.set(ConditionType::Running, Truth::True, "Training", "");
+        assert_eq!(third.build()[0].last_transition_time.0, time(30));
+    }
+
+    #[test]
+    fn conditions_have_one_order_and_drop_what_is_not_set() {
+        let mut first = Builder::new(&[], None, time(0));
+        first.set(ConditionType::Stalled, Truth::False, "NotStalled", "");
+        first.set(ConditionType::Checkpointed, Truth::True, "Saved", "");
+        first.set(ConditionType::Validated, Truth::True, "SpecAccepted", "");
+        let first = first.build();
+        let types: Vec<&str> = first.iter().map(|condition| condition.type_.as_str()).collect();
+        assert_eq!(types, ["Validated", "Checkpointed", "Stalled"]);
+        let mut second = Builder::new(&first, None, time(0));
+        second.keep(ConditionType::Checkpointed);
+        second.keep(ConditionType::Running);
+        assert_eq!(second.build().len(), 1);
+    }
+
+    #[test]
+    fn messages_are_cleaned_and_bounded() {
+        let mut builder = Builder::new(&[], None, time(0));
+        builder.set(ConditionType::Failed, Truth::True, "InvalidDataset", &format!("line 1\n{}", "x".repeat(5000)));
+        let list = builder.build();
+        assert!(list[0].message.starts_with("line 1 x") && list[0].message.len() == 1024);
+    }
+
+    #[test]
+    fn the_phase_follows_from_the_conditions() {
+        use ConditionType as C;
+        type Case<'a> = (&'a [(C, bool, &'a str)], Phase);
+        let list = |set: &[(C, bool, &str)]| {
+            let mut builder = Builder::new(&[], None, time(0));
+            for (type_, truth, reason) in set {
+                builder.set(*type_, (*truth).into(), reason, "");
+            }
+            builder.build()
+        };
+        let cases: [Case<'_>; 12] = [
+            (&[], Phase::Pending),
+            (&[(C::Validated, true, "SpecAccepted")], Phase::Pending),
+            (&[(C::Validated, false, "InvalidSpec")], Phase::Failed),
+            (&[(C::JobCreated, false, "NameConflict"), (C::Admitted, true, "NoQueue")], Phase::Pending),
+            (&[(C::JobCreated, true, "Created"), (C::Admitted, false, "WaitingForQuota")], Phase::Queued),
+            (&[(C::JobCreated, false, "ApiError"), (C::Admitted, false, "KueueNotInstalled")], Phase::Queued),
+            (&[(C::JobCreated, true, "Created"), (C::Admitted, true, "NoQueue"), (C::Running, false, "Starting")], Phase::Starting),
+            (&[(C::JobCreated, true, "Created"), (C::Running, true, "Training")], Phase::Running),
+            (&[(C::JobCreated, true, "Created"), (C::Running, true, "Training"), (C::Suspended, false, "Resumed")], Phase::Running),
+            (&[(C::Suspended, true, "UserRequested"), (C::Running, false, "Suspended")], Phase::Suspended),
+            (&[(C::Complete, true, "TrainingSucceeded"), (C::Running, false, "Finished")], Phase::Succeeded),
+            (&[(C::Failed, true, "Diverged"), (C::Suspended, true, "UserRequested")], Phase::Failed),
+        ];
+        for (set, want) in cases {
+            assert_eq!(phase(&list(set)), want, "{set:?}");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! `status`: from the status before, what the cluster holds and what was done, to the status after. Pure; `now` is an argument.
+
+mod end;
+mod progress;
+mod running;
+
+pub(crate) use running::{is_creating, is_unschedulable, lost_at};
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::attempts::Attempts;
+use super::conditions::{self, Builder, Truth};
+use super::decide::{Intent, Stop, Wait};
+use super::validate::{ValidateError, ValidatedJob};
+use super::world::{self, World};
+use finetune_api::{
+    AdmittedReason, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason,
+    SuspendedReason, ValidatedReason,
+};
+
+/// What `apply` came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Nothing had to be done, or it was done.
+    Done,
+    /// The Job could not be created.
+    NotCreated {
+        /// Why.
+        reason: JobCreatedReason,
+        /// In words.
+        message: String,
+    },
+}
+
+/// Everything that the status depends on.
+#[derive(Debug)]
+pub struct Inputs<'a> {
+    /// The FineTuneJob; its own status may be older than `before`.
+    pub job: &'a FineTuneJob,
+    /// The newest status known.
+    pub before: &'a FineTuneJobStatus,
+    /// Whether it can be carried out.
+    pub validated: Result<&'a ValidatedJob, &'a ValidateError>,
+    /// What the cluster holds, after `apply`.
+    pub world: &'a World,
+    /// Its attempts.
+    pub attempts: &'a Attempts,
+    /// What was decided.
+    pub intent: &'a Intent,
+    /// What came of it.
+    pub outcome: &'a Outcome,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// The status after. Equal inputs give equal statuses, and a job at rest gives the status before.
+pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
+    let Inputs { job, before, world, attempts, now, .. } = *inputs;
+    if conditions::is_terminal(&before.conditions) {
+        // Final: nothing that happens afterwards, such as the deletion of the Job, can change what is known.
+        return FineTuneJobStatus { observed_generation: job.metadata.generation, ..before.clone() };
+    }
+    let mut after = before.clone();
+    after.observed_generation = job.metadata.generation;
+    if let Ok(validated) = inputs.validated {
+        after.spec_hash = Some(validated.spec_hash.clone());
+    }
+    if attempts.counts.started > 0 || before.attempts.is_some() {
+        after.attempts = Some(attempts.counts);
+    }
+    after.attempt_history.clone_from(&attempts.history);
+    if after.start_time.is_none() {
+        after.start_time = attempts.history.iter().filter_map(|attempt| attempt.start_time.clone()).min_by_key(|time| time.0);
+    }
+    after.nodes = nodes(world);
+    if let Some(job) = &world.job {
+        after.job_ref = Some(JobRef { name: job.metadata.name.clone().unwrap_or_default(), uid: job.metadata.uid.clone().unwrap_or_default() });
+        after.trainer_image = image(before, world);
+    }
+    after.queue = queue(job, before, world);
+    progress::report(&mut after, world, attempts, now);
+    end::last_failure(&mut after, inputs);
+
+    let mut list = Builder::new(&before.conditions, job.metadata.generation, now);
+    validated_condition(&mut list, inputs);
+    job_created(&mut list, inputs);
+    admitted(&mut list, inputs);
+    suspended(&mut list, inputs);
+    running::pods_scheduled(&mut list, world);
+    running::running(&mut list, inputs);
+    progress::checkpointed(&mut list, &after, world);
+    let end = end::end(inputs, &mut after);
+    if let Some(end) = &end {
+        end.set(&mut list);
+        after.completion_time = Some(Time(end.time));
+        after.nodes = Vec::new();
+    }
+    reconciling(&mut list, inputs, end.is_some());
+    stalled(&mut list, end.as_ref());
+    after.conditions = list.build();
+    after.phase = Some(conditions::phase(&after.conditions));
+    after
+}
+
+/// Whether something differs that must be told at once. The rest (texts, progress, the checkpoint, on which node the pod is, which step of its
+/// preparation the trainer does) is told with it, or a little later.
+pub fn lifecycle_differs(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> bool {
+    essence(before) != essence(after)
+}
+
+fn essence(status: &FineTuneJobStatus) -> FineTuneJobStatus {
+    const PREPARING: [RunningReason; 6] = [
+        RunningReason::Starting,
+        RunningReason::PullingImage,
+        RunningReason::DownloadingModel,
+        RunningReason::DownloadingDataset,
+        RunningReason::PreparingData,
+        RunningReason::RestoringCheckpoint,
+    ];
+    let mut status = FineTuneJobStatus { progress: None, last_checkpoint: None, dataset_digest: None, queue: None, nodes: Vec::new(), ..status.clone() };
+    status.conditions.retain(|condition| condition.type_ != ConditionType::PodsScheduled.as_str() || condition.status != "True");
+    for condition in &mut status.conditions {
+        condition.message.clear();
+        if condition.type_ == ConditionType::Running.as_str() {
+            if PREPARING.iter().any(|reason| reason.as_str() == condition.reason) {
+                RunningReason::Starting.as_str().clone_into(&mut condition.reason);
+            } else if condition.reason == RunningReason::Publishing.as_str() {
+                // The end of a training that will be told in a moment.
+                RunningReason::Training.as_str().clone_into(&mut condition.reason);
+                Truth::True.as_str().clone_into(&mut condition.status);
+            }
+            condition.last_transition_time = Time(Timestamp::UNIX_EPOCH);
+        }
+    }
+    status
+}
+
+/// Nodes of the pods that have not ended.
+fn nodes(world: &World) -> Vec<String> {
+    let nodes: BTreeSet<String> = world.pods.iter().filter(|pod| !world::has_ended(pod)).filter_map(|pod| pod.spec.as_ref()?.node_name.clone()).collect();
+    nodes.into_iter().collect()
+}
+
+/// The image, frozen: the Job's at first, then by the digest that the first pod ran.
+fn image(before: &FineTuneJobStatus, world: &World) -> Option<String> {
+    if before.trainer_image.as_deref().is_some_and(|image| image.contains("@sha256:")) {
+        return before.trainer_image.clone();
+    }
+    let asked = before.trainer_image.clone().or_else(|| {
+        let template = &world.job.as_ref()?.spec.as_ref()?.template;
+        template.spec.as_ref()?.containers.first()?.image.clone()
+    })?;
+    let ran = world.pods.iter().filter_map(|pod| world::trainer(pod)).map(|container| container.image_id.as_str()).find_map(|id| pinned(&asked, id));
+    Some(ran.unwrap_or(asked))
+}
+
+/// `asked` by the digest in the kubelet's image id, if that is of the same repository. A bare image id cannot be pulled and pins nothing.
+fn pinned(asked: &str, image_id: &str) -> Option<String> {
+    let id = image_id.split_once("://").map_or(image_id, |(_, rest)| rest);
+    let (repository, digest) = id.split_once("@sha256:")?;
+    let name = asked.split('@').next().unwrap_or(asked);
+    // A colon after the last slash begins the tag; one before it is a registry's port.
+    let bare = match name.rfind(':') {
+        Some(colon) if name.rfind('/').is_none_or(|slash| slash < colon) => name.get(..colon)?,
+        _ => name,
+    };
+    let same = bare == repository || format!("docker.io/{bare}") == repository || format!("docker.io/library/{bare}") == repository;
+    (same && digest.len() == 64).then(|| format!("{bare}@sha256:{digest}"))
+}
+
+fn queue(job: &FineTuneJob, before: &FineTuneJobStatus, world: &World) -> Option<QueueStatus> {
+    let name = job.spec.queue_name.clone()?;
+    let kept = before.queue.as_ref().filter(|queue| queue.name == name && world.job.is_some()).and_then(|queue| queue.workload.clone());
+    Some(QueueStatus { name, workload: world.workload.as_ref().map(|workload| workload.name.clone()).or(kept) })
+}
+
+fn validated_condition(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
+    match inputs.validated {
+        Ok(_) => list.set(ConditionType::Validated, Truth::True, ValidatedReason::SpecAccepted.as_str(), "the spec can be carried out"),
+        // A Job that exists was made from a spec that could be carried out, by this operator or an earlier one.
+        Err(_) if inputs.world.job.is_some() => list.keep(ConditionType::Validated),
+        Err(error) => list.set(ConditionType::Validated, Truth::False, error.reason().as_str(), &error.to_string()),
+    }
+}
+
+fn job_created(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
+    if let Some(job) = &inputs.world.job {
+        let name = job.metadata.name.as_deref().unwrap_or_default();
+        list.set(ConditionType::JobCreated, Truth::True, JobCreatedReason::Created.as_str(), &format!("Job {name:?}"));
+    } else if let Outcome::NotCreated { reason, message } = inputs.outcome {
+        list.set(ConditionType::JobCreated, Truth::False, reason.as_str(), message);
+    }
+}
+
+fn admitted(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
+    let Inputs { job, world, intent, .. } = *inputs;
+    let suspended_job = world.job.as_ref().is_some_and(|job| job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true)));
+    let mut set = |truth, reason: AdmittedReason, message: &str| list.set(ConditionType::Admitted, truth, reason.as_str(), message);
+    if job.spec.queue_name.is_none() {
+        match &world.workload {
+            _ if !suspended_job => set(Truth::True, AdmittedReason::NoQueue, "no queue is asked for"),
+            Some(workload) if !workload.admitted => set(Truth::False, workload.reason, &workload.message),
+            _ => set(
+                Truth::False,
+                AdmittedReason::NoQueueName,
+                "the Job is held, though no queue is asked for: this cluster's Kueue manages Jobs without a queue; set spec.queueName",
+            ),
+        }
+    } else if matches!(intent, Intent::Wait(Wait::Kueue)) {
+        set(Truth::False, AdmittedReason::KueueNotInstalled, "spec.queueName is set, but the cluster has no Kueue; install it, or leave queueName out");
+    } else if world.job.is_none() {
+        // Nothing waits in the queue.
+    } else if let Some(workload) = &world.workload {
+        set(workload.admitted.into(), workload.reason, &workload.message);
+    } else {
+        set(Truth::False, AdmittedReason::WaitingForQuota, "waits for Kueue");
+    }
+}
+
+fn suspended(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
+    let Inputs { job, before, world, .. } = *inputs;
+    if job.spec.suspend {
+        // True means that the GPU is free again.
+        if world.job.is_none() && world.live_pod().is_none() {
+            list.set(ConditionType::Suspended, Truth::True, SuspendedReason::UserRequested.as_str(), "suspended by spec.suspend; nothing runs");
+        } else {
+            list.keep(ConditionType::Suspended);
+        }
+    } else if conditions::find(&before.conditions, ConditionType::Suspended).is_some() {
+        list.set(ConditionType::Suspended, Truth::False, SuspendedReason::Resumed.as_str(), "spec.suspend is false again");
+    }
+}
+
+fn reconciling(list: &mut Builder<'_>, inputs: &Inputs<'_>, ended: bool) {
+    let Inputs { job, world, intent, outcome, .. } = *inputs;
+    let message = match (intent, outcome) {
+        _ if ended => None,
+        (_, Outcome::NotCreated { message, .. }) => Some(format!("the Job could not be created: {message}")),
+        (Intent::Delete { why: Stop::Suspended, .. }, _) => Some("the trainer saves a checkpoint and ends".to_owned()),
+        (Intent::Delete { why: Stop::Limit(reason), .. }, _) => Some(format!("the trainer is stopped: {reason}")),
+        (Intent::Wait(Wait::Ending(what)), _) => Some(format!("waits for {what} to end")),
+        (Intent::Wait(Wait::JobDeleting), _) => Some("waits for the Job's pods to end".to_owned()),
+        (Intent::Wait(Wait::Kueue), _) => Some("waits for Kueue to be installed".to_owned()),
+        _ if world.job.is_none() && inputs.validated.is_ok() && !job.spec.suspend => Some("the Job is being created".to_owned()),
+        _ => None,
+    };
+    match message {
+        Some(message) => list.set(ConditionType::Reconciling, Truth::True, ReconcilingReason::Progressing.as_str(), &message),
+        None => list.set(ConditionType::Reconciling, Truth::False, ReconcilingReason::Reconciled.as_str(), ""),
+    }
+}
+
+/// Repeats what cannot get better by itself, for kstatus.
+fn stalled(list: &mut Builder<'_>, end: Option<&end::End>) {
+    let repeated = match end {
+        Some(end) => end.failure().map(|(reason, message)| (reason.to_owned(), message.to_owned())),
+        None => list.false_of(ConditionType::Validated),
+    };
+    match repeated {
+        Some((reason, message)) => list.set(ConditionType::Stalled, Truth::True, &reason, &message),
+        None => list.set(ConditionType::Stalled, Truth::False, StalledReason::NotStalled.as_str(), ""),
+    }
+}

@@ -1,0 +1,279 @@
+//! Checkpoints: objects plus a manifest written last, fenced by claims. See `docs/checkpoints.md`.
+//!
+//! # Guarantees
+//! - A reader sees a whole checkpoint or none: files come first, the manifest with their digests last, and a checkpoint
+//!   whose files do not match is passed over for the one before it.
+//! - Attempts never write into each other's folders (`step-S/eN/`, N being the claim).
+//! - Before each manifest and each deletion the claims are listed; an attempt that finds a newer one stops and deletes nothing.
+
+mod identity;
+mod place;
+mod snapshot;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+
+pub use identity::{Identity, IdentityError};
+pub use place::{Label, Place};
+pub use snapshot::{ExecutionPlan, LORA_FILE, METRICS_FILE, Snapshot, SnapshotError, State};
+
+use super::tensor_file::{self, TensorFileError};
+use finetune_compute::optim::Param;
+use finetune_store::claims::Claim;
+use finetune_store::manifest::{self, Content, Verified};
+use finetune_store::{Store, StoreError};
+
+/// Where prepared embeddings and latents lie below the checkpoint prefix.
+pub const PREPARED: &str = "prepared/";
+
+/// Why a checkpoint cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The store failed, or a newer attempt has taken over.
+    #[error("failed to use the checkpoints")]
+    Store(#[from] StoreError),
+    /// The snapshot cannot be written.
+    #[error("failed to write a checkpoint")]
+    Snapshot(#[from] SnapshotError),
+    /// A small file cannot be written.
+    #[error("failed to write {file}")]
+    Json {
+        /// The file.
+        file: &'static str,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The prefix belongs to another run.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// No usable checkpoint where one was demanded.
+    #[error("found no complete checkpoint in {uri}")]
+    NotFound {
+        /// Where.
+        uri: String,
+    },
+    /// The checkpoint's LoRA cannot be read.
+    #[error("failed to read the LoRA of the checkpoint in {uri}")]
+    Lora {
+        /// Where.
+        uri: String,
+        /// The cause.
+        #[source]
+        source: TensorFileError,
+    },
+}
+
+/// A checkpoint that was written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Saved {
+    /// Updates done.
+    pub step: u64,
+    /// Its folder's URI.
+    pub uri: String,
+    /// `sha256:<hex>` of the manifest, which holds the digests of all files.
+    pub sha256: String,
+    /// Bytes of all files.
+    pub bytes: u64,
+}
+
+/// The checkpoints of one run (one spec and dataset) as its newest attempt sees them.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    store: Store,
+    claim: Claim,
+    identity: Identity,
+}
+
+impl Checkpoints {
+    /// Takes the prefix for this run: writes its identity, or checks the one that is there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Identity`] if the prefix belongs to another spec, dataset or output.
+    pub async fn open(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
+        identity.establish(&store).await?;
+        Ok(Self { store, claim, identity })
+    }
+
+    /// As [`Checkpoints::open`], after deleting whatever the prefix holds but prepared data, which is keyed by content and
+    /// stays right: `resume.policy: Never`.
+    ///
+    /// # Errors
+    /// If this attempt has been superseded, or the store fails.
+    pub async fn restart(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
+        let this = Self { store, claim, identity };
+        let keys = this.keys().await?;
+        this.delete(keys.iter().filter(|k| !k.starts_with(PREPARED)).collect()).await?;
+        this.identity.establish(&this.store).await?;
+        Ok(this)
+    }
+
+    /// Where the checkpoints lie.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// This attempt's number.
+    pub fn attempt(&self) -> u64 {
+        self.claim.epoch()
+    }
+
+    /// Stops an attempt that is no longer the newest.
+    ///
+    /// # Errors
+    /// [`StoreError::Superseded`], and those of listing.
+    pub async fn ensure_newest(&self) -> Result<(), StoreError> {
+        self.claim.check().await
+    }
+
+    /// Writes a checkpoint: files, then (if still the newest attempt) the manifest.
+    ///
+    /// # Errors
+    /// If this attempt has been superseded, or the store fails.
+    pub async fn save(&self, snapshot: &Snapshot) -> Result<Saved, CheckpointError> {
+        let place = Place { step: snapshot.state.step, attempt: self.claim.epoch() };
+        let files: Vec<(String, Content)> = snapshot.encode()?.into_iter().map(|(name, bytes)| (name, Content::Bytes(bytes))).collect();
+        let label = Label {
+            step: place.step,
+            attempt: place.attempt,
+            spec_hash: self.identity.spec_hash.clone(),
+            dataset_digest: self.identity.dataset_digest.clone(),
+        };
+        let metadata = serde_json::to_value(label).map_err(|source| CheckpointError::Json { file: manifest::FILE_NAME, source })?;
+        let folder = self.store.child(&place.folder())?;
+        let manifest = manifest::publish(&folder, files, metadata, Some(&self.claim)).await?;
+        let bytes = manifest.files.iter().map(|f| f.size).sum();
+        Ok(Saved { step: place.step, uri: folder.uri().to_owned(), sha256: manifest.digest(), bytes })
+    }
+
+    /// The newest checkpoint that verifies, passing over damaged ones.
+    ///
+    /// # Errors
+    /// If the store fails. A damaged checkpoint is no error.
+    pub async fn latest(&self) -> Result<Option<(Place, Snapshot)>, CheckpointError> {
+        for place in places(&self.store).await?.into_iter().rev() {
+            let Some(verified) = manifest::first_that_verifies(&self.store, &[place.folder()]).await? else { continue };
+            match self.read(place, verified) {
+                Ok(snapshot) => return Ok(Some((place, snapshot))),
+                Err(problem) => tracing::warn!(checkpoint = place.folder(), problem, "passed over a checkpoint"),
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, place: Place, verified: Verified) -> Result<Snapshot, String> {
+        let label: Label = serde_json::from_value(verified.manifest.metadata).map_err(|e| format!("its manifest cannot be understood: {e}"))?;
+        if (label.step, label.attempt) != (place.step, place.attempt) {
+            return Err("its manifest names another place".to_owned());
+        }
+        if label.spec_hash != self.identity.spec_hash || label.dataset_digest != self.identity.dataset_digest {
+            return Err("it belongs to another spec or dataset".to_owned());
+        }
+        let snapshot = Snapshot::decode(&verified.files.into_iter().collect()).map_err(|e| format!("it cannot be read: {e}"))?;
+        if snapshot.state.step == place.step { Ok(snapshot) } else { Err("its state belongs to another step".to_owned()) }
+    }
+
+    /// Deletes all but the checkpoints of the newest `keep` steps, and what older attempts have left unfinished.
+    ///
+    /// # Errors
+    /// If this attempt has been superseded (nothing is deleted then), or the store fails.
+    pub async fn retain(&self, keep: u32) -> Result<(), CheckpointError> {
+        let keys = self.keys().await?;
+        self.delete(stale(&keys, keep, self.claim.epoch())).await
+    }
+
+    /// Deletes everything below the prefix.
+    ///
+    /// # Errors
+    /// If this attempt has been superseded (nothing is deleted then), or the store fails.
+    pub async fn delete_all(&self) -> Result<(), CheckpointError> {
+        let keys = self.keys().await?;
+        self.delete(keys.iter().collect()).await
+    }
+
+    async fn keys(&self) -> Result<Vec<String>, CheckpointError> {
+        Ok(self.store.list("").await?.into_iter().map(|o| o.key).collect())
+    }
+
+    /// Manifests first: a folder that is only half deleted must not look complete. The claims are listed before each of them.
+    async fn delete(&self, mut keys: Vec<&String>) -> Result<(), CheckpointError> {
+        keys.sort_by_key(|k| (!k.ends_with(manifest::FILE_NAME), k.as_str()));
+        for (i, key) in keys.into_iter().enumerate() {
+            if i == 0 || key.ends_with(manifest::FILE_NAME) {
+                self.ensure_newest().await?;
+            }
+            self.store.delete(key).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The keys that retention deletes.
+fn stale(keys: &[String], keep: u32, attempt: u64) -> Vec<&String> {
+    let complete: BTreeSet<Place> = keys.iter().filter_map(|k| Place::parse(k)).filter(|(_, f)| *f == manifest::FILE_NAME).map(|(p, _)| p).collect();
+    let steps: BTreeSet<u64> = complete.iter().map(|p| p.step).collect();
+    let kept: BTreeSet<u64> = steps.iter().rev().take(keep.max(1) as usize).copied().collect();
+    let is_stale = |place: Place| {
+        // Unfinished folders of older attempts are garbage; one of this attempt is its next checkpoint.
+        if complete.contains(&place) { !kept.contains(&place.step) } else { place.attempt < attempt }
+    };
+    keys.iter().filter(|k| Place::parse(k).is_some_and(|(place, _)| is_stale(place))).collect()
+}
+
+/// The LoRA of a checkpoint of another run: of the folder that `store` is, or of the newest that verifies below it.
+///
+/// # Errors
+/// [`CheckpointError::NotFound`] if there is none.
+pub async fn warm_start(store: &Store) -> Result<BTreeMap<String, Param>, CheckpointError> {
+    let not_found = || CheckpointError::NotFound { uri: store.uri().to_owned() };
+    let files: BTreeMap<String, Bytes> = if let Some(manifest) = manifest::read(store).await? {
+        manifest::read_files(store, &manifest).await?.into_iter().collect()
+    } else {
+        let folders: Vec<String> = places(store).await?.into_iter().rev().map(Place::folder).collect();
+        manifest::first_that_verifies(store, &folders).await?.ok_or_else(not_found)?.files.into_iter().collect()
+    };
+    let bytes = files.get(LORA_FILE).ok_or_else(not_found)?;
+    tensor_file::read_params(bytes, LORA_FILE).map_err(|source| CheckpointError::Lora { uri: store.uri().to_owned(), source })
+}
+
+/// All places with a manifest, oldest first.
+async fn places(store: &Store) -> Result<BTreeSet<Place>, StoreError> {
+    let objects = store.list("").await?;
+    Ok(objects.iter().filter_map(|o| Place::parse(&o.key)).filter(|(_, file)| *file == manifest::FILE_NAME).map(|(place, _)| place).collect())
+}
+
+/// The object, or none if there is none.
+pub(super) async fn read_optional(store: &Store, key: &str) -> Result<Option<Bytes>, StoreError> {
+    match store.get(key).await {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_keeps_the_newest_steps_of_any_attempt_and_unfinished_work_of_its_own() {
+        let keys: Vec<String> = [
+            "identity.json",
+            "prepared/x",
+            "step-000010/e1/lora.safetensors",
+            "step-000010/e1/manifest.json",
+            "step-000020/e1/lora.safetensors",
+            "step-000020/e1/manifest.json",
+            "step-000020/e2/manifest.json",
+            "step-000030/e1/lora.safetensors",
+            "step-000030/e2/manifest.json",
+            "step-000040/e2/lora.safetensors",
+        ]
+        .map(String::from)
+        .into();
+        let expected = ["step-000010/e1/lora.safetensors", "step-000010/e1/manifest.json", "step-000030/e1/lora.safetensors"];
+        assert_eq!(stale(&keys, 2, 2), expected);
+        assert_eq!(stale(&keys, 9, 2), expected[2..]);
+    }
+}

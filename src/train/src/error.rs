@@ -1,0 +1,202 @@
+//! Why a run ended without a result, and what that means for exit code and condition.
+
+use super::checkpoint::{CheckpointError, IdentityError, Saved};
+use super::prepare::{PrepareError, PreparedError};
+use super::publish::PublishError;
+use super::trainer::TrainerError;
+use super::validation::ValidationError;
+use finetune_api::Reason;
+use finetune_api::plan::GpuTooSmall;
+use finetune_compute::kernels::DeviceError;
+use finetune_data::cache::CacheError;
+use finetune_data::dataset::DatasetError;
+use finetune_model::layout::LayoutError;
+use finetune_model::lora::LoraError;
+use finetune_model::mmdit::MmditError;
+use finetune_model::sample::SampleError;
+use finetune_model::text::TextError;
+use finetune_model::vae::VaeError;
+use finetune_model::weights::WeightsError;
+use finetune_store::model_source::ModelSourceError;
+use finetune_store::{StoreError, StoreErrorKind};
+
+/// Why a run ended without a result.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The device cannot be used.
+    #[error("the job asks for a GPU (spec.scheduling.gpu.perReplica: 0 asks for the CPU)")]
+    Device(#[from] DeviceError),
+    /// The job does not fit the GPU.
+    #[error("the GPU is too small for this job")]
+    TooSmall(#[from] GpuTooSmall),
+    /// A store failed, or a newer attempt has taken over.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The dataset is not as it should be.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// The dataset is not the one that the spec pins.
+    #[error("the dataset has changed: its digest is {found}, dataset.expectedDigest is {expected}")]
+    DatasetChanged {
+        /// What the spec says.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The model cannot be fetched.
+    #[error("failed to fetch the model")]
+    ModelSource(#[from] ModelSourceError),
+    /// The model's folder is not as it should be.
+    #[error("failed to load the model")]
+    Layout(#[from] LayoutError),
+    /// The model's weights are not as they should be.
+    #[error("failed to load the model")]
+    Weights(#[from] WeightsError),
+    /// The transformer cannot be loaded.
+    #[error("failed to load the model")]
+    Mmdit(#[from] MmditError),
+    /// The LoRA does not fit the model.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// Embeddings or latents could not be prepared.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// A checkpoint cannot be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Training cannot go on.
+    #[error(transparent)]
+    Trainer(#[from] TrainerError),
+    /// Results cannot be published or reused.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// Something of this machine failed.
+    #[error("failed to {what}")]
+    Local {
+        /// What was tried.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Validation pictures could not be drawn.
+    #[error("failed to draw validation pictures")]
+    Validation(#[from] ValidationError),
+    /// Asked to stop.
+    #[error("{}", interrupted(.checkpoint.as_ref()))]
+    Interrupted {
+        /// The checkpoint that was saved first.
+        checkpoint: Option<Saved>,
+    },
+}
+
+fn interrupted(checkpoint: Option<&Saved>) -> String {
+    match checkpoint {
+        Some(saved) => format!("stopped on request after saving a checkpoint at step {} ({}); the same command goes on from there", saved.step, saved.uri),
+        None => "stopped on request; the same command goes on from the newest checkpoint".to_owned(),
+    }
+}
+
+impl TrainError {
+    /// The reason for exit code, termination message and condition.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Device(error) => device_reason(error),
+            Self::TooSmall(_) => Reason::GPUTooSmall,
+            Self::Store(error) => store_reason(error),
+            Self::Dataset(error) => error.reason(),
+            Self::DatasetChanged { .. } => Reason::DatasetChanged,
+            Self::ModelSource(error) => model_reason(error),
+            Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
+            Self::Mmdit(error) => mmdit_reason(error),
+            Self::Lora(_) => Reason::InvalidConfig,
+            Self::Prepare(error) => match error {
+                PrepareError::ModelSource(error) => model_reason(error),
+                PrepareError::Store(error) => store_reason(error),
+                PrepareError::Dataset(error) => error.reason(),
+                PrepareError::Stopped => Reason::Interrupted,
+                PrepareError::ClassPrecision(error) | PrepareError::Text(TextError::Device(error)) | PrepareError::Vae(VaeError::Device(error)) => {
+                    device_reason(error)
+                }
+                PrepareError::Text(_) | PrepareError::Vae(_) | PrepareError::Layout(_) => Reason::ModelLoadFailed,
+                PrepareError::Draw(error) => draw_reason(error),
+                PrepareError::Cache(error) | PrepareError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
+                PrepareError::Prepared(_) | PrepareError::Tensor(_) => Reason::TrainerCrashed,
+            },
+            Self::Checkpoint(error) => checkpoint_reason(error),
+            Self::Trainer(error) => match error {
+                TrainerError::Diverged { .. } => Reason::Diverged,
+                TrainerError::Model(error) => mmdit_reason(error),
+                TrainerError::Device(error) => device_reason(error),
+                TrainerError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
+                TrainerError::Prepared(_) | TrainerError::Lora(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
+            },
+            Self::Publish(error) => match error {
+                PublishError::Store(error) => store_reason(error),
+                PublishError::OutputExists { .. } | PublishError::Damaged { .. } => Reason::OutputExists,
+                PublishError::Json(_) => Reason::TrainerCrashed,
+            },
+            Self::Local { .. } | Self::Validation(_) => Reason::TrainerCrashed,
+            Self::Interrupted { .. } => Reason::Interrupted,
+        }
+    }
+}
+
+fn device_reason(error: &DeviceError) -> Reason {
+    if error.is_out_of_memory() { Reason::GPUOutOfMemory } else { Reason::GPUUnavailable }
+}
+
+fn store_reason(error: &StoreError) -> Reason {
+    match error.kind() {
+        StoreErrorKind::InvalidLocation => Reason::InvalidConfig,
+        StoreErrorKind::NotFound => Reason::NotFound,
+        StoreErrorKind::PermissionDenied => Reason::PermissionDenied,
+        StoreErrorKind::Unavailable => Reason::StorageUnavailable,
+        StoreErrorKind::Superseded => Reason::Superseded,
+        StoreErrorKind::Corrupt | StoreErrorKind::LocalDisk => Reason::TrainerCrashed,
+    }
+}
+
+fn model_reason(error: &ModelSourceError) -> Reason {
+    match error {
+        ModelSourceError::Store(error) if error.kind() == StoreErrorKind::Corrupt => Reason::ModelLoadFailed,
+        ModelSourceError::Store(error) => store_reason(error),
+        ModelSourceError::Unusable { .. } => Reason::ModelLoadFailed,
+    }
+}
+
+fn cache_reason(error: &CacheError) -> Reason {
+    match error {
+        CacheError::Store(error) => store_reason(error),
+        _ => Reason::TrainerCrashed,
+    }
+}
+
+fn mmdit_reason(error: &MmditError) -> Reason {
+    match error {
+        MmditError::Lora(_) => Reason::InvalidConfig,
+        MmditError::Device(error) => device_reason(error),
+        MmditError::Tensor(_) | MmditError::Input { .. } => Reason::TrainerCrashed,
+        _ => Reason::ModelLoadFailed,
+    }
+}
+
+/// Drawing class pictures.
+fn draw_reason(error: &SampleError) -> Reason {
+    match error {
+        SampleError::Stopped => Reason::Interrupted,
+        SampleError::Mmdit(error) => mmdit_reason(error),
+        SampleError::Layout(_) | SampleError::Weights(_) | SampleError::Vae(_) | SampleError::Text(_) => Reason::ModelLoadFailed,
+        SampleError::Lora(_) | SampleError::Setting { .. } | SampleError::Write { .. } | SampleError::Tensor(_) => Reason::TrainerCrashed,
+    }
+}
+
+fn checkpoint_reason(error: &CheckpointError) -> Reason {
+    match error {
+        CheckpointError::Store(error) => store_reason(error),
+        CheckpointError::Identity(IdentityError::DatasetChanged { .. }) => Reason::DatasetChanged,
+        CheckpointError::Identity(_) => Reason::InvalidConfig,
+        CheckpointError::NotFound { .. } | CheckpointError::Lora { .. } => Reason::NotFound,
+        CheckpointError::Snapshot(_) | CheckpointError::Json { .. } => Reason::TrainerCrashed,
+    }
+}

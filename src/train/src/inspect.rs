@@ -1,0 +1,65 @@
+//! What a job reads, looked at before it runs: the dataset to its last picture, the model's files by name.
+
+use std::time::Duration;
+
+use super::environment::JobEnvironment;
+use finetune_api::plan::TrainConfig;
+use finetune_data::dataset::{Dataset, DatasetError};
+use finetune_store::model_source::{ModelFolder, ModelSourceError, Parts};
+use finetune_store::{RetryPolicy, Store, StoreErrorKind};
+
+/// How long a request to a store is tried: somebody waits for the answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What was found.
+#[derive(Debug)]
+pub struct Inspection {
+    /// The dataset, every picture decoded once.
+    pub dataset: Result<Dataset, DatasetError>,
+    /// Whether the model has all parts that a run fetches.
+    pub model: Result<(), ModelSourceError>,
+}
+
+/// Looks at the dataset and the model of `config`. Nothing is written but a list of the model's files in the cache folder.
+pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Inspection {
+    Inspection { dataset: dataset(config, environment).await, model: model(config, environment).await }
+}
+
+fn impatient(policy: &RetryPolicy) -> RetryPolicy {
+    RetryPolicy { max_retries: 1, total: policy.total.min(PATIENCE), connect_timeout: policy.connect_timeout.min(PATIENCE), ..policy.clone() }
+}
+
+async fn dataset(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
+    let mut options = environment.store_options(config);
+    options.retry = impatient(&options.retry);
+    Dataset::scan(&Store::open(&config.dataset.uri, &options)?, &config.dataset).await
+}
+
+async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(), ModelSourceError> {
+    let (source, mut options) = environment.model_source(config);
+    options.retry = impatient(&options.retry);
+    ModelFolder::open(&source, &options, &environment.cache_dir).await?.check(Parts::ALL)
+}
+
+/// Whether a failure says nothing about what is stored: nobody answered, or not to us.
+fn is_unreachable(kind: StoreErrorKind) -> bool {
+    matches!(kind, StoreErrorKind::Unavailable | StoreErrorKind::PermissionDenied | StoreErrorKind::LocalDisk)
+}
+
+/// Whether the dataset could not be looked at, rather than being bad.
+pub fn dataset_is_unreachable(error: &DatasetError) -> bool {
+    match error {
+        DatasetError::Store(source) | DatasetError::NoMetadata { source: Some(source), .. } => is_unreachable(source.kind()),
+        DatasetError::Worker(_) => true,
+        DatasetError::Problems { .. }
+        | DatasetError::NoMetadata { source: None, .. }
+        | DatasetError::NoSamples { .. }
+        | DatasetError::Changed { .. }
+        | DatasetError::Image { .. } => false,
+    }
+}
+
+/// Whether the model could not be looked at, rather than lacking something.
+pub fn model_is_unreachable(error: &ModelSourceError) -> bool {
+    error.store_kind().is_some_and(is_unreachable)
+}

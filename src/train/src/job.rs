@@ -1,0 +1,428 @@
+//! A whole run: look at the output, claim it, prepare, train, checkpoint, publish. See `docs/checkpoints.md`.
+//!
+//! One model is in memory at a time: text encoders, then the VAE, then the transformer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use candle_core::Device;
+use tokio::task::block_in_place;
+
+use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, PREPARED, Saved, Snapshot};
+use super::comparison::{self, HeldOut};
+use super::environment::JobEnvironment;
+use super::error::TrainError;
+use super::output;
+use super::parameters::Parameters;
+use super::prepare::{self, PrepareError, Prepared};
+use super::publish::{self, Decision};
+use super::result::{FileDigest, RunResult};
+use super::setup;
+use super::step::Objective;
+use super::trainer::{Settings, Trainer, Update};
+use super::validation;
+use super::{device, division};
+use finetune_api::Stage;
+use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
+use finetune_compute::kernels::Engine;
+use finetune_compute::nn::flow_matching::SigmaTable;
+use finetune_compute::optim::Param;
+use finetune_data::dataset::Dataset;
+use finetune_data::sampler::{Sampler, SamplerConfig};
+use finetune_model::ModelDir;
+use finetune_model::layout::Part;
+use finetune_model::lora::LoraLayout;
+use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::weights::Weights;
+use finetune_store::claims::Claim;
+use finetune_store::model_source::{ModelFolder, Parts};
+use finetune_store::{Store, StoreErrorKind};
+
+/// After a checkpoint could not be saved for lack of storage, the next attempt follows after this time.
+const CHECKPOINT_RETRY: Duration = Duration::from_secs(30);
+
+/// How a run ended well.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Trained (or completed by another attempt meanwhile) and published.
+    Completed(Box<RunResult>),
+    /// The output already held the result of this spec and dataset.
+    AlreadyCompleted(Box<RunResult>),
+}
+
+impl Outcome {
+    /// The result that stands in the output.
+    pub fn result(&self) -> &RunResult {
+        match self {
+            Self::Completed(result) | Self::AlreadyCompleted(result) => result,
+        }
+    }
+}
+
+/// Runs the job. Must be called within a multi-threaded runtime.
+///
+/// # Errors
+/// [`TrainError`]; its reason gives the exit code.
+pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<Outcome, TrainError> {
+    let reporter = &environment.reporter;
+    reporter.identity(&config.spec_hash, None, None);
+    let engine = device::open(config.device, config.training.precision)?;
+    let budget = device::limit_memory(&engine);
+    let output = environment.open(&config.output.uri, config)?;
+
+    let found = publish::look(&output, &config.spec_hash).await?;
+    publish::decide(output.uri(), config.output.existing, &found, None)?;
+    let dataset = scan(config, environment).await?;
+    reporter.identity(&config.spec_hash, Some(&dataset.digest), Some(dataset.skipped.len() as u64));
+    if let (Decision::Reuse, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, Some(&dataset.digest))?, &found)
+    {
+        publish::repair(&output, result).await?;
+        if let Err(error) = delete_leftovers(config, environment, &output, &dataset).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
+        }
+        return Ok(Outcome::AlreadyCompleted(result.clone()));
+    }
+
+    let claim = Claim::acquire(&output, &environment.owner).await?;
+    let identity = identity(config, &output, &dataset);
+    let store = environment.open(&config.checkpoint.uri, config)?;
+    let checkpoints = match config.resume.policy {
+        ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
+        ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
+    };
+    let held_out = held_out(config, environment).await?;
+    let run = Run { config, environment, engine, budget, dataset, held_out, checkpoints };
+    let (mut trainer, model) = run.load().await?;
+    run.train(&mut trainer, &model).await?;
+    let result = run.publish(&output, &trainer, &model).await?;
+    Ok(Outcome::Completed(Box::new(result)))
+}
+
+fn identity(config: &TrainConfig, output: &Store, dataset: &Dataset) -> Identity {
+    Identity { spec_hash: config.spec_hash.clone(), dataset_digest: dataset.digest.clone(), output: output.uri().to_owned() }
+}
+
+/// Deletes what a run that was killed after publishing has left.
+async fn delete_leftovers(config: &TrainConfig, environment: &JobEnvironment, output: &Store, dataset: &Dataset) -> Result<(), TrainError> {
+    let store = environment.open(&config.checkpoint.uri, config)?;
+    if config.checkpoint.keep_after_success || store.list("").await?.is_empty() {
+        return Ok(());
+    }
+    let claim = Claim::acquire(output, &environment.owner).await?;
+    Ok(Checkpoints::open(store, claim, identity(config, output, dataset)).await?.delete_all().await?)
+}
+
+async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, TrainError> {
+    environment.reporter.stage(Stage::DownloadingDataset, "reading the dataset", 0);
+    let store = environment.open(&config.dataset.uri, config)?;
+    let dataset = unless_interrupted(environment, async { Ok(Dataset::scan(&store, &config.dataset).await?) }).await?;
+    match &config.dataset.expected_digest {
+        Some(expected) if *expected != dataset.digest && *expected != dataset.metadata_digest => {
+            Err(TrainError::DatasetChanged { expected: expected.clone(), found: dataset.digest })
+        }
+        _ => Ok(dataset),
+    }
+}
+
+/// The held-out pictures, if the job has any.
+async fn held_out(config: &TrainConfig, environment: &JobEnvironment) -> Result<Option<HeldOut>, TrainError> {
+    let Some(uri) = config.validation.as_ref().and_then(|v| v.dataset_uri.as_ref()) else { return Ok(None) };
+    let store = environment.open(uri, config)?;
+    let load = async { Ok(HeldOut::load(&store, &config.dataset, config.training.resolution).await?) };
+    unless_interrupted(environment, load).await.map(Some)
+}
+
+/// Stops waiting when somebody asks to.
+async fn unless_interrupted<T>(environment: &JobEnvironment, work: impl Future<Output = Result<T, TrainError>>) -> Result<T, TrainError> {
+    tokio::select! {
+        result = work => result,
+        () = environment.interrupt.wait() => Err(TrainError::Interrupted { checkpoint: None }),
+    }
+}
+
+struct Run<'a> {
+    config: &'a TrainConfig,
+    environment: &'a JobEnvironment,
+    engine: Engine,
+    /// What the process may hold on the device, as it was found at the start.
+    budget: MemoryBudget,
+    dataset: Dataset,
+    held_out: Option<HeldOut>,
+    checkpoints: Checkpoints,
+}
+
+impl Run<'_> {
+    /// Prepares data, loads the transformer and restores the newest checkpoint.
+    async fn load(&self) -> Result<(Trainer, ModelDir), TrainError> {
+        let Self { config, environment, dataset, held_out, checkpoints, .. } = self;
+        let reporter = &environment.reporter;
+        reporter.stage(Stage::RestoringCheckpoint, "looking for a checkpoint", 0);
+        let snapshot = self.snapshot().await?;
+        let warm = match (&snapshot, &config.resume.from_checkpoint) {
+            (None, Some(uri)) => Some(checkpoint::warm_start(&environment.open(uri, config)?).await?),
+            _ => None,
+        };
+
+        let (source, options) = environment.model_source(config);
+        let prepared_store = checkpoints.store().child(PREPARED)?;
+        let folder = unless_interrupted(environment, async {
+            reporter.stage(Stage::DownloadingModel, "looking for the model", 0);
+            Ok(ModelFolder::open(&source, &options, &environment.cache_dir).await?)
+        })
+        .await?;
+        let dataset_store = environment.open(&config.dataset.uri, config)?;
+        let prepared = match prepare::prepare(
+            config,
+            dataset,
+            held_out.as_ref().map_or(&[], |h| &h.captions),
+            &dataset_store,
+            &folder,
+            &prepared_store,
+            &self.engine,
+            environment,
+        )
+        .await
+        {
+            Err(PrepareError::Stopped) => return Err(TrainError::Interrupted { checkpoint: None }),
+            prepared => prepared?,
+        };
+        unless_interrupted(environment, async {
+            reporter.stage(Stage::DownloadingModel, "fetching the transformer", 0);
+            let parts = Parts::TRANSFORMER | Parts::SCHEDULER;
+            // The decoder draws validation pictures.
+            Ok(folder.fetch(if config.validation.is_some() { parts | Parts::VAE } else { parts }, reporter).await?)
+        })
+        .await?;
+        let model = ModelDir::open(folder.folder())?;
+        let trainer = block_in_place(|| self.trainer(&model, prepared, snapshot, warm))?;
+        Ok((trainer, model))
+    }
+
+    async fn snapshot(&self) -> Result<Option<Snapshot>, TrainError> {
+        if self.config.resume.policy == ResumePolicy::Never {
+            return Ok(None);
+        }
+        match self.checkpoints.latest().await? {
+            Some((place, snapshot)) => {
+                tracing::info!(step = place.step, attempt = place.attempt, "resuming from a checkpoint");
+                Ok(Some(snapshot))
+            }
+            None if self.config.resume.policy == ResumePolicy::Required => {
+                Err(CheckpointError::NotFound { uri: self.checkpoints.store().uri().to_owned() }.into())
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn trainer(
+        &self,
+        model: &ModelDir,
+        prepared: Prepared,
+        snapshot: Option<Snapshot>,
+        warm: Option<std::collections::BTreeMap<String, Param>>,
+    ) -> Result<Trainer, TrainError> {
+        let training = &self.config.training;
+        let scheduler = model.scheduler()?;
+        let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
+        let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.engine)?;
+        let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
+        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), self.budget)?;
+        let MemoryPlan { micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
+        let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
+        tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
+        mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
+        let params = match warm {
+            None => layout.init(training.seed),
+            Some(mut given) => {
+                let mut params: Vec<Param> = layout.parameters().iter().filter_map(|(name, _)| given.remove(name)).collect();
+                // What does not belong to this LoRA is refused with its name.
+                params.extend(given.into_values());
+                params
+            }
+        };
+        let total_steps = self.total_steps();
+        let (density, kind) = setup::flow_matching(&training.flow_matching);
+        let settings = Settings {
+            objective: Objective {
+                table: SigmaTable::new(scheduler.num_train_timesteps as usize, scheduler.shift as f32),
+                density,
+                kind,
+                latents: prepared.scaling(),
+                seed: training.seed,
+                dropout: training.lora.dropout > 0.0,
+            },
+            accumulation: training.gradient_accumulation_steps,
+            prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
+            max_grad_norm: training.max_grad_norm,
+            schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),
+            checkpointing: training.gradient_checkpointing,
+            plan: ExecutionPlan {
+                device: device::name(&self.engine).to_owned(),
+                dtype: self.engine.precision().to_string(),
+                micro_batch: memory.micro_batch,
+                recomputed_blocks: memory.recomputed_blocks,
+            },
+            device: Device::Cpu,
+        };
+        let sampler = Sampler::new(SamplerConfig {
+            samples: self.dataset.samples.iter().map(|s| s.image_digest).collect(),
+            repeats: self.config.dataset.repeats,
+            class_pictures: training.prior_preservation.as_ref().map_or(0, |prior| prior.images),
+            batch_size: training.batch_size,
+            accumulation: training.gradient_accumulation_steps,
+            seed: training.seed,
+        })
+        .map_err(super::trainer::TrainerError::from)?;
+        layout.check(&params).map_err(super::trainer::TrainerError::from)?;
+        let parameters = Parameters::new(&self.engine, &training.optimizer, params)?;
+        let mut trainer = Trainer::new(settings, mmdit, layout, parameters, sampler, prepared)?;
+        if let Some(snapshot) = snapshot {
+            trainer.restore(snapshot)?;
+        }
+        Ok(trainer)
+    }
+
+    fn total_steps(&self) -> u64 {
+        StepPlan::new(&self.config.training, self.config.dataset.repeats, Some(self.dataset.samples.len() as u64)).total_steps.unwrap_or_default()
+    }
+
+    /// Updates until the end, with checkpoints on the way and one at the end.
+    async fn train(&self, trainer: &mut Trainer, model: &ModelDir) -> Result<(), TrainError> {
+        let (interrupt, reporter) = (&self.environment.interrupt, &self.environment.reporter);
+        let total = self.total_steps();
+        reporter.training(trainer.step(), total);
+        // An earlier attempt may have been stopped after the update and before its pictures.
+        if trainer.step() > 0 && !self.draw(trainer, model, total).await? {
+            return Err(TrainError::Interrupted { checkpoint: None });
+        }
+        let mut saved_step = (trainer.step() > 0).then(|| trainer.step());
+        let mut due = Due::new(&self.config.checkpoint);
+        if trainer.step() == 0 && block_in_place(|| trainer.evaluate(interrupt))?.is_none() {
+            return Err(self.interrupted(trainer, saved_step).await?);
+        }
+        while trainer.step() < total {
+            match block_in_place(|| trainer.update(interrupt))? {
+                Update::Interrupted => return Err(self.interrupted(trainer, saved_step).await?),
+                Update::Done(record) => {
+                    reporter.execution(trainer.plan(), self.engine.peak_memory());
+                    reporter.update(&record, trainer.history().smoothed_loss());
+                }
+            }
+            if !self.draw(trainer, model, total).await? {
+                return Err(self.interrupted(trainer, saved_step).await?);
+            }
+            if trainer.step() < total && due.at(trainer.step()) {
+                match self.save(trainer).await {
+                    Ok(saved) => {
+                        saved_step = Some(saved.step);
+                        due.saved();
+                    }
+                    Err(TrainError::Checkpoint(CheckpointError::Store(error))) if error.kind() == StoreErrorKind::Unavailable => {
+                        tracing::warn!(step = trainer.step(), error = &error as &dyn std::error::Error, "failed to save a checkpoint; trying again later");
+                        reporter.checkpoint_failed(&error.to_string());
+                        due.failed();
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        if block_in_place(|| trainer.evaluate(interrupt))?.is_none() {
+            return Err(self.interrupted(trainer, saved_step).await?);
+        }
+        if saved_step != Some(trainer.step()) {
+            self.save(trainer).await?;
+        }
+        Ok(())
+    }
+
+    /// Draws validation pictures if they are due; false if the run was asked to stop meanwhile.
+    async fn draw(&self, trainer: &Trainer, model: &ModelDir, total: u64) -> Result<bool, TrainError> {
+        let due = |v: &ValidationConfig| trainer.step() == total || (v.every_steps > 0 && trainer.step().is_multiple_of(v.every_steps));
+        let Some(validation) = self.config.validation.as_ref().filter(|v| due(v)) else { return Ok(true) };
+        if validation::is_kept(&self.checkpoints, trainer.step(), validation.prompts.len()).await? {
+            return Ok(true);
+        }
+        let resolution = self.config.training.resolution;
+        trainer.model().trim();
+        let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
+        let Some(pictures) = drawn else { return Ok(false) };
+        validation::keep(&self.checkpoints, &pictures).await?;
+        Ok(true)
+    }
+
+    async fn save(&self, trainer: &Trainer) -> Result<Saved, TrainError> {
+        let begin = Instant::now();
+        let snapshot = block_in_place(|| trainer.snapshot())?;
+        let saved = self.checkpoints.save(&snapshot).await?;
+        self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
+        self.checkpoints.retain(self.config.checkpoint.keep_last).await?;
+        let logs = self.checkpoints.store().child(&format!("logs/e{}", self.checkpoints.attempt())).map_err(CheckpointError::from)?;
+        output::put_logs(&logs, trainer.history()).await.map_err(CheckpointError::from)?;
+        Ok(saved)
+    }
+
+    /// Saves what there is (if it is worth it and allowed) and returns the error that says so.
+    async fn interrupted(&self, trainer: &Trainer, saved_step: Option<u64>) -> Result<TrainError, TrainError> {
+        let worth_it = trainer.step() > 0 && saved_step != Some(trainer.step()) && self.config.checkpoint.on_termination;
+        let checkpoint = if worth_it { Some(self.save(trainer).await?) } else { None };
+        Ok(TrainError::Interrupted { checkpoint })
+    }
+
+    /// Writes the results and cleans up.
+    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<RunResult, TrainError> {
+        self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
+        let pictures = validation::kept(&self.checkpoints, trainer).await?;
+        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.engine)?;
+        if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
+            let resolution = self.config.training.resolution;
+            trainer.model().trim();
+            let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
+            let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
+            result.comparison = Some(comparison);
+            result.files.insert(comparison::FILE_NAME.to_owned(), FileDigest::of(&png));
+            files.insert(comparison::FILE_NAME.to_owned(), png.into());
+        }
+        let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
+        if !self.config.checkpoint.keep_after_success {
+            match self.checkpoints.delete_all().await {
+                Ok(()) => {}
+                // The result stands. Whoever has taken over finds it and cleans up.
+                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints"),
+            }
+        }
+        Ok(result)
+    }
+}
+
+/// When the next checkpoint is due.
+struct Due {
+    every_steps: Option<u64>,
+    every: Option<Duration>,
+    next: Option<Instant>,
+    retry: Option<Instant>,
+}
+
+impl Due {
+    fn new(config: &finetune_api::plan::CheckpointConfig) -> Self {
+        let every = config.every_seconds.map(Duration::from_secs);
+        Self { every_steps: config.every_steps, every, next: every.map(|e| Instant::now() + e), retry: None }
+    }
+
+    /// Whether to save after update `step`.
+    fn at(&self, step: u64) -> bool {
+        let now = Instant::now();
+        match self.retry {
+            Some(retry) => now >= retry,
+            None => self.every_steps.is_some_and(|n| step.is_multiple_of(n)) || self.next.is_some_and(|next| now >= next),
+        }
+    }
+
+    fn saved(&mut self) {
+        self.retry = None;
+        self.next = self.every.map(|e| Instant::now() + e);
+    }
+
+    fn failed(&mut self) {
+        self.retry = Some(Instant::now() + CHECKPOINT_RETRY);
+    }
+}

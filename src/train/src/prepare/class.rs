@@ -1,0 +1,104 @@
+//! Class pictures of prior preservation: drawn by the base model from the class prompt, once, before training.
+//!
+//! As the reference: flow-matching sampling with the pipeline's defaults (28 steps, guidance 7, empty negative prompt), 8-bit pictures.
+//! Other than the reference, which draws at the model's own size with unnamed noise and stretches the files: at the training's
+//! resolution, so that nothing is resized or cropped, and with noise named by (seed, index), so that each picture can be drawn by itself.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{PreparedError, prepared};
+use finetune_common::digest::Sha256Digest;
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::kernels::Engine;
+use finetune_data::cache::TensorCache;
+use finetune_data::image::RgbImage;
+use finetune_model::ModelDir;
+use finetune_model::layout::{Part, SchedulerConfig};
+use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::sample::{Denoise, PromptBatch, SampleError, denoise, to_pictures};
+use finetune_model::text::PromptEmbedding;
+use finetune_model::vae::VaeDecoder;
+use finetune_model::weights::Weights;
+
+/// Name of the tensor in the cache's entry.
+const PICTURE: &str = "picture";
+
+/// How class pictures are denoised.
+pub(super) fn settings() -> Denoise {
+    Denoise { lora_scale: 0.0, ..Denoise::default() }
+}
+
+/// The base model, ready to draw.
+pub(super) struct ClassPainter {
+    transformer: Mmdit,
+    decoder: VaeDecoder,
+    scheduler: SchedulerConfig,
+    prompt: PromptEmbedding,
+    negative: PromptEmbedding,
+    seed: u64,
+    resolution: u32,
+}
+
+impl ClassPainter {
+    /// Loads transformer and decoder. `prompt` and `negative` are embeddings on the host.
+    pub(super) fn load(
+        model: &ModelDir,
+        prompt: PromptEmbedding,
+        negative: PromptEmbedding,
+        seed: u64,
+        resolution: u32,
+        engine: &Engine,
+    ) -> Result<Self, SampleError> {
+        let folder = model.path(Part::Transformer);
+        Ok(Self {
+            transformer: Mmdit::load(Arc::new(Weights::open(&folder)?), MmditConfig::open(&folder)?, engine)?,
+            decoder: VaeDecoder::load(model, engine)?,
+            scheduler: model.scheduler()?,
+            prompt,
+            negative,
+            seed,
+            resolution,
+        })
+    }
+
+    /// The pictures of these numbers, [R, R, 3] in 8 bits each; `on_step` may `Break` to stop.
+    pub(super) fn draw(&self, indices: &[u32], on_step: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Vec<Tensor>, SampleError> {
+        let (channels, side) = (self.transformer.config().in_channels, self.resolution as usize / self.decoder.config().downscale());
+        let mut noise = vec![0.0; indices.len() * channels * side * side];
+        for (values, index) in noise.chunks_mut(channels * side * side).zip(indices) {
+            Stream::new(self.seed, Purpose::PriorPictures, u64::from(*index), 0).fill_normal(values);
+        }
+        let noise = Tensor::from_vec(noise, (indices.len(), channels, side, side), &Device::Cpu)?;
+        let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()], &Device::Cpu)?;
+        let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()], &Device::Cpu)?;
+        let latents = denoise(&self.transformer, &self.scheduler, &noise, &prompts, &negatives, &settings(), on_step)?;
+        let mut pictures = Vec::with_capacity(indices.len());
+        for i in 0..indices.len() {
+            let decoded = self.decoder.decode(&self.decoder.config().unscale(&latents.narrow(0, i, 1)?)?)?;
+            for picture in to_pictures(&decoded)? {
+                let (width, height) = (picture.width() as usize, picture.height() as usize);
+                pictures.push(Tensor::from_vec(picture.into_raw(), (height, width, 3), &Device::Cpu)?);
+            }
+        }
+        Ok(pictures)
+    }
+}
+
+/// Keeps a drawn picture.
+pub(super) fn put(cache: &mut TensorCache, key: Sha256Digest, picture: &Tensor) -> Result<(), finetune_data::cache::CacheError> {
+    cache.put(key, &[(PICTURE, picture)])
+}
+
+/// A kept picture.
+pub(super) fn get(cache: &TensorCache, key: &Sha256Digest, index: usize) -> Result<RgbImage, PreparedError> {
+    let tensor = prepared::read(cache, key, PICTURE)?.ok_or(PreparedError::Missing { what: "class picture", index })?;
+    match tensor.dims() {
+        &[height, width, 3] if tensor.dtype() == DType::U8 => {
+            Ok(RgbImage { width: width as u32, height: height as u32, data: tensor.flatten_all()?.to_vec1()? })
+        }
+        _ => Err(PreparedError::Malformed { what: "a class picture" }),
+    }
+}

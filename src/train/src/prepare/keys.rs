@@ -1,0 +1,164 @@
+//! Cache keys: what prepared data depends on, and nothing else.
+
+use finetune_api::plan::{PriorPreservationConfig, TrainConfig, TrainingConfig};
+use finetune_common::digest::{Sha256Digest, sha256_parts};
+use finetune_compute::kernels::Precision;
+use finetune_data::cache;
+use finetune_data::dataset::Dataset;
+use finetune_data::transform::{Augmentation, Transform};
+use finetune_model::sample::Denoise;
+
+/// The keys of everything that a run needs prepared.
+#[derive(Debug, Clone)]
+pub struct Keys {
+    encoders: Sha256Digest,
+    vae: Sha256Digest,
+    tokens: u32,
+    augmentation: Augmentation,
+    /// Of all class pictures together.
+    class: Option<Sha256Digest>,
+}
+
+/// Fingerprints of the model's parts, and what draws.
+#[derive(Debug, Clone, Copy)]
+pub struct Fingerprints {
+    /// Tokenizers and text encoders.
+    pub encoders: Sha256Digest,
+    /// VAE.
+    pub vae: Sha256Digest,
+    /// Transformer and scheduler; read for class pictures only.
+    pub transformer: Sha256Digest,
+    /// What class pictures are drawn in.
+    pub drawn_in: Precision,
+}
+
+impl Keys {
+    /// Keys for a run with this model.
+    pub fn new(config: &TrainConfig, model: &Fingerprints) -> Self {
+        let training = &config.training;
+        let augmentation =
+            Augmentation { resolution: training.resolution, center_crop: training.center_crop, random_flip: training.random_flip, seed: training.seed };
+        let keys = Self { encoders: model.encoders, vae: model.vae, tokens: training.max_sequence_length, augmentation, class: None };
+        let class = training.prior_preservation.as_ref().map(|prior| keys.class(training, prior, model, &super::class::settings()));
+        Self { class, ..keys }
+    }
+
+    /// What decides the class pictures, besides their numbers. Neither how many there are nor how many are drawn at once does.
+    fn class(&self, training: &TrainingConfig, prior: &PriorPreservationConfig, model: &Fingerprints, denoise: &Denoise) -> Sha256Digest {
+        sha256_parts([
+            &b"class pictures v1"[..],
+            &self.prompt(&prior.class_prompt),
+            &self.prompt(""),
+            &model.transformer,
+            &self.vae,
+            &training.seed.to_le_bytes(),
+            &(denoise.steps as u64).to_le_bytes(),
+            &denoise.guidance_scale.to_le_bytes(),
+            &training.resolution.to_le_bytes(),
+            model.drawn_in.to_string().as_bytes(),
+        ])
+    }
+
+    /// Of a class picture; none without prior preservation.
+    pub fn class_picture(&self, index: u32) -> Option<Sha256Digest> {
+        Some(sha256_parts([&b"class picture v1"[..], &self.class?, &index.to_le_bytes()]))
+    }
+
+    /// What is done to class pictures: they have the right size already.
+    pub fn class_transform(&self) -> Transform {
+        Transform { resolution: self.augmentation.resolution, flip: false, top: 0, left: 0 }
+    }
+
+    /// Of the latents of a class picture; none without prior preservation.
+    pub fn class_latents(&self, index: u32) -> Option<Sha256Digest> {
+        Some(cache::latents_key(&self.class_picture(index)?, &self.class_transform(), &self.vae))
+    }
+
+    /// Of the embedding of a caption.
+    pub fn prompt(&self, caption: &str) -> Sha256Digest {
+        cache::prompt_key(caption, &self.encoders, self.tokens)
+    }
+
+    /// What is done to a copy of a sample's picture.
+    pub fn transform(&self, dataset: &Dataset, sample: usize, copy: u32) -> Transform {
+        let sample = &dataset.samples[sample];
+        self.augmentation.transform(&sample.image_digest, sample.size, copy)
+    }
+
+    /// Of the latents of a copy of a sample's picture.
+    pub fn latents(&self, dataset: &Dataset, sample: usize, copy: u32) -> Sha256Digest {
+        cache::latents_key(&dataset.samples[sample].image_digest, &self.transform(dataset, sample, copy), &self.vae)
+    }
+
+    /// Of the normalisation that the VAE's configuration gives.
+    pub fn scaling(&self) -> Sha256Digest {
+        sha256_parts([&b"latent scaling 1"[..], &self.vae])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_a_prompts_key_counts() {
+        let augmentation = Augmentation { resolution: 64, center_crop: true, random_flip: false, seed: 1 };
+        let keys = Keys { encoders: [1; 32], vae: [2; 32], tokens: 77, augmentation, class: None };
+        let key = keys.prompt("a");
+        assert_eq!(key, keys.clone().prompt("a"));
+        assert_ne!(key, keys.prompt("b"));
+        assert_ne!(key, Keys { encoders: [3; 32], ..keys.clone() }.prompt("a"));
+        assert_ne!(key, Keys { tokens: 76, ..keys.clone() }.prompt("a"));
+        // The VAE has no part in captions.
+        assert_eq!(key, Keys { vae: [9; 32], ..keys }.prompt("a"));
+    }
+
+    #[test]
+    fn a_class_pictures_key_has_all_that_decides_it_and_nothing_else() {
+        let config = |change: serde_json::Value| {
+            let mut spec = serde_json::json!({
+                "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/"}, "output": {"uri": "s3://o/"},
+                "training": {"priorPreservation": {"classPrompt": "a dog"}},
+            });
+            for (key, value) in change.as_object().unwrap() {
+                match value {
+                    serde_json::Value::Object(inner) => inner.iter().for_each(|(k, v)| spec["training"][key][k] = v.clone()),
+                    value => spec["training"][key] = value.clone(),
+                }
+            }
+            finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config
+        };
+        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::Bf16 };
+        let key = |change, model: &Fingerprints| Keys::new(&config(change), model).class_picture(0).unwrap();
+        let none = || serde_json::json!({});
+        let base = key(none(), &model);
+        for same in [
+            serde_json::json!({"priorPreservation": {"images": 7, "weight": "0.5", "sampleBatchSize": 1}}),
+            serde_json::json!({"maxSteps": 7, "batchSize": 1, "centerCrop": true, "randomFlip": true}),
+        ] {
+            assert_eq!(key(same.clone(), &model), base, "{same}");
+        }
+        let mut seen = std::collections::BTreeSet::from([base, Keys::new(&config(none()), &model).class_picture(1).unwrap()]);
+        for other in [
+            serde_json::json!({"priorPreservation": {"classPrompt": "a cat"}}),
+            serde_json::json!({"seed": 7}),
+            serde_json::json!({"resolution": 256}),
+            serde_json::json!({"maxSequenceLength": 99}),
+        ] {
+            assert!(seen.insert(key(other.clone(), &model)), "{other}");
+        }
+        for other in [
+            Fingerprints { encoders: [9; 32], ..model },
+            Fingerprints { vae: [9; 32], ..model },
+            Fingerprints { transformer: [9; 32], ..model },
+            Fingerprints { drawn_in: Precision::F32, ..model },
+        ] {
+            assert!(seen.insert(key(none(), &other)), "{other:?}");
+        }
+        // What was asked for has no part in it, what does the drawing has: the CPU draws in f32 whatever is asked.
+        assert_eq!(key(none(), &model), key(serde_json::json!({"priorPreservation": {"precision": "FP16"}}), &model));
+        let keys = Keys::new(&config(none()), &model);
+        assert_ne!(keys.class_latents(0), keys.class_latents(1));
+        assert_ne!(keys.class_latents(0), keys.class_picture(0));
+    }
+}

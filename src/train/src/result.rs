@@ -1,0 +1,158 @@
+//! `result.json`: which attempt won, what it made, and how to check it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use finetune_api::OutputFormat;
+use finetune_common::digest;
+
+/// The name below the output prefix.
+pub const FILE_NAME: &str = "result.json";
+
+/// The only version of the format so far.
+pub const VERSION: u32 = 1;
+
+/// What `result.json` holds. A run is complete when this file exists: it is created if absent, after all files of the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RunResult {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The job's name.
+    pub job: String,
+    /// `sha256:<hex>` of what determines the weights.
+    pub spec_hash: String,
+    /// `sha256:<hex>` of metadata and pictures.
+    pub dataset_digest: String,
+    /// The attempt that won.
+    pub attempt: u64,
+    /// Its folder below the output prefix, as `runs/e3/`; the files at the prefix itself are copies.
+    pub run: String,
+    /// Optimizer updates.
+    pub steps: u64,
+    /// Passes over the dataset.
+    pub epochs: f64,
+    /// Pictures in the dataset.
+    pub samples: u64,
+    /// Bad samples that were left out (`dataset.onBadSample: Skip`).
+    #[serde(default)]
+    pub skipped_samples: u64,
+    /// Training loss.
+    pub loss: LossSummary,
+    /// Loss with fixed noise and timesteps, before and after.
+    pub evaluation: Evaluation,
+    /// Held-out pictures against drawn ones (`validation.datasetUri`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
+    /// What was trained.
+    pub lora: LoraSummary,
+    /// The base model's source, as in the spec.
+    pub base_model: serde_json::Value,
+    /// `cpu` or the accelerator's name.
+    pub device: String,
+    /// Type of frozen weights and activations.
+    pub dtype: String,
+    /// When the first attempt began (RFC 3339).
+    pub started: String,
+    /// When the winner was done (RFC 3339).
+    pub completed: String,
+    /// Seconds spent training, all attempts together.
+    pub training_seconds: f64,
+    /// LoRA files.
+    pub artifacts: Vec<Artifact>,
+    /// Every published file by name, LoRA files included.
+    pub files: BTreeMap<String, FileDigest>,
+    /// Programs by name.
+    pub versions: BTreeMap<String, String>,
+}
+
+/// Training loss of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LossSummary {
+    /// Of the first update.
+    pub first: f64,
+    /// Of the last update.
+    pub last: f64,
+    /// Smoothed at the end: one update's loss says little.
+    pub smoothed: f64,
+}
+
+/// The evaluation loss of a run: fixed pictures, noise and timesteps, no dropout.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Evaluation {
+    /// Before the first update.
+    pub start: f64,
+    /// After the last update.
+    pub end: f64,
+    /// `(start - end) / start`.
+    pub improvement: f64,
+    /// Pictures.
+    pub samples: u64,
+    /// Timesteps per picture, stratified over the noise levels.
+    pub timesteps: u64,
+}
+
+/// How far pictures drawn from held-out captions are from the real ones: root mean square difference of values in [0, 1].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Comparison {
+    /// Pictures compared.
+    pub pictures: u64,
+    /// Drawn by the base model.
+    pub base_distance: f64,
+    /// Drawn with the LoRA, from the same noise.
+    pub lora_distance: f64,
+}
+
+/// The trained LoRA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoraSummary {
+    /// r.
+    pub rank: u32,
+    /// Numerator of the scale.
+    pub alpha: f64,
+    /// Modules with LoRA.
+    pub modules: u64,
+    /// Trained numbers.
+    pub parameters: u64,
+}
+
+/// A LoRA file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Artifact {
+    /// Which one.
+    pub format: OutputFormat,
+    /// Name below the output prefix.
+    pub file: String,
+    /// `sha256:<hex>`.
+    pub sha256: String,
+    /// Bytes.
+    pub size_bytes: u64,
+}
+
+/// Size and digest of a published file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FileDigest {
+    /// Bytes.
+    pub size: u64,
+    /// `sha256:<hex>`.
+    pub sha256: String,
+}
+
+impl FileDigest {
+    /// Of these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self { size: bytes.len() as u64, sha256: digest::to_text(&digest::sha256(bytes)) }
+    }
+
+    /// Whether `bytes` are the ones that were written.
+    pub fn matches(&self, bytes: &[u8]) -> bool {
+        *self == Self::of(bytes)
+    }
+}

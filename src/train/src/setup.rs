@@ -1,0 +1,79 @@
+//! From the resolved configuration to the parts of a run. Pure.
+
+use finetune_api::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, WeightingScheme};
+use finetune_compute::nn::flow_matching::{LossKind, TimestepDensity, Weighting};
+use finetune_compute::optim::schedule::Shape;
+use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, Prodigy, ProdigySettings, Schedule};
+use finetune_model::lora::LoraSpec;
+
+fn adam(config: &OptimizerConfig) -> AdamWSettings {
+    AdamWSettings { beta1: config.beta1, beta2: config.beta2, epsilon: config.epsilon, weight_decay: config.weight_decay }
+}
+
+/// AdamW's settings and whether its moments have 8 bits, if it is AdamW.
+#[cfg(feature = "cuda")]
+pub fn adamw(config: &OptimizerConfig) -> Option<(AdamWSettings, bool)> {
+    match config.kind {
+        OptimizerKind::AdamW => Some((adam(config), false)),
+        OptimizerKind::AdamW8bit => Some((adam(config), true)),
+        OptimizerKind::Prodigy => None,
+    }
+}
+
+/// The optimizer at update 0, on the host.
+pub fn optimizer(config: &OptimizerConfig, params: &[Param]) -> Box<dyn Optimizer> {
+    let OptimizerConfig { kind, learning_rate: _, beta1, beta2, weight_decay, epsilon, prodigy } = config;
+    let (beta1, beta2, weight_decay, epsilon) = (*beta1, *beta2, *weight_decay, *epsilon);
+    let adam = adam(config);
+    match kind {
+        OptimizerKind::AdamW => Box::new(AdamW::new(adam, params)),
+        OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(adam, params)),
+        OptimizerKind::Prodigy => {
+            let defaults = ProdigySettings { beta1, beta2, epsilon, weight_decay, ..ProdigySettings::default() };
+            let settings = prodigy.as_ref().map_or(defaults, |p| ProdigySettings {
+                beta3: Some(p.beta3),
+                use_bias_correction: p.use_bias_correction,
+                safeguard_warmup: p.safeguard_warmup,
+                d0: p.d0,
+                d_coef: p.d_coef,
+                growth_rate: p.growth_rate.unwrap_or(f64::INFINITY),
+                ..defaults
+            });
+            Box::new(Prodigy::new(settings, params))
+        }
+    }
+}
+
+/// The learning rate of each of `total_steps` updates.
+pub fn schedule(config: &ScheduleConfig, learning_rate: f64, total_steps: u64) -> Schedule {
+    let ScheduleConfig { kind, warmup_steps, cycles, power } = config;
+    let shape = match kind {
+        ScheduleKind::Constant => Shape::Constant,
+        ScheduleKind::ConstantWithWarmup => Shape::ConstantWithWarmup,
+        ScheduleKind::Linear => Shape::Linear,
+        ScheduleKind::Cosine => Shape::Cosine,
+        ScheduleKind::CosineWithRestarts => Shape::CosineWithRestarts,
+        ScheduleKind::Polynomial => Shape::Polynomial,
+    };
+    Schedule { shape, learning_rate, warmup_steps: *warmup_steps, total_steps, cycles: *cycles, power: *power }
+}
+
+/// How timesteps are drawn and what the loss compares.
+pub fn flow_matching(config: &FlowMatchingConfig) -> (TimestepDensity, LossKind) {
+    let FlowMatchingConfig { weighting_scheme, logit_mean, logit_std, mode_scale, precondition_outputs } = config;
+    let weighting = match weighting_scheme {
+        WeightingScheme::LogitNormal => Weighting::LogitNormal,
+        WeightingScheme::Mode => Weighting::Mode,
+        WeightingScheme::SigmaSqrt => Weighting::SigmaSqrt,
+        WeightingScheme::CosMap => Weighting::Cosmap,
+        WeightingScheme::None => Weighting::None,
+    };
+    let density = TimestepDensity { weighting, logit_mean: *logit_mean, logit_std: *logit_std, mode_scale: *mode_scale };
+    (density, LossKind { weighting, precondition_outputs: *precondition_outputs })
+}
+
+/// What to train.
+pub fn lora(config: &LoraConfig) -> LoraSpec {
+    let LoraConfig { rank, alpha, dropout, target_modules } = config;
+    LoraSpec { rank: *rank as usize, alpha: *alpha, dropout: *dropout, target_modules: target_modules.clone() }
+}

@@ -1,0 +1,287 @@
+//! One micro-batch: draws, forward pass, loss, backward pass.
+//!
+//! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
+//! the micro-batch nor what ran before changes it.
+
+use candle_core::{Device, Tensor};
+
+use super::parameters::MicroBatch;
+use finetune_common::rng::{Purpose, Stream};
+use finetune_compute::nn::DropoutKey;
+use finetune_compute::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
+use finetune_model::mmdit::{FlowTarget, Mmdit, MmditError};
+
+/// What the loss is made of.
+#[derive(Debug, Clone)]
+pub struct Objective {
+    /// Noise levels.
+    pub table: SigmaTable,
+    /// How timesteps are drawn.
+    pub density: TimestepDensity,
+    /// Target and weighting.
+    pub kind: LossKind,
+    /// Latents are `(z - shift) · scale`.
+    pub latents: LatentScaling,
+    /// The run's seed.
+    pub seed: u64,
+    /// Whether LoRA's dropout is on.
+    pub dropout: bool,
+}
+
+/// The VAE's normalisation of latents.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentScaling {
+    /// `scaling_factor` of the VAE's config.
+    pub scale: f32,
+    /// `shift_factor` of the VAE's config.
+    pub shift: f32,
+}
+
+impl LatentScaling {
+    /// `(z - shift) · scale`.
+    pub fn normalise(self, z: f32) -> f32 {
+        (z - self.shift) * self.scale
+    }
+}
+
+/// The prepared data of one copy of one sample.
+#[derive(Debug, Clone)]
+pub struct Example {
+    /// Posterior mean, [C, h, w].
+    pub mean: Vec<f32>,
+    /// Posterior log variance, [C, h, w].
+    pub logvar: Vec<f32>,
+    /// [C, h, w].
+    pub shape: [usize; 3],
+    /// Prompt embeddings, [S, J] on the host.
+    pub embeds: Tensor,
+    /// Pooled embeddings, `[P]` on the host.
+    pub pooled: Tensor,
+}
+
+/// What is drawn for one item of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draw {
+    /// Normalised latents.
+    pub x0: Vec<f32>,
+    /// Standard normal noise.
+    pub noise: Vec<f32>,
+    /// Level in the noise table.
+    pub level: usize,
+}
+
+impl Objective {
+    /// Redraws the posterior, the noise and the timestep of the item `ordinal` of `epoch`.
+    pub fn draw(&self, example: &Example, epoch: u64, ordinal: u64) -> Draw {
+        let stream = |purpose| Stream::new(self.seed, purpose, epoch, ordinal);
+        let mut posterior = stream(Purpose::Posterior);
+        let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
+        let x0 = example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect();
+        let mut noise = vec![0.0; example.mean.len()];
+        stream(Purpose::Noise).fill_normal(&mut noise);
+        let level = self.table.index(self.density.draw(&mut stream(Purpose::Timestep)));
+        Draw { x0, noise, level }
+    }
+}
+
+/// A batch as the model takes it.
+#[derive(Debug)]
+pub struct Inputs {
+    x0: Vec<f32>,
+    noise: Vec<f32>,
+    sigmas: Vec<f32>,
+    /// [B, C, h, w].
+    x: Tensor,
+    /// [B].
+    timestep: Tensor,
+    /// [B, S, J].
+    embeds: Tensor,
+    /// [B, P].
+    pooled: Tensor,
+}
+
+impl Inputs {
+    /// Mixes latents and noise and stacks the batch on `device`; only these embeddings are ever there.
+    ///
+    /// # Errors
+    /// If examples have different shapes, or a tensor cannot be made.
+    pub fn new(table: &SigmaTable, examples: &[&Example], draws: &[Draw], device: &Device) -> candle_core::Result<Self> {
+        let x0: Vec<f32> = draws.iter().flat_map(|d| d.x0.iter().copied()).collect();
+        let noise: Vec<f32> = draws.iter().flat_map(|d| d.noise.iter().copied()).collect();
+        let sigmas: Vec<f32> = draws.iter().map(|d| table.sigma(d.level)).collect();
+        let timesteps: Vec<f32> = draws.iter().map(|d| table.timestep(d.level)).collect();
+        let count = draws.len();
+        let [c, h, w] = examples.first().map_or([0; 3], |e| e.shape);
+        let stack = |tensors: Vec<&Tensor>| Tensor::stack(&tensors, 0)?.to_device(device);
+        Ok(Self {
+            x: Tensor::from_vec(flow_matching::mix(&x0, &noise, &sigmas), (count, c, h, w), device)?,
+            timestep: Tensor::from_vec(timesteps, count, device)?,
+            embeds: stack(examples.iter().map(|e| &e.embeds).collect())?,
+            pooled: stack(examples.iter().map(|e| &e.pooled).collect())?,
+            x0,
+            noise,
+            sigmas,
+        })
+    }
+}
+
+impl Inputs {
+    fn target<'a>(&'a self, batch: &MicroBatch<'a>) -> FlowTarget<'a> {
+        FlowTarget { kind: batch.objective.kind, x0: &self.x0, noise: &self.noise, sigmas: &self.sigmas, coefficients: batch.coefficients }
+    }
+}
+
+/// What each sample's loss counts in the gradients: `weight` (1 / samples of the batch / batches per update) for each of `samples`,
+/// and with prior preservation `weight · prior` for each of as many class pictures after them:
+/// `mean(samples) + prior · mean(class pictures)`, as the reference's chunked batch.
+pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64> {
+    let mut coefficients = vec![weight; samples];
+    coefficients.extend(prior.into_iter().flat_map(|prior| std::iter::repeat_n(weight * prior, samples)));
+    coefficients
+}
+
+/// Forward, loss and backward of one micro-batch: each sample's loss, and the gradients of the weighted loss, aligned with the parameters.
+///
+/// # Errors
+/// If the model refuses the inputs.
+pub fn micro_batch(model: &Mmdit, batch: &MicroBatch<'_>) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
+    let (inputs, dropout) = draw(batch)?;
+    model.flow_step(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref(), &inputs.target(batch))
+}
+
+/// [`micro_batch`] on a GPU, whose gradients are added to `sum` there.
+///
+/// # Errors
+/// If the model refuses the inputs, or the device fails.
+#[cfg(feature = "cuda")]
+pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch<'_>, sum: &mut finetune_compute::kernels::Buffer) -> Result<Vec<f64>, MmditError> {
+    let (inputs, dropout) = draw(batch)?;
+    model.flow_step_into((&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled), dropout.as_ref(), &inputs.target(batch), sum)
+}
+
+/// The inputs of a micro-batch, and the names of its dropout masks.
+fn draw(batch: &MicroBatch<'_>) -> candle_core::Result<(Inputs, Option<DropoutKey>)> {
+    let &MicroBatch { device, objective, examples, ordinals, epoch, .. } = batch;
+    let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
+    let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
+    Ok((Inputs::new(&objective.table, examples, &draws, device)?, dropout))
+}
+
+/// The losses of a batch without gradients, one per sample.
+///
+/// # Errors
+/// If the model refuses the inputs.
+pub fn losses(model: &Mmdit, objective: &Objective, device: &Device, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
+    let inputs = Inputs::new(&objective.table, examples, draws, device)?;
+    let velocity = model.forward_only(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, 1.0, &[])?;
+    let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
+    Ok(flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use finetune_compute::nn::flow_matching::Weighting;
+
+    fn objective() -> Objective {
+        Objective {
+            table: SigmaTable::default(),
+            density: TimestepDensity::default(),
+            kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
+            latents: LatentScaling { scale: 1.5305, shift: 0.0609 },
+            seed: 3,
+            dropout: false,
+        }
+    }
+
+    fn example(n: usize, logvar: f32) -> Example {
+        let none = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+        Example { mean: vec![0.5; n], logvar: vec![logvar; n], shape: [1, 1, n], embeds: none.clone(), pooled: none }
+    }
+
+    #[test]
+    fn draws_are_named_by_epoch_and_ordinal_only() {
+        let (objective, example) = (objective(), example(64, -1.0));
+        let draw = objective.draw(&example, 2, 5);
+        assert_eq!(draw, objective.draw(&example, 2, 5));
+        for other in [objective.draw(&example, 3, 5), objective.draw(&example, 2, 6)] {
+            assert_ne!(draw.x0, other.x0);
+            assert_ne!(draw.noise, other.noise);
+        }
+    }
+
+    /// z ~ N(mean, exp(logvar)), then normalised.
+    #[test]
+    fn the_posterior_is_redrawn_with_its_own_mean_and_variance() {
+        let (objective, example) = (objective(), example(20_000, -1.0));
+        let x0 = objective.draw(&example, 0, 0).x0;
+        let mean = x0.iter().map(|x| f64::from(*x)).sum::<f64>() / x0.len() as f64;
+        let variance = x0.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / x0.len() as f64;
+        assert!((mean - (0.5 - 0.0609) * 1.5305).abs() < 0.02, "{mean}");
+        assert!((variance / ((-1.0_f64).exp() * 1.5305 * 1.5305) - 1.0).abs() < 0.03, "{variance}");
+        let sharp = objective.draw(&self::example(10, -1000.0), 0, 0).x0;
+        assert!(sharp.iter().all(|x| (x - (0.5 - 0.0609) * 1.5305).abs() < 1e-5), "{sharp:?}");
+    }
+
+    /// loss = mean(samples) + weight · mean(class pictures): its gradient is the sum of both parts' gradients, and each sample keeps the
+    /// loss that it has alone. Cosmap weighs samples by their noise level, so a weight that is taken from the other half would show.
+    #[test]
+    fn the_gradient_of_a_batch_with_class_pictures_is_the_sum_of_both_parts() {
+        use finetune_compute::optim::Param;
+        use finetune_model::lora::LoraSpec;
+        use finetune_model::mmdit::MmditConfig;
+        use finetune_model::weights::Weights;
+
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/micro-sd3/transformer");
+        let weights = std::sync::Arc::new(Weights::open(&folder).unwrap());
+        let mut model = Mmdit::load(weights, MmditConfig::open(&folder).unwrap(), &finetune_compute::kernels::Engine::cpu()).unwrap();
+        let spec = LoraSpec { rank: 2, alpha: 2.0, dropout: 0.0, target_modules: vec!["to_q".into(), "to_v".into(), "add_k_proj".into()] };
+        let layout = model.attach_lora(&spec).unwrap().clone();
+        let random = |n: usize, index: u64| {
+            let mut values = vec![0.0; n];
+            Stream::new(1, Purpose::Noise, 9, index).fill_normal(&mut values);
+            values
+        };
+        // B is not zero, so that A has gradients too.
+        let params: Vec<Param> = layout
+            .init(4)
+            .into_iter()
+            .enumerate()
+            .map(|(i, p)| Param { value: random(p.value.len(), i as u64).iter().map(|x| 0.1 * x).collect(), ..p })
+            .collect();
+        model.set_lora(&params).unwrap();
+        let (channels, joint, pooled) = (model.config().in_channels, model.config().joint_attention_dim, model.config().pooled_projection_dim);
+        let tensor = |shape: &[usize], index| Tensor::from_vec(random(shape.iter().product(), index), shape, &Device::Cpu).unwrap();
+        let examples: Vec<Example> = (0..4)
+            .map(|i| Example {
+                mean: random(channels * 16, 100 + i),
+                logvar: vec![-1.0; channels * 16],
+                shape: [channels, 4, 4],
+                embeds: tensor(&[5, joint], 200 + i),
+                pooled: tensor(&[pooled], 300 + i),
+            })
+            .collect();
+        let objective = Objective { kind: LossKind { weighting: Weighting::Cosmap, precondition_outputs: false }, ..objective() };
+        let (weight, prior) = (0.25, 0.7);
+        let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
+            let (examples, ordinals): (Vec<&Example>, Vec<u64>) = range.map(|i| (&examples[i], i as u64)).unzip();
+            let batch = MicroBatch { device: &Device::Cpu, objective: &objective, examples: &examples, ordinals: &ordinals, epoch: 3, coefficients };
+            micro_batch(&model, &batch).unwrap()
+        };
+        assert_eq!(coefficients(2, weight, None), [weight; 2]);
+        let mixed = run(0..4, &coefficients(2, weight, Some(prior)));
+        let (own, class) = (run(0..2, &[weight; 2]), run(2..4, &[weight; 2]));
+        let mut largest: f64 = 0.0;
+        for ((mixed, own), class) in mixed.1.iter().zip(&own.1).zip(&class.1) {
+            let norm = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            for ((mixed, own), class) in mixed.iter().zip(own).zip(class) {
+                let sum = f64::from(*own) + prior * f64::from(*class);
+                assert!((f64::from(*mixed) - sum).abs() <= 1e-5 * norm, "{mixed} {sum} {norm}");
+                largest = largest.max(sum.abs());
+            }
+        }
+        assert!(largest > 1e-4, "gradients are there: {largest}");
+        let alone: Vec<f64> = own.0.iter().chain(&class.0).copied().collect();
+        assert!(mixed.0.iter().zip(&alone).all(|(a, b)| (a - b).abs() <= 1e-6 * b), "{:?} {alone:?}", mixed.0);
+    }
+}

@@ -1,0 +1,148 @@
+//! `train` cases: steps of flow matching with LoRA, tensor by tensor.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+
+use super::{Case, Report, Tensors, VerifyError};
+use crate::step::coefficients;
+use finetune_compute::kernels::Engine;
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
+use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip_global_norm};
+use finetune_model::Weights;
+use finetune_model::lora::{LoraSpec, LoraState};
+use finetune_model::mmdit::{Mmdit, MmditConfig};
+
+#[derive(Deserialize)]
+struct LoraSettings {
+    rank: usize,
+    alpha: f64,
+    target_modules: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct OptimizerSettings {
+    name: String,
+    learning_rate: f64,
+    betas: (f64, f64),
+    epsilon: f64,
+    weight_decay: f64,
+}
+
+/// Runs the case with the code that trains: the MMDiT's forward and backward, the flow-matching loss, clipping, the optimizer.
+///
+/// # Errors
+/// If the case is malformed or the product's code fails on it.
+pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
+    run_with(case, engine, |_| {})
+}
+
+/// As [`run`], after `prepare` has changed the model (which blocks are recomputed).
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) -> Result<Report, VerifyError> {
+    let (inputs, expected) = (case.inputs(&Device::Cpu)?, case.expected()?);
+    let lora: LoraSettings = case.setting("lora")?;
+    let settings: OptimizerSettings = case.setting("optimizer")?;
+    let weighting: String = case.setting("weighting_scheme")?;
+    let weighting: Weighting = weighting.parse().map_err(VerifyError::product)?;
+    let kind = LossKind { weighting, precondition_outputs: case.setting("precondition_outputs")? };
+    let accumulation: usize = case.setting("gradient_accumulation_steps")?;
+    let steps: usize = case.setting("optimizer_steps")?;
+    let prior: Option<f64> = case.setting("prior_loss_weight")?;
+    let max_grad_norm: f64 = case.setting("max_grad_norm")?;
+
+    let folder = case.model_dir().join("transformer");
+    let weights = Weights::open(&folder).map_err(VerifyError::product)?;
+    let config = MmditConfig::open(&folder).map_err(VerifyError::product)?;
+    let mut model = Mmdit::load(Arc::new(weights), config, engine).map_err(VerifyError::product)?;
+    let spec = LoraSpec { rank: lora.rank, alpha: lora.alpha, dropout: 0.0, target_modules: lora.target_modules };
+    let layout = model.attach_lora(&spec).map_err(VerifyError::product)?.clone();
+    let mut params = parameters(&inputs, &layout.parameters())?;
+    // What the file names must be exactly what the targets mean.
+    let state = LoraState { tensors: given(&inputs)?, alpha: Some(lora.alpha) };
+    let (resolved, _) = state.resolve(&model.config().linear_sites()).map_err(VerifyError::product)?;
+    if resolved.modules != layout.modules {
+        return Err(VerifyError::Setting { key: "lora.target_modules".into() });
+    }
+    prepare(&mut model);
+
+    let adamw = AdamWSettings { beta1: settings.betas.0, beta2: settings.betas.1, epsilon: settings.epsilon, weight_decay: settings.weight_decay };
+    let mut optimizer: Box<dyn Optimizer> = match settings.name.as_str() {
+        "adamw" => Box::new(AdamW::new(adamw, &params)),
+        "adamw8bit" => Box::new(AdamW8bit::new(adamw, &params)),
+        _ => return Err(VerifyError::Setting { key: "optimizer.name".into() }),
+    };
+
+    let table = SigmaTable::default();
+    let mut report = Report::default();
+    for s in 0..steps {
+        let mut sum: Option<Vec<Vec<f32>>> = None;
+        model.set_lora(&params).map_err(VerifyError::product)?;
+        for m in 0..accumulation {
+            let input = |name: &str| inputs.get(&format!("{name}.{s}.{m}"));
+            let indices: Vec<i64> = input("sigma_index")?.to_vec1()?;
+            let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i as usize)).collect();
+            let timesteps: Vec<f32> = indices.iter().map(|&i| table.timestep(i as usize)).collect();
+            let (x0, noise) = (values(input("x0")?)?, values(input("noise")?)?);
+            let dims = input("x0")?.dims();
+            let batch = sigmas.len();
+            let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), dims, &Device::Cpu)?;
+            let timesteps = Tensor::from_vec(timesteps, batch, &Device::Cpu)?;
+            let (velocity, saved) = model.forward(&x_t, &timesteps, input("prompt_embeds")?, input("pooled")?, None).map_err(VerifyError::product)?;
+            // With prior preservation the second half of the batch are class pictures.
+            let samples = if prior.is_some() { batch / 2 } else { batch };
+            let coefficients = coefficients(samples, 1.0 / (samples * accumulation) as f64, prior);
+            let loss = loss(kind, &values(&velocity)?, &x0, &noise, &sigmas, &coefficients);
+            let d_velocity = Tensor::from_vec(loss.d_velocity.clone(), velocity.dims(), &Device::Cpu)?;
+            let gradients = model.backward(saved, &d_velocity).map_err(VerifyError::product)?;
+            match &mut sum {
+                None => sum = Some(gradients),
+                Some(sum) => sum.iter_mut().flatten().zip(gradients.iter().flatten()).for_each(|(s, g)| *s += g),
+            }
+            compare(&mut report, case, &expected, &format!("velocity.{s}.{m}"), &velocity)?;
+            let objective: f64 = loss.per_sample.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
+            compare(&mut report, case, &expected, &format!("loss.{s}.{m}"), &Tensor::new(&[objective as f32], &Device::Cpu)?)?;
+        }
+        let mut gradients = sum.ok_or_else(|| VerifyError::Setting { key: "gradient_accumulation_steps".into() })?;
+        for (param, gradient) in params.iter().zip(&gradients) {
+            let gradient = Tensor::from_slice(gradient, param.shape.as_slice(), &Device::Cpu)?;
+            compare(&mut report, case, &expected, &format!("grad.{s}.{}", param.name), &gradient)?;
+        }
+        let norm = clip_global_norm(&mut gradients, max_grad_norm);
+        compare(&mut report, case, &expected, &format!("grad_norm.{s}"), &Tensor::new(&[norm as f32], &Device::Cpu)?)?;
+        optimizer.step(&mut params, &gradients, settings.learning_rate);
+        for param in &params {
+            let value = Tensor::from_slice(&param.value, param.shape.as_slice(), &Device::Cpu)?;
+            compare(&mut report, case, &expected, &format!("lora.{s}.{}", param.name), &value)?;
+        }
+    }
+    Ok(report)
+}
+
+fn compare(report: &mut Report, case: &Case, expected: &Tensors, name: &str, got: &Tensor) -> Result<(), VerifyError> {
+    report.compare(case, name, got, expected.get(name)?)
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f32>, VerifyError> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+const INPUT_PREFIX: &str = "lora.";
+
+/// The LoRA of the inputs, by key.
+fn given(inputs: &Tensors) -> Result<std::collections::BTreeMap<String, Param>, VerifyError> {
+    let names = inputs.names().filter_map(|n| n.strip_prefix(INPUT_PREFIX)).map(str::to_owned);
+    names.map(|name| Ok((name.clone(), parameter(inputs, &name)?))).collect()
+}
+
+fn parameter(inputs: &Tensors, name: &str) -> Result<Param, VerifyError> {
+    let tensor = inputs.get(&format!("{INPUT_PREFIX}{name}"))?;
+    Ok(Param { name: name.to_owned(), shape: tensor.dims().to_vec(), value: values(tensor)? })
+}
+
+fn parameters(inputs: &Tensors, wanted: &[(String, Vec<usize>)]) -> Result<Vec<Param>, VerifyError> {
+    wanted.iter().map(|(name, _)| parameter(inputs, name)).collect()
+}
