@@ -38,7 +38,7 @@ cluster-down: ## Stop it and delete its state
 	tests/cluster/cluster down
 
 .PHONY: bench
-bench: ## The training step, alone and beside PyTorch where it is installed (docs/performance.md)
+bench: ## The training step, alone and beside PyTorch where it is installed (docs/benchmarks.md)
 	cargo bench --bench step
 
 .PHONY: cuda

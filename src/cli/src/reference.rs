@@ -22,7 +22,7 @@ enum Page {
     Conditions,
     /// `docs/reference/cli.md`.
     Cli,
-    /// `docs/from-the-article.md`.
+    /// `docs/guides/from-the-article.md`.
     Article,
 }
 
@@ -211,7 +211,7 @@ mod tests {
     fn the_generated_pages_are_current() {
         current(Page::Api, "docs/reference/api.md", "api");
         current(Page::Conditions, "docs/reference/conditions.md", "conditions");
-        current(Page::Article, "docs/from-the-article.md", "article");
+        current(Page::Article, "docs/guides/from-the-article.md", "article");
     }
 
     /// Another set of features has other subcommands.

@@ -3,7 +3,7 @@
 //!
 //! Why not kube's own (`kube::runtime::controller::applier`): what has to wait for a free worker is held there in a hash set that is searched in the
 //! set's order. Under load some jobs are overtaken again and again: with 2,000 jobs and 50 starts a second the unlucky ones waited 40 seconds where
-//! the average was two (`docs/performance.md`).
+//! the average was two (`docs/benchmarks.md`).
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;

@@ -1,4 +1,4 @@
-//! Mistakes that operators of this kind have made, each as a test. The numbers are those of docs/operator.md.
+//! Mistakes that operators of this kind have made, each as a test. The numbers are those of docs/concepts/operator.md.
 
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! Fencing of attempts: `claims/NNNNNN.json` (reference: the job's failure semantics in `docs/object-stores.md`).
+//! Fencing of attempts: `claims/NNNNNN.json` (reference: the job's failure semantics in `docs/concepts/object-stores.md`).
 //!
 //! # Expected flow
 //! An attempt acquires a claim on the prefix that it writes: the next free number, by create-if-absent, which every store can. The

@@ -1,4 +1,4 @@
-//! A place to freeze a run at a chosen instant, for tests of fencing (documented in `docs/checkpoints.md`).
+//! A place to freeze a run at a chosen instant, for tests of fencing (documented in `docs/concepts/checkpoints.md`).
 //!
 //! `FINETUNE_FAULT=<point>:<path>` makes the run create the file `<path>` when it first reaches the point, and wait until
 //! somebody removes it. Points: `before-manifest`, `before-result`. Without the variable nothing happens.

@@ -1,4 +1,4 @@
-//! A whole run: look at the output, claim it, prepare, train, checkpoint, publish. See `docs/checkpoints.md`.
+//! A whole run: look at the output, claim it, prepare, train, checkpoint, publish. See `docs/concepts/checkpoints.md`.
 //!
 //! One model is in memory at a time: text encoders, then the VAE, then the transformer.
 

@@ -6,7 +6,7 @@
 Needs torch, diffusers and peft in this Python; bitsandbytes (optional) on its path or in $BITSANDBYTES. BENCH is the compiled bench "gpu_step"; it is
 started for each shape when PyTorch is done.
 All variants compile side by side; once the last one is ready or out of time, they are timed one after the other with the GPU to themselves.
-Prints each figure as a JSON line, then the table for docs/performance.md.
+Prints each figure as a JSON line, then the table for docs/benchmarks.md.
 """
 import argparse
 import json

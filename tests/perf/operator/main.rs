@@ -1,7 +1,7 @@
 //! The operator at scale: thousands of FineTuneJobs on a real API server. Pods have no kubelet; a stand-in writes their status, and one server
 //! answers for all trainers.
 //!
-//! `tests/perf/operator/run` starts a control plane without nodes and runs this. It prints what docs/performance.md reports, and fails where a goal
+//! `tests/perf/operator/run` starts a control plane without nodes and runs this. It prints what docs/benchmarks.md reports, and fails where a goal
 //! is missed: writes (besides progress) and events of a job's life, latency from a pod's event to the FineTuneJob's status, resident memory, takeover.
 #![cfg(feature = "operator")]
 #![expect(clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a measurement stops at the first failure and prints")]
@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_mins(5);
 /// After a burst of new jobs, for their events and for what the Job controller still has to say.
 const SETTLED: Duration = Duration::from_secs(20);
 
-/// Goals of docs/performance.md.
+/// Goals of docs/benchmarks.md.
 const WRITES: f64 = 7.0;
 const EVENTS: f64 = 6.0;
 const LATENCY: Duration = Duration::from_secs(1);

@@ -43,7 +43,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The page about the flags, as `docs/from-the-article.md` has it.
+/// The page about the flags, as `docs/guides/from-the-article.md` has it.
 pub(super) fn page() -> String {
     let mut out = String::from(
         "# From the article's command line to a FineTuneJob\n\n\

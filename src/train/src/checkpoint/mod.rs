@@ -1,4 +1,4 @@
-//! Checkpoints: objects plus a manifest written last, fenced by claims. See `docs/checkpoints.md`.
+//! Checkpoints: objects plus a manifest written last, fenced by claims. See `docs/concepts/checkpoints.md`.
 //!
 //! # Guarantees
 //! - A reader sees a whole checkpoint or none: files come first, the manifest with their digests last, and a checkpoint
