@@ -59,7 +59,7 @@ fn cases() -> Vec<Case> {
         ),
         case("spec.dataset.captionColumn", "is the picture's name", json!("file_name"), json!("text")),
         case("spec.training", "set maxSteps or epochs, not both", json!({"maxSteps": 10, "epochs": 1}), json!({"epochs": 1})),
-        case("spec.training.maxGradNorm", "must be 0 or more", json!("-0.5"), json!("0")),
+        case("spec.training.maxGradNorm", "must be at least 0", json!("-0.5"), json!("0")),
         case("spec.training.flowMatching.logitMean", "must be between -10 and 10", json!("10.5"), json!("-10")),
         case("spec.training.flowMatching.logitStd", "must be greater than 0 and at most 10", json!("0.0"), json!("10")),
         case("spec.training.flowMatching.modeScale", "must be between -1 and 1.7519", json!("1.76"), json!("-1")),

@@ -5,6 +5,7 @@
 
 #![expect(unreachable_pub, reason = "KubeSchema derives each schema from a public copy of the struct inside a function")]
 
+mod bounds;
 mod checkpoint;
 mod closed_enum;
 mod condition;

@@ -4,8 +4,8 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Decimal;
 use super::defaults::{default_is_empty_object, default_values};
+use super::{Decimal, bounds};
 
 /// How the LoRA is trained.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -60,7 +60,7 @@ pub struct TrainingSpec {
     pub optimizer: OptimizerSpec,
     /// Gradients are scaled down to this L2 norm. "0" turns clipping off.
     #[serde(default = "max_grad_norm")]
-    #[x_kube(validation = Rule::new("double(self) >= 0.0").message("must be 0 or more"))]
+    #[x_kube(validation = bounds::MAX_GRAD_NORM.rule())]
     pub max_grad_norm: Decimal,
     /// How the learning rate changes over the run.
     #[serde(default)]
@@ -108,15 +108,15 @@ pub struct FlowMatchingSpec {
     pub weighting_scheme: WeightingScheme,
     /// Mean of the normal distribution of `LogitNormal`.
     #[serde(default = "zero")]
-    #[x_kube(validation = Rule::new("double(self) >= -10.0 && double(self) <= 10.0").message("must be between -10 and 10"))]
+    #[x_kube(validation = bounds::LOGIT_MEAN.rule())]
     pub logit_mean: Decimal,
     /// Standard deviation of the normal distribution of `LogitNormal`.
     #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 10.0").message("must be greater than 0 and at most 10"))]
+    #[x_kube(validation = bounds::LOGIT_STD.rule())]
     pub logit_std: Decimal,
     /// Scale of `Mode`.
     #[serde(default = "mode_scale")]
-    #[x_kube(validation = Rule::new("double(self) >= -1.0 && double(self) <= 1.7519").message("must be between -1 and 1.7519 (2 / (pi - 2)), where the density is monotone"))]
+    #[x_kube(validation = bounds::MODE_SCALE.rule())]
     pub mode_scale: Decimal,
     /// Compare the denoised picture (loss weighted by the squared noise level) instead of the velocity.
     #[serde(default = "yes")]
@@ -149,23 +149,23 @@ pub struct OptimizerSpec {
     pub kind: OptimizerKind,
     /// Learning rate; "1" is usual for Prodigy, which finds its own.
     #[serde(default = "learning_rate")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 1.0").message("must be greater than 0 and at most 1"))]
+    #[x_kube(validation = bounds::LEARNING_RATE.rule())]
     pub learning_rate: Decimal,
     /// Decay of the mean of the gradients.
     #[serde(default = "beta1")]
-    #[x_kube(validation = Rule::new("double(self) >= 0.0 && double(self) < 1.0").message("must be at least 0 and less than 1"))]
+    #[x_kube(validation = bounds::FRACTION.rule())]
     pub beta1: Decimal,
     /// Decay of the mean of the squared gradients.
     #[serde(default = "beta2")]
-    #[x_kube(validation = Rule::new("double(self) >= 0.0 && double(self) < 1.0").message("must be at least 0 and less than 1"))]
+    #[x_kube(validation = bounds::FRACTION.rule())]
     pub beta2: Decimal,
     /// Decoupled weight decay.
     #[serde(default = "weight_decay")]
-    #[x_kube(validation = Rule::new("double(self) >= 0.0 && double(self) <= 1.0").message("must be between 0 and 1"))]
+    #[x_kube(validation = bounds::WEIGHT_DECAY.rule())]
     pub weight_decay: Decimal,
     /// Added to the denominator.
     #[serde(default = "epsilon")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 1.0").message("must be greater than 0 and at most 1"))]
+    #[x_kube(validation = bounds::EPSILON.rule())]
     pub epsilon: Decimal,
     /// Settings of Prodigy alone.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -190,19 +190,19 @@ pub enum OptimizerKind {
 pub struct ProdigySpec {
     /// First estimate of the distance to the solution.
     #[serde(default = "d0")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 1.0").message("must be greater than 0 and at most 1"))]
+    #[x_kube(validation = bounds::D0.rule())]
     pub d0: Decimal,
     /// Factor on the estimate.
     #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 1000.0").message("must be greater than 0 and at most 1000"))]
+    #[x_kube(validation = bounds::D_COEF.rule())]
     pub d_coef: Decimal,
     /// Largest growth of the estimate per step; unlimited where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("double(self) >= 1.0").message("must be at least 1"))]
+    #[x_kube(validation = bounds::GROWTH_RATE.rule())]
     pub growth_rate: Option<Decimal>,
     /// Decay of the estimate's running sums; the square root of `beta2` where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("double(self) >= 0.0 && double(self) < 1.0").message("must be at least 0 and less than 1"))]
+    #[x_kube(validation = bounds::FRACTION.rule())]
     pub beta3: Option<Decimal>,
     /// Adam's bias correction.
     #[serde(default = "yes")]
@@ -227,11 +227,11 @@ pub struct LearningRateScheduleSpec {
     pub warmup_steps: u64,
     /// Waves of Cosine ("0.5" where absent: one fall) and CosineWithRestarts ("1" where absent).
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 1000.0").message("must be greater than 0 and at most 1000"))]
+    #[x_kube(validation = bounds::CYCLES.rule())]
     pub cycles: Option<Decimal>,
     /// Exponent of Polynomial.
     #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 100.0").message("must be greater than 0 and at most 100"))]
+    #[x_kube(validation = bounds::POWER.rule())]
     pub power: Decimal,
 }
 
@@ -254,7 +254,7 @@ pub enum ScheduleKind {
 }
 
 /// Shape of the LoRA.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LoraSpec {
     /// Rank of each pair of matrices.
@@ -267,7 +267,7 @@ pub struct LoraSpec {
     pub alpha: Option<u32>,
     /// Share of the inputs that is set to 0 while training.
     #[serde(default = "zero")]
-    #[schemars(regex(pattern = r"^0([.][0-9]+)?$"))]
+    #[x_kube(validation = bounds::FRACTION.rule())]
     pub dropout: Decimal,
     /// Layers to train, by the end of their names: "attn.to_q" is every block's; "transformer_blocks.0.attn.to_q" one block's.
     #[serde(default = "target_modules")]
@@ -290,7 +290,7 @@ pub struct PriorPreservationSpec {
     pub images: u32,
     /// Weight of their mean loss beside the dataset's.
     #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("double(self) > 0.0 && double(self) <= 100.0").message("must be greater than 0 and at most 100"))]
+    #[x_kube(validation = bounds::PRIOR_WEIGHT.rule())]
     pub weight: Decimal,
     /// Class pictures drawn at once. Changes memory and speed alone.
     #[serde(default = "sample_batch_size")]
@@ -332,7 +332,7 @@ pub struct ValidationSpec {
     pub steps: u32,
     /// Classifier-free guidance; "1" turns it off.
     #[serde(default = "guidance_scale")]
-    #[x_kube(validation = Rule::new("double(self) >= 1.0 && double(self) <= 50.0").message("must be between 1 and 50"))]
+    #[x_kube(validation = bounds::GUIDANCE_SCALE.rule())]
     pub guidance_scale: Decimal,
 }
 

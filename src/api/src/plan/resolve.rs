@@ -8,6 +8,7 @@ use super::config::{
 };
 use super::identity::Identity;
 use super::{BUDGET_BYTES, GpuTooSmall, MemoryBudget, MemoryPlan, ModelShape, OptimizerKind, ScheduleKind, StepPlan, memory_plan};
+use crate::bounds::{self, Bounds};
 use crate::{Decimal, FineTuneJobSpec, Reason};
 
 /// Updates of a run whose spec names neither `maxSteps` nor `epochs`.
@@ -124,7 +125,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         every_steps: validation.every_steps,
         seed: validation.seed,
         steps: validation.steps,
-        guidance_scale: reader.number("spec.validation.guidanceScale", &validation.guidance_scale, |v| v >= 1.0),
+        guidance_scale: reader.number("spec.validation.guidanceScale", &validation.guidance_scale, bounds::GUIDANCE_SCALE),
     });
     let storage = storage(spec.storage.as_ref(), facts);
     let source = model_source(spec, facts, &mut reader);
@@ -202,14 +203,12 @@ impl Reader {
         self.problems.push(Problem { path: path.to_owned(), message: message.into() });
     }
 
-    /// The number, where it is one and `good`; the schema has said the same with the bounds, so the message is short.
-    fn number(&mut self, path: &str, decimal: &Decimal, good: impl Fn(f64) -> bool) -> f64 {
-        match decimal.value() {
-            Ok(value) if good(value) => return value,
-            Ok(value) => self.problem(path, format!("{value} is out of range")),
-            Err(error) => self.problem(path, error.to_string()),
-        }
-        0.0
+    /// The number, where it is one within its bounds.
+    fn number(&mut self, path: &str, decimal: &Decimal, bounds: Bounds) -> f64 {
+        bounds.read(decimal).unwrap_or_else(|problem| {
+            self.problem(path, problem);
+            0.0
+        })
     }
 
     fn folder(&mut self, path: &str, uri: &str) {
@@ -243,24 +242,24 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
         random_flip: spec.random_flip,
         flow_matching: FlowMatchingConfig {
             weighting_scheme: flow.weighting_scheme,
-            logit_mean: reader.number("spec.training.flowMatching.logitMean", &flow.logit_mean, |v| v.abs() <= 10.0),
-            logit_std: reader.number("spec.training.flowMatching.logitStd", &flow.logit_std, |v| v > 0.0),
-            mode_scale: reader.number("spec.training.flowMatching.modeScale", &flow.mode_scale, |v| (-1.0..=1.7519).contains(&v)),
+            logit_mean: reader.number("spec.training.flowMatching.logitMean", &flow.logit_mean, bounds::LOGIT_MEAN),
+            logit_std: reader.number("spec.training.flowMatching.logitStd", &flow.logit_std, bounds::LOGIT_STD),
+            mode_scale: reader.number("spec.training.flowMatching.modeScale", &flow.mode_scale, bounds::MODE_SCALE),
             precondition_outputs: flow.precondition_outputs,
         },
         optimizer: optimizer(&spec.optimizer, reader),
-        max_grad_norm: reader.number("spec.training.maxGradNorm", &spec.max_grad_norm, |v| v >= 0.0),
+        max_grad_norm: reader.number("spec.training.maxGradNorm", &spec.max_grad_norm, bounds::MAX_GRAD_NORM),
         learning_rate_schedule: schedule(&spec.learning_rate_schedule, reader),
         lora: LoraConfig {
             rank: spec.lora.rank,
             alpha: f64::from(spec.lora.alpha.unwrap_or(spec.lora.rank)),
-            dropout: reader.number("spec.training.lora.dropout", &spec.lora.dropout, |v| (0.0..1.0).contains(&v)),
+            dropout: reader.number("spec.training.lora.dropout", &spec.lora.dropout, bounds::FRACTION),
             target_modules: spec.lora.target_modules.clone(),
         },
         prior_preservation: spec.prior_preservation.as_ref().map(|prior| PriorPreservationConfig {
             class_prompt: prior.class_prompt.clone(),
             images: prior.images,
-            weight: reader.number("spec.training.priorPreservation.weight", &prior.weight, |v| v > 0.0 && v <= 100.0),
+            weight: reader.number("spec.training.priorPreservation.weight", &prior.weight, bounds::PRIOR_WEIGHT),
             sample_batch_size: prior.sample_batch_size,
             precision: prior.precision,
         }),
@@ -268,40 +267,37 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
 }
 
 fn optimizer(spec: &crate::OptimizerSpec, reader: &mut Reader) -> OptimizerConfig {
-    let fraction = |v: f64| (0.0..1.0).contains(&v);
-    let positive = |v: f64| v > 0.0;
     let path = |field: &str| format!("spec.training.optimizer.{field}");
-    let beta2 = reader.number(&path("beta2"), &spec.beta2, fraction);
+    let beta2 = reader.number(&path("beta2"), &spec.beta2, bounds::FRACTION);
     let prodigy = (spec.kind == OptimizerKind::Prodigy).then(|| {
         let prodigy = spec.prodigy.clone().unwrap_or_default();
         ProdigyConfig {
-            d0: reader.number(&path("prodigy.d0"), &prodigy.d0, positive),
-            d_coef: reader.number(&path("prodigy.dCoef"), &prodigy.d_coef, positive),
-            growth_rate: prodigy.growth_rate.as_ref().map(|rate| reader.number(&path("prodigy.growthRate"), rate, |v| v >= 1.0)),
-            beta3: prodigy.beta3.as_ref().map_or(beta2.sqrt(), |beta3| reader.number(&path("prodigy.beta3"), beta3, fraction)),
+            d0: reader.number(&path("prodigy.d0"), &prodigy.d0, bounds::D0),
+            d_coef: reader.number(&path("prodigy.dCoef"), &prodigy.d_coef, bounds::D_COEF),
+            growth_rate: prodigy.growth_rate.as_ref().map(|rate| reader.number(&path("prodigy.growthRate"), rate, bounds::GROWTH_RATE)),
+            beta3: prodigy.beta3.as_ref().map_or(beta2.sqrt(), |beta3| reader.number(&path("prodigy.beta3"), beta3, bounds::FRACTION)),
             use_bias_correction: prodigy.use_bias_correction,
             safeguard_warmup: prodigy.safeguard_warmup,
         }
     });
     OptimizerConfig {
         kind: spec.kind,
-        learning_rate: reader.number(&path("learningRate"), &spec.learning_rate, |v| v > 0.0 && v <= 1.0),
-        beta1: reader.number(&path("beta1"), &spec.beta1, fraction),
+        learning_rate: reader.number(&path("learningRate"), &spec.learning_rate, bounds::LEARNING_RATE),
+        beta1: reader.number(&path("beta1"), &spec.beta1, bounds::FRACTION),
         beta2,
-        weight_decay: reader.number(&path("weightDecay"), &spec.weight_decay, |v| (0.0..=1.0).contains(&v)),
-        epsilon: reader.number(&path("epsilon"), &spec.epsilon, positive),
+        weight_decay: reader.number(&path("weightDecay"), &spec.weight_decay, bounds::WEIGHT_DECAY),
+        epsilon: reader.number(&path("epsilon"), &spec.epsilon, bounds::EPSILON),
         prodigy,
     }
 }
 
 fn schedule(spec: &crate::LearningRateScheduleSpec, reader: &mut Reader) -> ScheduleConfig {
-    let positive = |v: f64| v > 0.0;
     let default_cycles = if spec.kind == ScheduleKind::Cosine { 0.5 } else { 1.0 };
     ScheduleConfig {
         kind: spec.kind,
         warmup_steps: spec.warmup_steps,
-        cycles: spec.cycles.as_ref().map_or(default_cycles, |cycles| reader.number("spec.training.learningRateSchedule.cycles", cycles, positive)),
-        power: reader.number("spec.training.learningRateSchedule.power", &spec.power, positive),
+        cycles: spec.cycles.as_ref().map_or(default_cycles, |cycles| reader.number("spec.training.learningRateSchedule.cycles", cycles, bounds::CYCLES)),
+        power: reader.number("spec.training.learningRateSchedule.power", &spec.power, bounds::POWER),
     }
 }
 
