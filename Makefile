@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 TOOLS := $(CACHE)/tools
+MDBOOK := 0.5.4
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 export PATH := $(TOOLS)/bin:$(PATH)
 
@@ -52,7 +53,7 @@ tools: ## Install the servers that the tests start (into the cache folder)
 	tests/tools/install-servers
 
 .PHONY: check
-check: fmt-check clippy clippy-alone doc generated deny ## Format, lints for each feature set, docs, generated files, licences
+check: fmt-check paths clippy clippy-alone doc docs generated deny ## Format, dead paths, lints for each feature set, docs, generated files, licences
 
 .PHONY: fmt-check
 fmt-check: ## Check the format
@@ -74,6 +75,19 @@ clippy-alone: ## Lints of the operator without the trainer, and of the trainer w
 .PHONY: doc
 doc: ## Build the API documentation; broken links are errors
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps --workspace --lib
+
+.PHONY: docs
+docs: $(TOOLS)/bin/mdbook-$(MDBOOK) ## Build the documentation as a book with search: target/book/index.html
+	$< build docs
+
+# Without "serve" and "watch": half the crates.
+$(TOOLS)/bin/mdbook-$(MDBOOK):
+	cargo install --quiet --debug --locked --no-default-features --features search --root $(TOOLS)/mdbook-$(MDBOOK) mdbook@$(MDBOOK)
+	ln -sf $(TOOLS)/mdbook-$(MDBOOK)/bin/mdbook $@
+
+.PHONY: paths
+paths: ## Check that paths and links in Markdown and comments lead somewhere
+	tools/check-paths
 
 .PHONY: generate
 generate: ## Write the generated files: CRD, the chart's copy, docs/reference

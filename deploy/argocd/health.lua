@@ -53,7 +53,7 @@ if is_true("Running") then
   local progress = obj.status.progress
   return health("Progressing", nil, "Training" .. (progress ~= nil and progress.summary ~= nil and (": " .. progress.summary) or ""))
 end
--- The first thing that is missing says what the job waits for.
+-- The first condition that is not met is what the job waits for.
 for _, kind in ipairs({ "JobCreated", "Admitted", "PodsScheduled", "Running" }) do
   local found = condition(kind)
   if found ~= nil and found.status == "False" then

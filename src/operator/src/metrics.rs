@@ -56,6 +56,19 @@ struct JobLabels {
 /// Number of jobs by (namespace, phase), counted when asked.
 pub type JobCounts = Box<dyn Fn() -> Vec<((String, String), i64)> + Send + Sync>;
 
+/// What a metric is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// As queries name it.
+    pub name: String,
+    /// Its type in OpenMetrics.
+    pub kind: String,
+    /// Names of its labels.
+    pub labels: Vec<String>,
+    /// What it counts.
+    pub help: String,
+}
+
 /// Everything the operator counts. One per process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -119,29 +132,89 @@ impl Metrics {
         let registry = &mut self.registry;
         registry.register_collector(Box::new(JobsCollector(Arc::clone(&self.counts))));
         registry.register_collector(Box::new(self.resident_bytes));
-        registry.register("finetune_job_terminal", "Jobs that ended, by result and reason", self.terminal.clone());
+        registry.register(
+            "finetune_job_terminal",
+            "Jobs that ended, by result (succeeded, failed) and the reason of Complete or Failed",
+            self.terminal.clone(),
+        );
         registry.register(
             "finetune_job_queue_seconds",
-            "Seconds from a job's creation (or resumption) until its quota was reserved",
+            "Seconds from a job's creation, or from losing its quota, until Kueue reserved quota",
             self.queue_seconds.clone(),
         );
         registry.register("finetune_job_start_latency_seconds", "Seconds from a job's creation until its first pod ran", self.start_latency_seconds.clone());
         registry.register("finetune_job_duration_seconds", "Seconds from a job's first running pod to its end", self.duration_seconds.clone());
-        registry.register("finetune_job_restarts", "Attempts after a job's first, by the cause that ended the one before", self.restarts.clone());
-        registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation", self.reconcile_seconds.clone());
-        registry.register("finetune_reconcile_errors", "Reconciliations that failed, by class of error", self.reconcile_errors.clone());
         registry.register(
-            "finetune_reconcile_queue_wait_seconds",
-            "Seconds that a job which is to be reconciled waited for a free worker",
-            self.queue_wait_seconds.clone(),
+            "finetune_job_restarts",
+            "Attempts after a job's first, by the cause that ended the one before (Disrupted, Checkpointed, Suspended, Failed, Lost)",
+            self.restarts.clone(),
         );
+        registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation, by result (ok, error)", self.reconcile_seconds.clone());
+        registry.register(
+            "finetune_reconcile_errors",
+            "Reconciliations that failed, by class of error: the call, as create_job, or timed_out, not_leading, unreadable",
+            self.reconcile_errors.clone(),
+        );
+        registry.register("finetune_reconcile_queue_wait_seconds", "Seconds that a job waited for a free worker", self.queue_wait_seconds.clone());
         registry.register("finetune_reconcile_queue_depth", "Jobs that wait for a free worker", self.queued.clone());
         registry.register("finetune_status_patches", "Status writes", self.status_patches.clone());
-        registry.register("finetune_progress_fetches", "Requests for a trainer's progress, by result", self.progress_fetches.clone());
-        registry.register("finetune_apiserver_requests", "Requests to the API server, by verb, resource and status code", self.requests.clone());
+        registry.register(
+            "finetune_progress_fetches",
+            "Requests for a trainer's progress, by result (ok, unreachable, refused, invalid)",
+            self.progress_fetches.clone(),
+        );
+        registry.register(
+            "finetune_apiserver_requests",
+            "Requests to the API server, with resources named as in RBAC; the code is error where no answer came",
+            self.requests.clone(),
+        );
         registry.register("finetune_leader", "1 while this process holds the leader lease", self.leader.clone());
         registry.register("finetune_crd_missing", "1 while the FineTuneJob resource is not served by the API server", self.crd_missing.clone());
         registry.register("build", "Version of this binary", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
+    }
+
+    /// Name, type, labels and help of every metric, as `/metrics` itself shows them.
+    pub fn descriptions() -> Result<Vec<Description>, fmt::Error> {
+        let text = Self::with_each_series().encode()?;
+        let mut described: Vec<Description> = Vec::new();
+        for line in text.lines() {
+            if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+                described.push(Description { name: name.to_owned(), kind: String::new(), labels: Vec::new(), help: help.to_owned() });
+            } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+                if let Some(metric) = described.iter_mut().find(|metric| metric.name == name) {
+                    kind.clone_into(&mut metric.kind);
+                    // The names of these series, which is what queries use.
+                    metric.name.push_str(match kind {
+                        "counter" => "_total",
+                        "info" => "_info",
+                        _ => "",
+                    });
+                }
+            } else if let Some(metric) = described.iter_mut().rev().find(|metric| line.starts_with(&metric.name))
+                && let Some((labels, _value)) = line.split_once('{').and_then(|(_name, rest)| rest.split_once('}'))
+                && metric.labels.is_empty()
+            {
+                let names = labels.split(',').filter_map(|label| label.split_once('=')).map(|(name, _value)| name);
+                metric.labels = names.filter(|&name| name != "le").map(str::to_owned).collect();
+            }
+        }
+        Ok(described)
+    }
+
+    /// One with a series of every metric: a metric with labels shows nothing before it is used.
+    fn with_each_series() -> Self {
+        let metrics = Self::new();
+        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 2)]));
+        metrics.job_ended("failed", "InvalidDataset", Some(Duration::from_secs(70)));
+        metrics.job_admitted(Duration::from_secs(3));
+        metrics.job_started(Duration::from_secs(9));
+        metrics.job_restarted("Disrupted");
+        metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
+        metrics.waited(Duration::from_millis(3));
+        metrics.status_patched();
+        metrics.progress_fetched("ok");
+        metrics.api_request("get", "jobs", "200");
+        metrics
     }
 
     /// Adds a source of job counts; sources of all watched namespaces add up.
@@ -257,7 +330,7 @@ impl Collector for JobsCollector {
         for ((namespace, phase), count) in total {
             family.get_or_create(&JobLabels { namespace, phase }).set(count);
         }
-        let metric = encoder.encode_descriptor("finetune_jobs", "FineTuneJobs by namespace and phase", None, prometheus_client::metrics::MetricType::Gauge)?;
+        let metric = encoder.encode_descriptor("finetune_jobs", "FineTuneJobs by namespace and phase.", None, prometheus_client::metrics::MetricType::Gauge)?;
         family.encode(metric)
     }
 }
@@ -274,7 +347,7 @@ impl Collector for ResidentBytes {
             let gauge = ConstGauge::new(kib.saturating_mul(1024));
             let metric = encoder.encode_descriptor(
                 "process_resident_memory_bytes",
-                "Resident memory of this process",
+                "Resident memory of this process.",
                 None,
                 prometheus_client::metrics::MetricType::Gauge,
             )?;
@@ -290,21 +363,11 @@ mod tests {
 
     #[test]
     fn every_name_of_the_reference_is_served_and_no_series_names_a_job() {
-        let metrics = Metrics::new();
-        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 2)]));
+        let metrics = Metrics::with_each_series();
         metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 1)]));
-        metrics.job_ended("failed", "InvalidDataset", Some(Duration::from_secs(70)));
-        metrics.job_admitted(Duration::from_secs(3));
-        metrics.job_started(Duration::from_secs(9));
-        metrics.job_restarted("Disrupted");
         metrics.reconciled(Duration::from_millis(3), None);
-        metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
-        metrics.waited(Duration::from_millis(3));
         metrics.queued(0, 5);
         metrics.queued(5, 2);
-        metrics.status_patched();
-        metrics.progress_fetched("ok");
-        metrics.api_request("get", "jobs", "200");
         metrics.set_leader(true);
         let text = metrics.encode().unwrap();
         for line in [
@@ -328,5 +391,16 @@ mod tests {
             assert!(text.contains(line), "{line} is missing in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_descriptions_are_complete() {
+        let described = Metrics::descriptions().unwrap();
+        assert_eq!(described.len(), 17);
+        for metric in &described {
+            assert!(!metric.kind.is_empty() && metric.help.len() > 10, "{metric:?}");
+        }
+        let requests = described.iter().find(|metric| metric.name == "finetune_apiserver_requests_total").unwrap();
+        assert_eq!(requests.labels, ["verb", "resource", "code"]);
     }
 }

@@ -1,4 +1,4 @@
-//! Stores over directories. `tests/store.rs` runs the same and more against real servers.
+//! Stores over directories. `tests/store` runs the same and more against real servers.
 
 use super::*;
 

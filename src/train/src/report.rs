@@ -189,41 +189,27 @@ impl Reporter {
 
     /// What `GET /metrics` answers: Prometheus' text format.
     pub fn metrics(&self) -> String {
-        let shared = self.lock();
-        let latest = shared.latest.clone().unwrap_or_default();
-        let progress = &shared.progress;
-        let rows: [(&str, &str, &str, Option<f64>); 18] = [
-            ("step", "gauge", "Optimizer updates done.", Some(progress.step as f64)),
-            ("steps_planned", "gauge", "Optimizer updates in all.", Some(progress.total_steps as f64)),
-            ("epoch", "gauge", "Passes over the dataset done.", progress.epoch),
-            ("loss", "gauge", "Training loss of the last update.", latest.loss),
-            ("loss_smoothed", "gauge", "Training loss, smoothed.", progress.loss),
-            ("learning_rate", "gauge", "Learning rate of the last update.", latest.learning_rate),
-            ("gradient_norm", "gauge", "Norm of the last gradient before clipping.", latest.gradient_norm),
-            ("step_seconds", "gauge", "Seconds of the last update.", latest.step_seconds),
-            ("steps_per_second", "gauge", "Optimizer updates per second, smoothed.", progress.steps_per_second),
-            ("checkpoints_total", "counter", "Checkpoints saved by this attempt.", Some(shared.checkpoints as f64)),
-            ("checkpoint_seconds", "gauge", "Seconds that saving the last checkpoint took.", Some(shared.checkpoint_seconds)),
-            ("checkpoint_bytes", "gauge", "Bytes of the last checkpoint.", Some(shared.checkpoint_bytes as f64)),
-            ("checkpoint_failing", "gauge", "1 while checkpoints cannot be saved.", Some(f64::from(u8::from(progress.checkpoint_error.is_some())))),
-            ("downloaded_bytes_total", "counter", "Bytes downloaded by this attempt.", Some(shared.transferred_bytes as f64)),
-            ("micro_batch", "gauge", "Samples per forward pass.", progress.micro_batch.map(f64::from)),
-            ("recomputed_blocks", "gauge", "Blocks that are computed again in the backward pass.", progress.recomputed_blocks.map(f64::from)),
-            (
-                "device_memory_peak_bytes",
-                "gauge",
-                "Most bytes of buffers on the GPU so far.",
-                progress.memory.and_then(|m| m.device_peak_bytes).map(|b| b as f64),
-            ),
-            ("host_memory_peak_bytes", "gauge", "Most memory of the process so far.", history::peak_memory_bytes().map(|b| b as f64)),
-        ];
         let mut text = String::new();
-        for (name, kind, help, value) in rows {
+        for Metric { name, kind, help, value } in self.lock().metrics() {
             let Some(value) = value else { continue };
             let _infallible = writeln!(text, "# HELP finetune_trainer_{name} {help}\n# TYPE finetune_trainer_{name} {kind}\nfinetune_trainer_{name} {value}");
         }
         text
     }
+
+    /// Name, type and help of every metric that [`Reporter::metrics`] can show.
+    pub fn metric_descriptions() -> Vec<(String, &'static str, &'static str)> {
+        let reporter = Self::new();
+        reporter.lock().metrics().map(|metric| (format!("finetune_trainer_{}", metric.name), metric.kind, metric.help)).into()
+    }
+}
+
+/// A metric; without a value while it is not known.
+struct Metric {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    value: Option<f64>,
 }
 
 impl Default for Reporter {
@@ -233,6 +219,33 @@ impl Default for Reporter {
 }
 
 impl Shared {
+    /// Every metric.
+    fn metrics(&self) -> [Metric; 18] {
+        let latest = self.latest.clone().unwrap_or_default();
+        let progress = &self.progress;
+        [
+            ("step", "gauge", "Optimizer updates done.", Some(progress.step as f64)),
+            ("steps_planned", "gauge", "Optimizer updates in all.", Some(progress.total_steps as f64)),
+            ("epoch", "gauge", "Passes over the dataset done.", progress.epoch),
+            ("loss", "gauge", "Training loss of the last update.", latest.loss),
+            ("loss_smoothed", "gauge", "Training loss, smoothed.", progress.loss),
+            ("learning_rate", "gauge", "Learning rate of the last update.", latest.learning_rate),
+            ("gradient_norm", "gauge", "Norm of the last gradient before clipping.", latest.gradient_norm),
+            ("step_seconds", "gauge", "Seconds of the last update.", latest.step_seconds),
+            ("steps_per_second", "gauge", "Optimizer updates per second, smoothed.", progress.steps_per_second),
+            ("checkpoints_total", "counter", "Checkpoints saved by this attempt.", Some(self.checkpoints as f64)),
+            ("checkpoint_seconds", "gauge", "Seconds that saving the last checkpoint took.", Some(self.checkpoint_seconds)),
+            ("checkpoint_bytes", "gauge", "Bytes of the last checkpoint.", Some(self.checkpoint_bytes as f64)),
+            ("checkpoint_failing", "gauge", "1 while checkpoints cannot be saved.", Some(f64::from(u8::from(progress.checkpoint_error.is_some())))),
+            ("downloaded_bytes_total", "counter", "Bytes downloaded by this attempt.", Some(self.transferred_bytes as f64)),
+            ("micro_batch", "gauge", "Samples per forward pass.", progress.micro_batch.map(f64::from)),
+            ("recomputed_blocks", "gauge", "Blocks that are recomputed in the backward pass.", progress.recomputed_blocks.map(f64::from)),
+            ("device_memory_peak_bytes", "gauge", "Peak bytes of buffers on the GPU.", progress.memory.and_then(|m| m.device_peak_bytes).map(|b| b as f64)),
+            ("host_memory_peak_bytes", "gauge", "Peak memory of the process, in bytes.", history::peak_memory_bytes().map(|b| b as f64)),
+        ]
+        .map(|(name, kind, help, value)| Metric { name, kind, help, value })
+    }
+
     /// Whether it is time for another log line; if so, the clock starts again.
     fn line_is_due(&mut self) -> bool {
         let due = self.bar.is_none() && self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL);

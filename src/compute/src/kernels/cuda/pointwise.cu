@@ -222,7 +222,7 @@ __device__ __forceinline__ void pad(T* y, const float* x, int64_t count, int fro
 #define PAD(T) (T* y, const float* x, int64_t count, int from, int to, float factor)
 KERNELS(pad, PAD, (y, x, count, from, to, factor))
 
-// Philox 4x32-10, as src/rng.rs.
+// Philox 4x32-10, as src/common/src/rng.rs.
 __device__ __forceinline__ uint4 philox(uint4 c, uint2 k) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
