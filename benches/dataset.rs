@@ -43,7 +43,7 @@ fn main() {
     );
 }
 
-/// `VmHWM` of this process; 0 where the system does not tell.
+/// `VmHWM` of this process; 0 where the system does not report it.
 fn peak_memory_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok()).unwrap_or(0)

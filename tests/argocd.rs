@@ -1,17 +1,13 @@
 //! The Argo CD health script, run by a Lua interpreter over statuses that a real operator wrote.
 //!
-//! `tests/fixtures/statuses/PHASE.json` are recorded: `FINETUNE_RECORD_STATUS=tests/fixtures/statuses make test-e2e` adds those that are missing.
+//! `tests/fixtures/statuses/PHASE.json` are recorded: `FINETUNE_RECORD_STATUS=tests/fixtures/statuses tests/run --cluster e2e::` adds those that are missing.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
 use std::process::Command;
 
+use finetune_testing::programs::repository;
 use serde_json::{Value, json};
-
-fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
 
 fn recorded(phase: &str) -> Value {
     let path = repository().join(format!("tests/fixtures/statuses/{phase}.json"));
@@ -45,7 +41,7 @@ fn health(object: &Value) -> (String, String) {
     let script = repository().join("deploy/argocd/health.lua");
     let program =
         format!("obj = {}\nlocal health = dofile({})\nio.write(health.status, \"\\n\", health.message)", lua(object), quoted(&script.display().to_string()));
-    let output = Command::new("lua5.4").arg("-e").arg(program).output().expect("lua5.4 is installed: tests/cluster/cluster build installs it");
+    let output = Command::new("lua5.4").arg("-e").arg(program).output().expect("lua5.4 is installed: tests/testbed/cluster build installs it");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).expect("text");
     let (status, message) = text.split_once('\n').expect("two lines");

@@ -1,16 +1,14 @@
 //! The Helm chart, rendered: what the objects say for several sets of values, and what the schema of the values refuses.
 //!
-//! `tests/e2e` installs the chart on a real cluster.
+//! `tests/cluster/e2e` installs the chart on a real cluster.
 #![cfg(feature = "operator")]
 #![expect(clippy::panic, clippy::expect_used, clippy::unwrap_in_result, reason = "helpers of tests stop at the first failure")]
-
-mod kit;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use finetune_operator::settings::{ConfigFile, Settings};
-use kit::tools::{helm, repository};
+use finetune_testing::programs::{helm, repository};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 

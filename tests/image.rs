@@ -2,14 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use finetune_testing::programs::repository;
 use serde_json::Value;
-
-fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
 
 fn run(command: &mut Command) -> Vec<u8> {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -57,7 +54,7 @@ fn same_as_the_dockerfile(stage: &str, build: &str, libraries: &[&str]) -> BTree
     let folder = tempfile::tempdir().expect("a folder");
     let binary = env!("CARGO_BIN_EXE_finetune");
     let archive = folder.path().join("image.tar");
-    run(Command::new(repository().join("tests/cluster/image")).args([binary, "localhost/finetune:compare"]).arg(&archive).arg(stage).args(libraries));
+    run(Command::new(repository().join("tests/testbed/image")).args([binary, "localhost/finetune:compare"]).arg(&archive).arg(stage).args(libraries));
     let member = |name: &str| run(Command::new("tar").arg("-xOf").arg(&archive).arg(name));
     let manifest: Value = serde_json::from_slice(&member("manifest.json")).expect("a manifest");
     let config: Value = serde_json::from_slice(&member(manifest[0]["Config"].as_str().expect("a configuration"))).expect("JSON");

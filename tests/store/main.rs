@@ -1,4 +1,4 @@
-//! Stores against real servers, servers that fail, and the model hub's protocol. `tests/tools/install-servers` installs the servers.
+//! Stores against real servers, servers that fail, and the model hub's protocol. `tests/testbed/install-servers` installs the servers.
 #![cfg(feature = "train")]
 #![expect(clippy::unwrap_used, clippy::panic, reason = "test code; clippy takes the functions marked as tests alone for such")]
 
@@ -6,12 +6,11 @@ mod faults;
 mod hub;
 mod objects;
 mod proxy;
-#[path = "../common/servers.rs"]
-mod servers;
-
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use finetune_testing::servers;
 
 use finetune_store::{Environment, Progress, RetryPolicy, Store, StoreOptions};
 

@@ -12,7 +12,4 @@ mod outputs;
 mod prior;
 mod resume;
 mod s3;
-#[path = "../common/servers.rs"]
-#[expect(dead_code, reason = "other tests use other servers")]
-mod servers;
 mod support;

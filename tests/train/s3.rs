@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use finetune_store::{Environment, Store, StoreOptions};
 use serde_json::{Value, json};
 
-use crate::servers::{BUCKET, S3_READER, Server, seaweedfs};
 use crate::support::{Bench, LORA, reference, text, until};
+use finetune_testing::servers::{BUCKET, S3_READER, Server, seaweedfs};
 
 /// Forwards connections to a server and notes the first line of each request.
 struct Proxy {

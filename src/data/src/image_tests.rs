@@ -1,4 +1,4 @@
-//! Against Pillow (`tests/golden/images/make.py`), and files that are damaged or hostile.
+//! Against Pillow (`reference/make_images.py`), and files that are damaged or hostile.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -45,7 +45,7 @@ pub async fn write(
         Err(error) if error.is_not_found() || error.is_conflict() => return Ok(None),
         Err(error) => return Err(error),
     };
-    // tests/perf/operator reads it: from here on whoever asks the API server is told.
+    // benches/operator reads it: from here on whoever asks the API server is told.
     tracing::debug!(started = after.attempts.map_or(0, |attempts| attempts.started), phase = ?after.phase, "status written");
     ctx.metrics.status_patched();
     ctx.remember_status(&written);

@@ -1,4 +1,4 @@
-//! Against PyTorch, bitsandbytes, prodigyopt and diffusers (`tests/golden/optim/make.py`), and what must hold for all.
+//! Against PyTorch, bitsandbytes, prodigyopt and diffusers (`reference/make_optim.py`), and what must hold for all.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

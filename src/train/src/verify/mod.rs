@@ -52,7 +52,7 @@ pub enum VerifyError {
     },
     /// In half precision only PyTorch's own error says what may be expected.
     #[error(
-        "case.json has no half_precision.{0}: the errors of the reference implementation in that precision (tests/golden/half_precision.py); without them a case is judged in fp32 only"
+        "case.json has no half_precision.{0}: the errors of the reference implementation in that precision (reference/half_precision.py); without them a case is judged in fp32 only"
     )]
     NoHalfPrecision(&'static str),
     /// No module for this kind.
