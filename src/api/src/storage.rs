@@ -28,7 +28,8 @@ pub struct StorageSpec {
     /// ConfigMap in the job's namespace with the certificates (PEM) that sign the server's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_bundle_config_map_ref: Option<ConfigMapKeyRef>,
-    /// Credentials; absent, or without a `secretRef`, the service account's workload identity is used.
+    /// Credentials; absent, or without a `secretRef`, the service account's workload identity is used. For a model's own `endpoint` that is not the
+    /// one of `spec.storage`, requests are then not signed: credentials of one server are never sent to another.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials: Option<CredentialsSpec>,
 }

@@ -35,7 +35,7 @@ pub use env::Environment;
 pub use error::{Cause, Result, StoreError, StoreErrorKind};
 pub use progress::{NoProgress, Progress};
 pub use retry::RetryPolicy;
-pub use uri::{Buckets, Location, Scheme, check_key};
+pub use uri::{Buckets, Location, Scheme, check_key, same_server};
 
 /// How stores are reached. Credentials come from the environment only.
 #[derive(Debug, Clone, Default)]

@@ -169,6 +169,16 @@ impl Buckets {
     }
 }
 
+/// Whether two endpoints are one server, reached in the same way. An address that cannot be read is nobody's.
+pub fn same_server(a: Option<&str>, b: Option<&str>) -> bool {
+    let address = |text: &str| url::Url::parse(text.trim_end_matches('/')).ok();
+    match (a, b) {
+        (None, None) => true,
+        (Some(a), Some(b)) => address(a).is_some_and(|a| address(b) == Some(a)),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

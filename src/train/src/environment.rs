@@ -26,19 +26,23 @@ pub struct JobEnvironment {
 impl JobEnvironment {
     /// How the run's own stores are reached.
     pub fn store_options(&self, config: &TrainConfig) -> StoreOptions {
-        options(config.storage.as_ref(), &self.buckets)
+        let own = config.storage.clone().unwrap_or_default();
+        options(&own, credentials(&own, &own, variables()), &self.buckets)
     }
 
     /// Where the model is, and how that is reached.
     pub fn model_source(&self, config: &TrainConfig) -> (model_source::ModelSource, StoreOptions) {
         let ModelConfig { source, cache_dir: _ } = &config.model;
-        let own = self.store_options(config);
         match source {
-            ModelSource::HuggingFace { repo, revision } => (model_source::ModelSource::HuggingFace { repo: repo.clone(), revision: revision.clone() }, own),
-            ModelSource::Directory { path } => (model_source::ModelSource::Directory(path.clone()), own),
+            ModelSource::HuggingFace { repo, revision } => {
+                (model_source::ModelSource::HuggingFace { repo: repo.clone(), revision: revision.clone() }, self.store_options(config))
+            }
+            ModelSource::Directory { path } => (model_source::ModelSource::Directory(path.clone()), self.store_options(config)),
             ModelSource::ObjectStore { uri, sha256_manifest, storage } => {
+                let own = config.storage.clone().unwrap_or_default();
+                let storage = storage.as_ref().unwrap_or(&own);
                 let source = model_source::ModelSource::ObjectStore { uri: uri.clone(), sha256_manifest: sha256_manifest.clone() };
-                (source, storage.as_ref().map_or(own, |storage| options(Some(storage), &self.buckets)))
+                (source, options(storage, credentials(storage, &own, variables()), &self.buckets))
             }
         }
     }
@@ -59,11 +63,114 @@ fn retry() -> RetryPolicy {
     RetryPolicy { total: seconds.map_or(policy.total, Duration::from_secs), ..policy }
 }
 
-fn options(storage: Option<&StorageConfig>, buckets: &Buckets) -> StoreOptions {
-    let storage = storage.cloned().unwrap_or_default();
-    let environment = match &storage.credentials_prefix {
-        None => Environment::process(),
-        Some(prefix) => Environment::from_pairs(std::env::vars().filter_map(|(name, value)| Some((name.strip_prefix(prefix.as_str())?.to_owned(), value)))),
+fn options(storage: &StorageConfig, environment: Environment, buckets: &Buckets) -> StoreOptions {
+    let StorageConfig { endpoint, region, ca_bundle, credentials_prefix: _ } = storage.clone();
+    StoreOptions { endpoint, region, ca_bundle, buckets: buckets.clone(), environment, retry: retry() }
+}
+
+/// The process's variables; those that are not UTF-8 are nobody's credentials.
+fn variables() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
+/// Variables that name the identity of the workload, which is the provider's own and holds for the provider's own endpoint alone.
+const WORKLOAD_IDENTITY: [&str; 14] = [
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ROLE_ARN",
+    "AWS_ROLE_SESSION_NAME",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AZURE_CLIENT_ID",
+    "AZURE_TENANT_ID",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_AUTHORITY_HOST",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+];
+/// No credentials at all: without these, a client without keys asks the node for its identity and sends that.
+const UNSIGNED: [(&str, &str); 3] = [("AWS_SKIP_SIGNATURE", "true"), ("GOOGLE_SKIP_SIGNATURE", "true"), ("AZURE_SKIP_SIGNATURE", "true")];
+
+/// The variables that a request to `storage` may use. Credentials that are named for it; else, at the server of the run's `own` storage, all variables; at
+/// any other server nothing that a server could use elsewhere: the workload's identity at the provider's own endpoint, no signature at another one.
+fn credentials(storage: &StorageConfig, own: &StorageConfig, variables: impl Iterator<Item = (String, String)>) -> Environment {
+    if let Some(prefix) = &storage.credentials_prefix {
+        return Environment::from_pairs(variables.filter_map(|(name, value)| Some((name.strip_prefix(prefix.as_str())?.to_owned(), value))));
+    }
+    if finetune_store::same_server(storage.endpoint.as_deref(), own.endpoint.as_deref()) {
+        return Environment::from_pairs(variables);
+    }
+    let (identity, unsigned) = match &storage.endpoint {
+        None => (&WORKLOAD_IDENTITY[..], &[][..]),
+        Some(endpoint) => {
+            tracing::info!(endpoint, "the model's server is not that of spec.storage and no credentials are named for it: requests to it are not signed");
+            (&["AZURE_STORAGE_ACCOUNT_NAME"][..], &UNSIGNED[..])
+        }
     };
-    StoreOptions { endpoint: storage.endpoint, region: storage.region, ca_bundle: storage.ca_bundle, buckets: buckets.clone(), environment, retry: retry() }
+    let kept = variables.filter(|(name, _)| identity.contains(&name.as_str()) || name.ends_with("_CA_BUNDLE"));
+    Environment::from_pairs(kept.chain(unsigned.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWN: &str = "https://own.example.com";
+
+    fn storage(endpoint: Option<&str>, prefix: Option<&str>) -> StorageConfig {
+        StorageConfig { endpoint: endpoint.map(str::to_owned), credentials_prefix: prefix.map(str::to_owned), ..StorageConfig::default() }
+    }
+
+    /// What a request to the model's storage may use of `NAME=value` variables.
+    fn used(model: &StorageConfig, own: Option<&str>, name: &str) -> Option<String> {
+        let variables = ["AWS_SECRET_ACCESS_KEY", "MODEL_AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_SAS_KEY", "AWS_ROLE_ARN", "AWS_CA_BUNDLE", "AWS_ENDPOINT_URL"];
+        let variables = variables.iter().map(|name| ((*name).to_owned(), format!("the {name}")));
+        credentials(model, &storage(own, None), variables).get(name).map(str::to_owned)
+    }
+
+    #[test]
+    fn credentials_of_one_server_never_go_to_another() {
+        let secret = "AWS_SECRET_ACCESS_KEY";
+        for (model, own, expected) in [
+            (None, None, true),
+            (Some(OWN), Some(OWN), true),
+            (Some("https://OWN.example.com:443/"), Some(OWN), true),
+            (Some("http://own.example.com"), Some(OWN), false),
+            (Some("https://own.example.com:444"), Some(OWN), false),
+            (Some("https://own.example.com/tenant"), Some(OWN), false),
+            (Some("https://other.example.com"), Some(OWN), false),
+            (Some("https://other.example.com"), None, false),
+            (Some("not an address"), Some("not an address"), false),
+            (None, Some(OWN), false),
+        ] {
+            let model = storage(model, None);
+            assert_eq!(used(&model, own, secret).is_some(), expected, "{model:?} beside {own:?}");
+            assert_eq!(used(&model, own, "AZURE_STORAGE_SAS_KEY").is_some(), expected, "{model:?} beside {own:?}");
+            assert_eq!(used(&model, own, "AWS_ENDPOINT_URL").is_some(), expected, "{model:?} beside {own:?}");
+            assert!(used(&model, own, "AWS_CA_BUNDLE").is_some());
+        }
+    }
+
+    #[test]
+    fn named_credentials_are_used_and_no_others() {
+        for endpoint in [None, Some(OWN), Some("https://other.example.com")] {
+            let named = storage(endpoint, Some("MODEL_"));
+            assert_eq!(used(&named, Some(OWN), "AWS_SECRET_ACCESS_KEY").as_deref(), Some("the MODEL_AWS_SECRET_ACCESS_KEY"));
+            assert_eq!((used(&named, Some(OWN), "AWS_ROLE_ARN"), used(&named, Some(OWN), "AWS_SKIP_SIGNATURE")), (None, None));
+        }
+    }
+
+    #[test]
+    fn the_workloads_identity_is_for_the_providers_own_endpoint() {
+        let provider = storage(None, None);
+        assert!(used(&provider, Some(OWN), "AWS_ROLE_ARN").is_some());
+        assert_eq!(used(&provider, Some(OWN), "AWS_SKIP_SIGNATURE"), None);
+        let other = storage(Some("https://other.example.com"), None);
+        assert_eq!(used(&other, Some(OWN), "AWS_ROLE_ARN"), None);
+        for (name, value) in UNSIGNED {
+            assert_eq!(used(&other, Some(OWN), name).as_deref(), Some(value));
+        }
+    }
 }
