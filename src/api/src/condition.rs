@@ -73,6 +73,8 @@ closed_enum! {
         QuotaReserved,
         /// False: waits for others to finish.
         WaitingForQuota,
+        /// False: quota is reserved, and an admission check of the queue (such as the provisioning of nodes) is not through; the message names it.
+        AdmissionCheckPending,
         /// False: no flavor of the queue fits the pod's node affinity.
         NoMatchingFlavor,
         /// False: asks for more than the queue can ever give.
@@ -81,6 +83,10 @@ closed_enum! {
         Evicted,
         /// False: a job of higher priority has taken the quota; the job continues from its checkpoint later.
         Preempted,
+        /// False: Kueue has given the Workload up (`spec.active: false`); nothing starts until somebody activates it again.
+        WorkloadDeactivated,
+        /// False: Kueue has made no Workload for the Job; a WorkloadPriorityClass that does not exist is the usual cause.
+        NoWorkload,
         /// False: Kueue holds Jobs without a queue here; set `queueName`.
         NoQueueName,
         /// False: the namespace has no LocalQueue of that name.

@@ -147,8 +147,7 @@ fn options(args: Args) -> anyhow::Result<Options> {
             .context("no namespace for the Lease: set --lease-namespace or POD_NAMESPACE, or --leader-elect=false where this is the only replica")?;
         let seconds = Duration::from_secs;
         let intervals = Intervals { duration: seconds(lease_duration), renew_deadline: seconds(renew_deadline), retry: seconds(retry_period) };
-        // The process id tells a restarted container from the one before.
-        let holder = format!("{}_{}", identity.as_deref().unwrap_or("finetune-operator"), std::process::id());
+        let holder = Election::holder(identity.as_deref().unwrap_or("finetune-operator"));
         Some(Election { namespace, name: lease_name, identity: holder, intervals: intervals.checked()? })
     } else {
         None

@@ -134,12 +134,51 @@ pub fn phase(list: &[Condition]) -> Phase {
     }
 }
 
+/// Since when the phase is what it is: since the last change of those conditions that decide it. `None` where none of them is set.
+pub fn phase_since(list: &[Condition]) -> Option<Timestamp> {
+    const DECISIVE: [ConditionType; 7] = [
+        ConditionType::Validated,
+        ConditionType::JobCreated,
+        ConditionType::Admitted,
+        ConditionType::Running,
+        ConditionType::Suspended,
+        ConditionType::Complete,
+        ConditionType::Failed,
+    ];
+    DECISIVE.iter().filter_map(|type_| find(list, *type_)).map(|condition| condition.last_transition_time.0).max()
+}
+
+/// Whether the trainer runs and does not answer.
+pub fn is_progress_unknown(list: &[Condition]) -> bool {
+    find(list, ConditionType::Running).is_some_and(|condition| condition.reason == RunningReason::ProgressUnknown.as_str())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn time(seconds: i64) -> Timestamp {
         Timestamp::from_second(seconds).unwrap()
+    }
+
+    #[test]
+    fn a_phase_is_as_old_as_the_last_change_of_what_decides_it() {
+        let set = |before: &[Condition], now, type_, truth, reason| {
+            let mut list = Builder::new(before, Some(1), time(now));
+            for type_ in ConditionType::ALL {
+                list.keep(*type_);
+            }
+            list.set(type_, truth, reason, "");
+            list.build()
+        };
+        assert_eq!(phase_since(&[]), None);
+        let created = set(&[], 10, ConditionType::JobCreated, Truth::True, "Created");
+        let starting = set(&created, 11, ConditionType::Running, Truth::False, "Starting");
+        let pulling = set(&starting, 60, ConditionType::Running, Truth::False, "PullingImage");
+        let scheduled = set(&pulling, 70, ConditionType::PodsScheduled, Truth::True, "Scheduled");
+        assert_eq!((phase(&scheduled), phase_since(&scheduled)), (Phase::Starting, Some(time(11))), "neither a reason nor a node makes it younger");
+        let unknown = set(&scheduled, 80, ConditionType::Running, Truth::Unknown, "ProgressUnknown");
+        assert_eq!((phase_since(&unknown), is_progress_unknown(&unknown), is_progress_unknown(&scheduled)), (Some(time(80)), true, false));
     }
 
     #[test]

@@ -1,12 +1,11 @@
 //! `/healthz`, `/readyz` and `/metrics`.
 //!
 //! `/healthz` says only that this process still answers: it must not depend on the API server, or an outage there would restart every operator.
-//! `/readyz` says whether this process can do its work: the FineTuneJob resource is served, and the caches of a leader are filled. A standby is
-//! ready (it waits for the lease), else a rolling update with two replicas would never end.
+//! `/readyz` says whether this process can do its work ([`Readiness`]). A standby is ready (it waits for the lease), else a rolling update with two
+//! replicas would never end.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::State;
@@ -16,43 +15,8 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 
 use super::metrics::Metrics;
+use super::readiness::Readiness;
 use finetune_common::listen::listen;
-
-/// What readiness depends on.
-#[derive(Debug, Default)]
-pub struct Readiness {
-    resource_served: AtomicBool,
-    leading: AtomicBool,
-    synced: AtomicBool,
-}
-
-impl Readiness {
-    /// The FineTuneJob resource is (not) served by the API server.
-    pub fn set_resource_served(&self, served: bool) {
-        self.resource_served.store(served, Ordering::Relaxed);
-    }
-
-    /// This process holds the lease and fills its caches.
-    pub fn set_leading(&self) {
-        self.leading.store(true, Ordering::Relaxed);
-    }
-
-    /// Every cache is filled.
-    pub fn set_synced(&self) {
-        self.synced.store(true, Ordering::Relaxed);
-    }
-
-    /// `Ok(())`, or what is missing.
-    fn check(&self) -> Result<(), &'static str> {
-        if !self.resource_served.load(Ordering::Relaxed) {
-            Err("the API server does not serve finetunejobs.finetune.dev: install the CRD")
-        } else if self.leading.load(Ordering::Relaxed) && !self.synced.load(Ordering::Relaxed) {
-            Err("the caches are not filled yet")
-        } else {
-            Ok(())
-        }
-    }
-}
 
 /// Why a server could not start or ended.
 #[derive(Debug, thiserror::Error)]
@@ -129,8 +93,8 @@ fn metrics_router(metrics: Arc<Metrics>) -> Router {
 
 async fn ready(State(readiness): State<Arc<Readiness>>) -> Response {
     match readiness.check() {
-        Ok(()) => "ok\n".into_response(),
-        Err(missing) => (StatusCode::SERVICE_UNAVAILABLE, format!("{missing}\n")).into_response(),
+        (true, text) => text.into_response(),
+        (false, missing) => (StatusCode::SERVICE_UNAVAILABLE, missing).into_response(),
     }
 }
 
@@ -145,22 +109,11 @@ async fn serve_metrics(State(metrics): State<Arc<Metrics>>) -> Response {
 mod tests {
     use super::*;
 
-    #[test]
-    fn readiness_needs_the_resource_and_a_leaders_caches() {
-        let readiness = Readiness::default();
-        assert!(readiness.check().is_err(), "the CRD is missing");
-        readiness.set_resource_served(true);
-        assert!(readiness.check().is_ok(), "a standby is ready");
-        readiness.set_leading();
-        assert!(readiness.check().is_err(), "a new leader fills its caches first");
-        readiness.set_synced();
-        assert!(readiness.check().is_ok());
-    }
-
     #[tokio::test]
     async fn the_three_paths_answer_over_http() {
-        let readiness = Arc::new(Readiness::default());
-        let server = Server::all(([127, 0, 0, 1], 0).into(), Arc::clone(&readiness), Arc::new(Metrics::new())).await.unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let readiness = Arc::new(Readiness::new(Arc::clone(&metrics)));
+        let server = Server::all(([127, 0, 0, 1], 0).into(), Arc::clone(&readiness), metrics).await.unwrap();
         let base = format!("http://{}", server.address());
         let task = tokio::spawn(server.serve());
         let client = crate::progress::http_client().unwrap();

@@ -37,6 +37,7 @@ pub mod nodes;
 pub mod pod_names;
 pub mod progress;
 pub mod queue;
+pub mod readiness;
 pub mod reconcile;
 pub mod run;
 pub mod settings;

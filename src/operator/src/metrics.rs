@@ -1,9 +1,11 @@
 //! The operator's metrics, in OpenMetrics text. No label ever holds the name of a job: series stay few however many jobs there are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use finetune_api::{CompleteReason, Reason};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::Counter;
@@ -46,6 +48,12 @@ struct RequestLabels {
     code: String,
 }
 
+/// Labels of `finetune_watch_failing`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NamespaceLabels {
+    namespace: String,
+}
+
 /// Labels of `finetune_jobs`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct JobLabels {
@@ -53,8 +61,48 @@ struct JobLabels {
     phase: String,
 }
 
-/// Number of jobs by (namespace, phase), counted when asked.
-pub type JobCounts = Box<dyn Fn() -> Vec<((String, String), i64)> + Send + Sync>;
+/// Jobs as they are now, counted when asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Census {
+    /// By (namespace, phase): how many, and for how long the one that has been there longest.
+    pub phases: BTreeMap<(String, String), PhaseCount>,
+    /// By namespace: those whose trainer runs and does not answer.
+    pub progress_unknown: BTreeMap<String, i64>,
+}
+
+/// The jobs of one phase of one namespace.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PhaseCount {
+    /// How many.
+    pub jobs: i64,
+    /// For how many seconds the one that has been there longest has been there.
+    pub longest_seconds: i64,
+}
+
+impl Census {
+    /// Adds one job.
+    pub fn add(&mut self, namespace: &str, phase: &str, seconds: i64, progress_unknown: bool) {
+        let count = self.phases.entry((namespace.to_owned(), phase.to_owned())).or_default();
+        count.jobs += 1;
+        count.longest_seconds = count.longest_seconds.max(seconds);
+        // 0 is told too: a series that comes and goes would leave an alert without an end.
+        *self.progress_unknown.entry(namespace.to_owned()).or_default() += i64::from(progress_unknown);
+    }
+
+    fn merge(&mut self, other: Self) {
+        for (key, more) in other.phases {
+            let count = self.phases.entry(key).or_default();
+            count.jobs += more.jobs;
+            count.longest_seconds = count.longest_seconds.max(more.longest_seconds);
+        }
+        for (namespace, more) in other.progress_unknown {
+            *self.progress_unknown.entry(namespace).or_default() += more;
+        }
+    }
+}
+
+/// A source of job counts.
+pub type JobCounts = Box<dyn Fn() -> Census + Send + Sync>;
 
 /// What a metric is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,12 +136,18 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     leader: Gauge<i64>,
     crd_missing: Gauge<i64>,
+    watch_failing: Family<NamespaceLabels, Gauge<i64>>,
     resident_bytes: ResidentBytes,
 }
 
 /// Histogram of `finetune_reconcile_duration_seconds`.
 fn reconcile_histogram() -> Histogram {
     Histogram::new([0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0])
+}
+
+/// Reasons of `Failed`.
+fn failure_reasons() -> Vec<&'static str> {
+    Reason::ALL.iter().map(|reason| reason.as_str()).collect()
 }
 
 /// Buckets for what takes minutes to days.
@@ -121,9 +175,16 @@ impl Metrics {
             requests: Family::default(),
             leader: Gauge::default(),
             crd_missing: Gauge::default(),
+            watch_failing: Family::default(),
             resident_bytes: ResidentBytes,
         };
         metrics.register();
+        // A series that begins with 1 has no increase: each begins with 0, before the first job ends so.
+        for (result, reasons) in [("succeeded", CompleteReason::ALL.iter().map(|reason| reason.as_str()).collect::<Vec<_>>()), ("failed", failure_reasons())] {
+            for reason in reasons {
+                drop(metrics.terminal.get_or_create(&TerminalLabels { result: result.to_owned(), reason: reason.to_owned() }));
+            }
+        }
         metrics
     }
 
@@ -134,7 +195,7 @@ impl Metrics {
         registry.register_collector(Box::new(self.resident_bytes));
         registry.register(
             "finetune_job_terminal",
-            "Jobs that ended, by result (succeeded, failed) and the reason of Complete or Failed",
+            "Jobs that ended, by result (succeeded, failed) and the reason of Complete or Failed; each begins with 0, so that an increase shows the first",
             self.terminal.clone(),
         );
         registry.register(
@@ -170,7 +231,12 @@ impl Metrics {
         );
         registry.register("finetune_leader", "1 while this process holds the leader lease", self.leader.clone());
         registry.register("finetune_crd_missing", "1 while the FineTuneJob resource is not served by the API server", self.crd_missing.clone());
-        registry.register("build", "Version of this binary", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
+        registry.register(
+            "finetune_watch_failing",
+            "1 while something of this watched namespace cannot be watched; the namespace is empty where all are",
+            self.watch_failing.clone(),
+        );
+        registry.register("finetune_build", "Version of this binary", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
     }
 
     /// Name, type, labels and help of every metric, as `/metrics` itself shows them.
@@ -204,7 +270,11 @@ impl Metrics {
     /// One with a series of every metric: a metric with labels shows nothing before it is used.
     fn with_each_series() -> Self {
         let metrics = Self::new();
-        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 2)]));
+        metrics.add_job_counts(Box::new(|| {
+            let mut census = Census::default();
+            census.add("team-a", "Running", 1, false);
+            census
+        }));
         metrics.job_ended("failed", "InvalidDataset", Some(Duration::from_secs(70)));
         metrics.job_admitted(Duration::from_secs(3));
         metrics.job_started(Duration::from_secs(9));
@@ -214,6 +284,7 @@ impl Metrics {
         metrics.status_patched();
         metrics.progress_fetched("ok");
         metrics.api_request("get", "jobs", "200");
+        metrics.set_watch_failing("team-a", true);
         metrics
     }
 
@@ -296,6 +367,11 @@ impl Metrics {
     pub fn set_crd_missing(&self, missing: bool) {
         self.crd_missing.set(i64::from(missing));
     }
+
+    /// Sets `finetune_watch_failing` of a watched namespace; the empty name stands for all.
+    pub fn set_watch_failing(&self, namespace: &str, failing: bool) {
+        self.watch_failing.get_or_create(&NamespaceLabels { namespace: namespace.to_owned() }).set(i64::from(failing));
+    }
 }
 
 impl Default for Metrics {
@@ -320,18 +396,26 @@ struct JobsCollector(Arc<Mutex<JobSources>>);
 
 impl Collector for JobsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let mut total = std::collections::BTreeMap::new();
+        let mut census = Census::default();
         for source in &self.0.lock().unwrap_or_else(PoisonError::into_inner).0 {
-            for (key, count) in source() {
-                *total.entry(key).or_insert(0) += count;
-            }
+            census.merge(source());
         }
-        let family: Family<JobLabels, Gauge<i64>> = Family::default();
-        for ((namespace, phase), count) in total {
-            family.get_or_create(&JobLabels { namespace, phase }).set(count);
+        let (jobs, longest, unknown): (Family<JobLabels, Gauge<i64>>, Family<JobLabels, Gauge<i64>>, Family<NamespaceLabels, Gauge<i64>>) =
+            (Family::default(), Family::default(), Family::default());
+        for ((namespace, phase), count) in census.phases {
+            let labels = JobLabels { namespace, phase };
+            jobs.get_or_create(&labels).set(count.jobs);
+            longest.get_or_create(&labels).set(count.longest_seconds);
         }
-        let metric = encoder.encode_descriptor("finetune_jobs", "FineTuneJobs by namespace and phase.", None, prometheus_client::metrics::MetricType::Gauge)?;
-        family.encode(metric)
+        for (namespace, count) in census.progress_unknown {
+            unknown.get_or_create(&NamespaceLabels { namespace }).set(count);
+        }
+        let gauge = prometheus_client::metrics::MetricType::Gauge;
+        jobs.encode(encoder.encode_descriptor("finetune_jobs", "FineTuneJobs by namespace and phase.", None, gauge)?)?;
+        let help = "Seconds for which the FineTuneJob that has been longest in this phase has been there.";
+        longest.encode(encoder.encode_descriptor("finetune_jobs_longest_seconds", help, None, gauge)?)?;
+        let help = "FineTuneJobs whose trainer runs and does not answer the operator.";
+        unknown.encode(encoder.encode_descriptor("finetune_jobs_progress_unknown", help, None, gauge)?)
     }
 }
 
@@ -364,15 +448,27 @@ mod tests {
     #[test]
     fn every_name_of_the_reference_is_served_and_no_series_names_a_job() {
         let metrics = Metrics::with_each_series();
-        metrics.add_job_counts(Box::new(|| vec![(("team-a".to_owned(), "Running".to_owned()), 1)]));
+        let census = |jobs: &'static [(i64, bool)]| {
+            Box::new(move || {
+                let mut census = Census::default();
+                jobs.iter().for_each(|(seconds, unknown)| census.add("team-a", "Running", *seconds, *unknown));
+                census
+            })
+        };
+        metrics.add_job_counts(census(&[(5, false), (90, true)]));
+        metrics.add_job_counts(census(&[(7, false)]));
         metrics.reconciled(Duration::from_millis(3), None);
         metrics.queued(0, 5);
         metrics.queued(5, 2);
         metrics.set_leader(true);
         let text = metrics.encode().unwrap();
         for line in [
-            "finetune_jobs{namespace=\"team-a\",phase=\"Running\"} 3",
+            "finetune_jobs{namespace=\"team-a\",phase=\"Running\"} 4",
+            "finetune_jobs_longest_seconds{namespace=\"team-a\",phase=\"Running\"} 90",
+            "finetune_jobs_progress_unknown{namespace=\"team-a\"} 1",
             "finetune_job_terminal_total{result=\"failed\",reason=\"InvalidDataset\"} 1",
+            "finetune_job_terminal_total{result=\"failed\",reason=\"RestartStorm\"} 0",
+            "finetune_job_terminal_total{result=\"succeeded\",reason=\"TrainingSucceeded\"} 0",
             "finetune_job_queue_seconds_count 1",
             "finetune_job_start_latency_seconds_count 1",
             "finetune_job_duration_seconds_count 1",
@@ -385,7 +481,8 @@ mod tests {
             "finetune_apiserver_requests_total{verb=\"get\",resource=\"jobs\",code=\"200\"} 1",
             "finetune_leader 1",
             "finetune_crd_missing 0",
-            "build_info{version=",
+            "finetune_build_info{version=",
+            "finetune_watch_failing{namespace=\"team-a\"} 1",
             "process_resident_memory_bytes ",
         ] {
             assert!(text.contains(line), "{line} is missing in\n{text}");

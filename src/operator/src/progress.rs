@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::Semaphore;
@@ -21,10 +22,16 @@ use finetune_api::{JOB_LABEL, PROGRESS_MAX_BYTES, PROGRESS_PORT, Progress, Progr
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Trainers asked at the same time.
 const CONCURRENCY: usize = 64;
+/// Of these, trainers of one namespace: one whose trainers are silent, or only look like trainers, costs the others little.
+const SHARE: usize = 16;
 /// Pause between two looks at who is to be asked.
 const TICK: Duration = Duration::from_millis(500);
 /// A trainer that has not answered yet is asked this often.
 const FIRST: Duration = Duration::from_secs(3);
+/// So many times in vain; then the pauses double.
+const PATIENCE: u32 = 5;
+/// Longest pause before a trainer that does not answer is asked again.
+const LONGEST: Duration = Duration::from_mins(2);
 
 /// Why a trainer's progress is not known.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +83,8 @@ struct Entry {
     report: Report,
     next: Instant,
     in_flight: bool,
+    /// Questions in a row without an answer.
+    in_vain: u32,
 }
 
 /// A job whose trainer says something that should be told at once.
@@ -91,16 +100,17 @@ pub struct Changed {
 #[derive(Debug)]
 pub struct Poller {
     client: reqwest::Client,
+    port: u16,
     interval: Duration,
     entries: Mutex<HashMap<String, Entry>>,
-    permits: Arc<Semaphore>,
+    permits: Semaphore,
     metrics: Arc<Metrics>,
 }
 
 impl Poller {
     /// Asks each trainer every `interval` (with some spread).
     pub fn new(client: reqwest::Client, interval: Duration, metrics: Arc<Metrics>) -> Self {
-        Self { client, interval, entries: Mutex::default(), permits: Arc::new(Semaphore::new(CONCURRENCY)), metrics }
+        Self { client, port: PROGRESS_PORT, interval, entries: Mutex::default(), permits: Semaphore::new(CONCURRENCY), metrics }
     }
 
     /// What the trainer of the pod with that UID has said.
@@ -108,36 +118,52 @@ impl Poller {
         self.lock().get(uid).map(|entry| entry.report.clone()).unwrap_or_default()
     }
 
-    /// Runs until dropped. `pods` lists those in the cache; `changed` hears of trainers whose stage has changed.
-    pub async fn run(self: Arc<Self>, pods: impl Fn() -> Vec<Arc<Pod>>, changed: impl Fn(Changed) + Clone + Send + 'static) {
+    /// Runs until dropped. `trainers` lists the pods to ask; `changed` hears of trainers whose stage has changed.
+    pub async fn run(self: Arc<Self>, trainers: impl Fn() -> Vec<Arc<Pod>>, changed: impl Fn(Changed) + Clone + Send + Sync + 'static) {
+        let mut rounds: HashMap<String, tokio::task::JoinHandle<()>> = HashMap::new();
         loop {
             tokio::time::sleep(TICK).await;
-            let running: Vec<Arc<Pod>> = pods().into_iter().filter(|pod| address(pod).is_some()).collect();
+            let running = trainers();
             self.forget_all_but(&running);
-            for pod in running {
-                let (Some(uid), Some(address)) = (pod.metadata.uid.clone(), address(&pod)) else { continue };
-                if !self.is_due(&uid) {
-                    continue;
-                }
-                let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else { return };
+            rounds.retain(|_, round| !round.is_finished());
+            for (namespace, pods) in self.due(running, |namespace| rounds.contains_key(namespace)) {
                 let (poller, changed) = (Arc::clone(&self), changed.clone());
-                tokio::spawn(async move {
-                    let answer = fetch(&poller.client, address, PROGRESS_PORT).await;
-                    if poller.note(&uid, answer, Timestamp::now())
-                        && let (Some(namespace), Some(name)) = (&pod.metadata.namespace, pod.metadata.labels.as_ref().and_then(|labels| labels.get(JOB_LABEL)))
-                    {
-                        changed(Changed { namespace: namespace.clone(), name: name.clone() });
-                    }
-                    drop(permit);
-                });
+                let round = async move {
+                    futures::stream::iter(pods).for_each_concurrent(SHARE, |pod| poller.ask(pod, &changed)).await;
+                };
+                rounds.insert(namespace, tokio::spawn(round));
             }
+        }
+    }
+
+    /// The pods whose turn it is, by namespace; those of namespaces that are still being asked come later.
+    fn due(&self, running: Vec<Arc<Pod>>, is_busy: impl Fn(&str) -> bool) -> HashMap<String, Vec<Arc<Pod>>> {
+        let mut due: HashMap<String, Vec<Arc<Pod>>> = HashMap::new();
+        for pod in running {
+            let (Some(uid), Some(namespace)) = (&pod.metadata.uid, &pod.metadata.namespace) else { continue };
+            if !is_busy(namespace) && self.is_due(uid) {
+                due.entry(namespace.clone()).or_default().push(pod);
+            }
+        }
+        due
+    }
+
+    /// Asks one trainer, once there is room, and notes its answer.
+    async fn ask(&self, pod: Arc<Pod>, changed: &(impl Fn(Changed) + Sync)) {
+        let (Some(uid), Some(address)) = (&pod.metadata.uid, address(&pod)) else { return };
+        let _permit = self.permits.acquire().await;
+        let answer = fetch(&self.client, address, self.port).await;
+        if self.note(uid, answer, Timestamp::now())
+            && let (Some(namespace), Some(name)) = (&pod.metadata.namespace, pod.metadata.labels.as_ref().and_then(|labels| labels.get(JOB_LABEL)))
+        {
+            changed(Changed { namespace: namespace.clone(), name: name.clone() });
         }
     }
 
     /// Whether it is the pod's turn; if so it is marked as being asked.
     fn is_due(&self, uid: &str) -> bool {
         let mut entries = self.lock();
-        let entry = entries.entry(uid.to_owned()).or_insert_with(|| Entry { report: Report::default(), next: Instant::now(), in_flight: false });
+        let entry = entries.entry(uid.to_owned()).or_insert_with(|| Entry { report: Report::default(), next: Instant::now(), in_flight: false, in_vain: 0 });
         let due = !entry.in_flight && entry.next <= Instant::now();
         entry.in_flight |= due;
         due
@@ -148,8 +174,8 @@ impl Poller {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(uid) else { return false };
         entry.in_flight = false;
-        let answered = entry.report.progress.is_some();
-        let pause = if answered || answer.is_ok() { self.interval } else { self.interval.min(FIRST) };
+        entry.in_vain = if answer.is_ok() { 0 } else { entry.in_vain.saturating_add(1) };
+        let pause = self.pause(entry.report.progress.is_some() || answer.is_ok(), entry.in_vain);
         entry.next = Instant::now() + pause.mul_f64(0.9 + rand::random::<f64>() * 0.2);
         match answer {
             Ok(progress) => {
@@ -171,6 +197,13 @@ impl Poller {
         }
     }
 
+    /// Pause before the next question to a trainer that has ever `answered`, and now `in_vain` times in a row has not.
+    fn pause(&self, answered: bool, in_vain: u32) -> Duration {
+        let base = if answered { self.interval } else { self.interval.min(FIRST) };
+        let doublings = in_vain.saturating_sub(PATIENCE).min(16);
+        base.saturating_mul(1 << doublings).min(LONGEST.max(self.interval))
+    }
+
     fn forget_all_but(&self, running: &[Arc<Pod>]) {
         let uids: std::collections::HashSet<&str> = running.iter().filter_map(|pod| pod.metadata.uid.as_deref()).collect();
         self.lock().retain(|uid, _| uids.contains(uid.as_str()));
@@ -182,7 +215,7 @@ impl Poller {
 }
 
 /// Where to ask the pod's trainer, if it runs.
-fn address(pod: &Pod) -> Option<IpAddr> {
+pub(super) fn address(pod: &Pod) -> Option<IpAddr> {
     world::trainer(pod)?.state.as_ref()?.running.as_ref()?;
     pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()
 }
@@ -241,5 +274,52 @@ mod tests {
         assert!(poller.note("a", progress(Stage::Publishing, 1), at(6)), "it answers again");
         poller.forget_all_but(&[]);
         assert_eq!(poller.report("a"), Report::default());
+    }
+
+    #[tokio::test]
+    async fn a_silent_trainer_is_asked_less_and_less_and_one_that_answers_again_as_before() {
+        let poller = Poller::new(http_client().unwrap(), Duration::from_secs(15), Arc::new(Metrics::new()));
+        let pauses = |answered| (0..12).map(|in_vain| poller.pause(answered, in_vain).as_secs()).collect::<Vec<_>>();
+        assert_eq!(pauses(false), [3, 3, 3, 3, 3, 3, 6, 12, 24, 48, 96, 120]);
+        assert_eq!(pauses(true), [15, 15, 15, 15, 15, 15, 30, 60, 120, 120, 120, 120]);
+        assert_eq!(poller.pause(false, u32::MAX), LONGEST);
+
+        assert!(poller.is_due("a"));
+        for _ in 0..9 {
+            poller.note("a", Err(FetchError::Status(500)), Timestamp::UNIX_EPOCH);
+        }
+        assert_eq!(poller.lock()["a"].in_vain, 9);
+        poller.note("a", Ok(Progress::default()), Timestamp::UNIX_EPOCH);
+        assert_eq!(poller.lock()["a"].in_vain, 0);
+    }
+
+    fn running(namespace: &str, uid: &str, ip: &str) -> Arc<Pod> {
+        Arc::new(
+            serde_json::from_value(serde_json::json!({
+                "metadata": {"namespace": namespace, "name": uid, "uid": uid, "labels": {JOB_LABEL: uid}},
+                "status": {"podIP": ip, "containerStatuses": [{"name": finetune_api::TRAINER_CONTAINER, "image": "", "imageID": "", "ready": true,
+                    "restartCount": 0, "state": {"running": {}}}]},
+            }))
+            .unwrap(),
+        )
+    }
+
+    #[tokio::test]
+    async fn a_namespace_of_silent_trainers_does_not_hold_up_another() {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // Connections are made, and nobody ever answers.
+        let _silent = std::net::TcpListener::bind(("127.0.0.2", port)).unwrap();
+        let body = serde_json::to_string(&Progress { stage: Stage::Training, ..Progress::default() }).unwrap();
+        tokio::spawn(async move { axum::serve(listener, Router::new().route("/progress", get(move || async { body }))).await.unwrap() });
+        let silent = (0..500).map(|number| running("silent", &format!("silent-{number}"), "127.0.0.2"));
+        let pods: Vec<Arc<Pod>> = silent.chain([running("good", "good-1", "127.0.0.1")]).collect();
+        let poller = Arc::new(Poller { port, ..Poller::new(http_client().unwrap(), Duration::from_secs(15), Arc::new(Metrics::new())) });
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let task = tokio::spawn(Arc::clone(&poller).run(move || pods.clone(), move |changed| told.send(changed).unwrap()));
+        let first = tokio::time::timeout(Duration::from_secs(5), heard.recv()).await.expect("the good trainer is asked at once");
+        assert_eq!(first, Some(Changed { namespace: "good".into(), name: "good-1".into() }));
+        assert!(CONCURRENCY - poller.permits.available_permits() <= SHARE, "the silent ones take no more than their share");
+        task.abort();
     }
 }

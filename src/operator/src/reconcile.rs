@@ -165,6 +165,7 @@ fn next(
         _ => {}
     }
     pauses.extend(decide::start_deadline(job, after, attempts).map(until));
+    pauses.extend(status::workload_due(world).filter(|due| *due > Timestamp::now()).map(until));
     if let Some(pod) = world.live_pod() {
         if let Some(lost) = status::lost_at(pod) {
             // Once it is known to be lost there is nothing to look at again until something changes.

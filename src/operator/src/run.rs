@@ -6,26 +6,27 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
-use kube::api::{Api, ListParams};
+use jiff::Timestamp;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::{Client, Config};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::caches;
+use super::caches::{self, Request};
 use super::client;
 use super::context::{Context, FaultHook};
 use super::drive::drive;
 use super::events::Events;
-use super::http::{HttpError, Readiness, Server};
+use super::http::{HttpError, Server};
 use super::lease::{Elector, Intervals, Leadership, LeaseError};
 use super::metrics::Metrics;
 use super::progress::{Poller, http_client};
+use super::readiness::{self, Readiness};
 use super::reconcile::Scope;
 use super::settings::Settings;
-use finetune_api::FineTuneJob;
+use finetune_api::{API_VERSION, KIND};
 
-/// How often a resource that is not served is looked for.
+/// How often it is looked whether the resource is served.
 const CRD_CHECK: Duration = Duration::from_secs(5);
 /// How long running reconciliations may take to end at shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(15);
@@ -41,6 +42,13 @@ pub struct Election {
     pub identity: String,
     /// How long it lasts.
     pub intervals: Intervals,
+}
+
+impl Election {
+    /// A name for this very process. A restarted container has the name and, always, the process id of the one before: a random part sets them apart.
+    pub fn holder(name: &str) -> String {
+        format!("{name}_{:016x}", rand::random::<u64>())
+    }
 }
 
 /// How the operator runs.
@@ -94,7 +102,7 @@ type Shutdown = Shared<BoxFuture<'static, ()>>;
 /// Runs until `shutdown` resolves, or leadership is lost. On shutdown no new reconciliation begins, those that run end, and the lease is released.
 pub async fn run(config: Config, options: Options, metrics: Arc<Metrics>, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RunError> {
     let client = client::build(config, Arc::clone(&metrics)).map_err(|error| RunError::Client(Box::new(error)))?;
-    let readiness = Arc::new(Readiness::default());
+    let readiness = Arc::new(Readiness::new(Arc::clone(&metrics)));
     let mut servers = Vec::new();
     match options.metrics_address {
         Some(address) => {
@@ -114,12 +122,26 @@ pub async fn run(config: Config, options: Options, metrics: Arc<Metrics>, shutdo
     }
 }
 
-/// Waits for the resource and the lease, then controls until one of them is gone or `shutdown` resolves.
-async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readiness: &Readiness, shutdown: Shutdown) -> Result<(), RunError> {
+/// Waits for the resource, then for the lease, and controls until one of them is gone or `shutdown` resolves. Whether the resource is served is noted all
+/// the while.
+async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readiness: &Arc<Readiness>, shutdown: Shutdown) -> Result<(), RunError> {
+    let (found, mut served) = tokio::sync::watch::channel(false);
+    let waiting = shutdown.clone();
+    let leading = async {
+        tokio::select! {
+            // The other end lives as long as this future.
+            _ = served.wait_for(|served| *served) => lead(client, options, metrics, readiness, shutdown).await,
+            () = waiting => Ok(()),
+        }
+    };
     tokio::select! {
-        () = resource_served(client, options, metrics) => readiness.set_resource_served(true),
-        () = shutdown.clone() => return Ok(()),
+        ended = leading => ended,
+        never = watch_resource(client, readiness, &found) => match never {},
     }
+}
+
+/// Waits for the lease, then controls until it is lost or `shutdown` resolves.
+async fn lead(client: &Client, options: &Options, metrics: &Arc<Metrics>, readiness: &Arc<Readiness>, shutdown: Shutdown) -> Result<(), RunError> {
     let Some(election) = &options.election else {
         return control(client, options, metrics, readiness, &Leadership::without_election(), shutdown).await;
     };
@@ -141,88 +163,113 @@ async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readin
     ended
 }
 
-/// Waits until the API server serves FineTuneJobs, instead of crashing again and again.
-async fn resource_served(client: &Client, options: &Options, metrics: &Metrics) {
-    let jobs: Api<FineTuneJob> = match options.namespaces.first() {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
+/// Looks again and again whether the API server serves FineTuneJobs. By discovery, which everybody may read: what may not be listed in one namespace says
+/// nothing about the resource.
+async fn watch_resource(client: &Client, readiness: &Readiness, found: &tokio::sync::watch::Sender<bool>) -> std::convert::Infallible {
     loop {
-        match tokio::time::timeout(CRD_CHECK, jobs.list_metadata(&ListParams::default().limit(1))).await {
-            Ok(Ok(_)) => {
-                metrics.set_crd_missing(false);
-                return;
-            }
-            Ok(Err(kube::Error::Api(status))) if status.is_not_found() => {
-                metrics.set_crd_missing(true);
-                tracing::warn!("the API server does not serve finetunejobs.finetune.dev: install the CRD (finetune crd | kubectl apply -f -)");
-            }
-            Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to list FineTuneJobs; trying again"),
-            Err(_elapsed) => tracing::warn!("failed to list FineTuneJobs: no answer; trying again"),
+        match tokio::time::timeout(CRD_CHECK, client.list_api_group_resources(API_VERSION)).await {
+            Ok(Ok(list)) => note_served(readiness, found, list.resources.iter().any(|resource| resource.kind == KIND)),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => note_served(readiness, found, false),
+            Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to look for the FineTuneJob resource; trying again"),
+            Err(_elapsed) => tracing::warn!("failed to look for the FineTuneJob resource: no answer; trying again"),
         }
         tokio::time::sleep(CRD_CHECK).await;
     }
 }
 
-/// Runs one controller for each watched namespace, or one for all.
+fn note_served(readiness: &Readiness, found: &tokio::sync::watch::Sender<bool>, served: bool) {
+    let news = readiness.set_resource_served(served);
+    found.send_replace(served);
+    if !served {
+        tracing::warn!("the API server does not serve finetunejobs.finetune.dev: install the CRD (finetune crd | kubectl apply -f -)");
+    } else if news {
+        tracing::info!("the API server serves finetunejobs.finetune.dev");
+    }
+}
+
+/// Runs one controller for each watched namespace, or one for all. Each begins when its own caches are filled: a namespace that is gone or forbidden stops
+/// nobody else.
 async fn control(
     client: &Client,
     options: &Options,
     metrics: &Arc<Metrics>,
-    readiness: &Readiness,
+    readiness: &Arc<Readiness>,
     leadership: &Leadership,
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
     metrics.set_leader(true);
-    readiness.set_leading();
+    // The empty name stands for all.
+    let namespaces = if options.namespaces.is_empty() { vec![String::new()] } else { options.namespaces.clone() };
+    readiness.lead(&namespaces);
     let reporter = Reporter { controller: "finetune-operator".to_owned(), instance: options.instance.clone() };
     let ctx = Arc::new(Context::new(client.clone(), options.settings.clone(), Arc::clone(metrics), leadership.clone(), options.faults.clone()));
     let (events, publisher) = Events::new();
     let publishing = publisher.run(|| Recorder::new(client.clone(), reporter.clone()), &ctx);
     let poller = http_client().map_err(RunError::Http)?;
     let permits = Arc::new(Semaphore::new(usize::from(options.concurrency.max(1))));
-    let namespaces: Vec<Option<&str>> =
-        if options.namespaces.is_empty() { vec![None] } else { options.namespaces.iter().map(|name| Some(name.as_str())).collect() };
     // Dropped with this future, and its tasks with it.
     let mut tasks = JoinSet::new();
-    let mut scopes = Vec::new();
-    for namespace in namespaces {
+    let mut controllers = Vec::new();
+    for name in namespaces {
+        let namespace = Some(name.as_str()).filter(|name| !name.is_empty());
         let (requests, received) = mpsc::unbounded_channel();
         let forget = Arc::clone(&ctx);
-        let (caches, drivers) = caches::start(client, namespace, options.watch_nodes && namespace.is_none(), &requests, move |uid| forget.forget(uid));
+        let watch_nodes = options.watch_nodes && namespace.is_none();
+        let (caches, drivers) = caches::start(client, namespace, watch_nodes, &requests, readiness, move |uid| forget.forget(uid));
         for driver in drivers {
             tasks.spawn(driver);
         }
         let counted = caches.clone();
-        metrics.add_job_counts(Box::new(move || counted.counts()));
+        metrics.add_job_counts(Box::new(move || counted.census(Timestamp::now())));
         let poller = Arc::new(Poller::new(poller.clone(), options.poll_interval, Arc::clone(metrics)));
-        let pods = caches.pods.clone();
+        let asked = caches.clone();
         // The receiver goes when the controller ends.
         let told = move |changed| drop(requests.send(caches::request_of(&changed)));
-        tasks.spawn(Arc::clone(&poller).run(move || pods.state(), told));
+        tasks.spawn(Arc::clone(&poller).run(move || asked.trainers(), told));
         let scope = Scope { ctx: Arc::clone(&ctx), caches, poller, events: events.clone(), permits: Arc::clone(&permits) };
-        scopes.push((Arc::new(scope), received));
+        controllers.push(serve(name, scope, received, options.concurrency, Arc::clone(readiness), shutdown.clone()));
     }
-    tokio::select! {
-        ready = futures::future::join_all(scopes.iter().map(|(scope, ..)| scope.caches.ready())) => {
-            if !ready.into_iter().all(|ready| ready) {
-                return Err(RunError::WatchEnded);
-            }
-        }
-        () = shutdown.clone() => return Ok(()),
-    }
-    readiness.set_synced();
-    tracing::info!("the caches are filled");
     drop(events);
-    let ending = shutdown.clone();
-    let controllers = scopes.into_iter().map(|(scope, received)| drive(scope, received, options.concurrency, ending.clone()));
     // With the scopes the queue's other ends are gone: the publisher ends when it has published what waits.
-    let all = futures::future::join(futures::future::join_all(controllers), publishing);
+    let all = async {
+        let (ended, ()) = futures::future::join(futures::future::try_join_all(controllers), publishing).await;
+        ended.map(drop)
+    };
     tokio::select! {
-        _ended = all => Ok(()),
+        ended = all => ended,
         () = async { shutdown.await; tokio::time::sleep(SHUTDOWN).await } => {
             tracing::warn!("reconciliations or events did not end in time");
             Ok(())
         }
+    }
+}
+
+/// Controls one watched namespace, or all, from when its caches are filled.
+async fn serve(
+    namespace: String,
+    scope: Scope,
+    received: mpsc::UnboundedReceiver<Request>,
+    concurrency: u16,
+    readiness: Arc<Readiness>,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    tokio::select! {
+        ready = scope.caches.ready() => if !ready { return Err(RunError::WatchEnded) },
+        () = shutdown.clone() => return Ok(()),
+    }
+    readiness.set_synced(&namespace);
+    tracing::info!("{}: the caches are filled", readiness::Scope(&namespace));
+    drive(Arc::new(scope), received, concurrency, shutdown).await;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restarted_container_is_another_holder() {
+        let (before, after) = (Election::holder("finetune-operator-0"), Election::holder("finetune-operator-0"));
+        assert!(before.starts_with("finetune-operator-0_") && before != after, "{before} {after}");
     }
 }
