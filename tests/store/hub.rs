@@ -358,3 +358,29 @@ async fn repositories_and_revisions_are_checked_before_any_request() {
     assert_eq!(hub.request_count(), 0);
     assert_eq!(open("maker/other", REVISION).await.store_kind(), Some(StoreErrorKind::NotFound));
 }
+
+/// A mirror behind a private authority: here SeaweedFS's encrypted address, which is no hub, but answers once its certificate is trusted.
+#[tokio::test]
+async fn a_mirror_behind_a_private_authority_is_reached_with_its_certificates() {
+    let mirror = super::servers::seaweedfs().encrypted_endpoint.clone().unwrap();
+    let authority = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls/ca.pem").display().to_string();
+    let kind = async |ca_bundle: Option<&str>, variable: Option<&str>| {
+        let variables = [("HF_ENDPOINT", mirror.as_str())].into_iter().chain(variable.map(|path| ("HF_CA_BUNDLE", path)));
+        let retry = finetune_store::RetryPolicy { max_retries: 1, ..patient() };
+        let options = StoreOptions { environment: Environment::from_pairs(variables), ca_bundle: ca_bundle.map(Into::into), retry, ..StoreOptions::default() };
+        let source = ModelSource::HuggingFace { repo: "maker/sd3-diffusers".into(), revision: REVISION.into() };
+        let cache = tempfile::tempdir().unwrap();
+        let error = ModelFolder::open(&source, &options, cache.path()).await.unwrap_err();
+        let ModelSourceError::Store(error) = &error else { panic!("{error:?}") };
+        (error.kind(), shown(error))
+    };
+    let (unknown, said) = kind(None, None).await;
+    assert_eq!(unknown, StoreErrorKind::Unavailable, "{said}");
+    assert!(said.contains("certificate"), "{said}");
+    for (ca_bundle, variable) in [(Some(authority.as_str()), None), (None, Some(authority.as_str()))] {
+        let (answered, said) = kind(ca_bundle, variable).await;
+        assert!([StoreErrorKind::NotFound, StoreErrorKind::PermissionDenied].contains(&answered), "{said}");
+    }
+    // The variable is the hub's own and wins.
+    assert_eq!(kind(Some(&authority), Some("/no/such/bundle.pem")).await.0, StoreErrorKind::LocalDisk);
+}

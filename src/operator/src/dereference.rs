@@ -60,7 +60,8 @@ async fn missing_config_map(job: &FineTuneJob, ctx: &Context, namespace: &str) -
     let model = job.spec.model.source.object_store.as_ref().and_then(|store| store.storage.as_ref());
     let config_maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), namespace);
     let referenced = |storage: &StorageSpec| storage.ca_bundle_config_map_ref.as_ref().map(|reference| reference.name.clone());
-    for name in referenced(&storage).into_iter().chain(model.and_then(referenced)) {
+    let trusted = ctx.settings.trainer.ca_bundle_config_map_ref.as_ref().map(|reference| reference.name.clone());
+    for name in referenced(&storage).into_iter().chain(model.and_then(referenced)).chain(trusted) {
         if ctx.call(Operation::GetConfigMap, config_maps.get_metadata_opt(&name)).await?.is_none() {
             return Ok(Some(name));
         }

@@ -6,7 +6,7 @@
 use k8s_openapi::api::core::v1::{Affinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm};
 use serde::{Deserialize, Serialize};
 
-use finetune_api::GpuSpec;
+use finetune_api::{GpuSpec, SchedulingSpec};
 
 /// GFD's label with the memory of the GPU in MiB.
 const GFD_MEMORY: &str = "nvidia.com/gpu.memory";
@@ -72,18 +72,35 @@ pub fn check_node_classes(classes: &[NodeClass]) -> Result<(), NodeClassError> {
     Ok(())
 }
 
-/// The pod's affinity: the user's own, with the terms of the GPU class added. CPU jobs (`perReplica: 0`) keep the user's as it is.
-pub fn affinity(gpu: &GpuSpec, classes: &[NodeClass], user: Option<&Affinity>) -> Option<Affinity> {
-    if gpu.per_replica == 0 {
+/// Label of a node's processor architecture.
+const ARCHITECTURE: &str = "kubernetes.io/arch";
+
+/// The pod's affinity: the user's own, with the terms of the GPU class and the `architectures` of the image added. CPU jobs (`perReplica: 0`) have no class.
+pub fn affinity(scheduling: &SchedulingSpec, classes: &[NodeClass], architectures: &[String]) -> Option<Affinity> {
+    let user = scheduling.affinity.as_ref();
+    let architecture = (!architectures.is_empty() && !names_architecture(scheduling)).then(|| requirement(ARCHITECTURE, "In", architectures));
+    let mut added = if scheduling.gpu.per_replica == 0 { vec![term(Vec::new())] } else { gpu_terms(&scheduling.gpu, classes) };
+    for term in &mut added {
+        term.match_expressions.get_or_insert_default().extend(architecture.iter().cloned());
+    }
+    // An empty term matches no node at all.
+    if added.iter().all(|term| term.match_expressions.as_ref().is_none_or(Vec::is_empty)) {
         return user.cloned();
     }
-    let class_terms = gpu_terms(gpu, classes);
     let mut affinity = user.cloned().unwrap_or_default();
     let node_affinity = affinity.node_affinity.get_or_insert_default();
     let user_terms = node_affinity.required_during_scheduling_ignored_during_execution.take().map(|selector| selector.node_selector_terms).unwrap_or_default();
-    let terms = if user_terms.is_empty() { class_terms } else { user_terms.iter().flat_map(|user| class_terms.iter().map(|class| and(user, class))).collect() };
+    let terms = if user_terms.is_empty() { added } else { user_terms.iter().flat_map(|user| added.iter().map(|added| and(user, added))).collect() };
     node_affinity.required_during_scheduling_ignored_during_execution = Some(NodeSelector { node_selector_terms: terms });
     Some(affinity)
+}
+
+/// Whether the user has decided about the architecture.
+fn names_architecture(scheduling: &SchedulingSpec) -> bool {
+    let required =
+        scheduling.affinity.as_ref().and_then(|affinity| affinity.node_affinity.as_ref()?.required_during_scheduling_ignored_during_execution.as_ref());
+    let mut expressions = required.into_iter().flat_map(|selector| &selector.node_selector_terms).flat_map(|term| term.match_expressions.iter().flatten());
+    scheduling.node_selector.contains_key(ARCHITECTURE) || expressions.any(|expression| expression.key == ARCHITECTURE)
 }
 
 /// The terms of the GPU class alone.
@@ -108,7 +125,7 @@ fn gpu_terms(gpu: &GpuSpec, classes: &[NodeClass]) -> Vec<NodeSelectorTerm> {
         for class in classes {
             let capable = capability(&class.compute_capability).is_some_and(|lowest| lowest >= wanted);
             let fits =
-                class.memory_label.is_some() || (class.memory_mib >= gpu.min_memory_mib && gpu.max_memory_mib.is_none_or(|most| class.memory_mib <= most));
+                class.memory_label.is_some() || (class.memory_mib >= gpu.min_memory_mib && gpu.most_memory_mib().is_none_or(|most| class.memory_mib <= most));
             if capable && fits {
                 let mut expressions = class.memory_label.as_deref().map(|label| memory_bounds(label, gpu)).unwrap_or_default();
                 expressions.extend(class.match_expressions.iter().cloned());
@@ -123,7 +140,7 @@ fn gpu_terms(gpu: &GpuSpec, classes: &[NodeClass]) -> Vec<NodeSelectorTerm> {
 /// `Gt` and `Lt` are exclusive and compare integers.
 fn memory_bounds(label: &str, gpu: &GpuSpec) -> Vec<NodeSelectorRequirement> {
     let lower = requirement(label, "Gt", &[gpu.min_memory_mib.saturating_sub(1).to_string()]);
-    let upper = gpu.max_memory_mib.map(|most| requirement(label, "Lt", &[most.saturating_add(1).to_string()]));
+    let upper = gpu.most_memory_mib().map(|most| requirement(label, "Lt", &[most.saturating_add(1).to_string()]));
     std::iter::once(lower).chain(upper).collect()
 }
 
@@ -184,6 +201,12 @@ mod tests {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     }
 
+    /// Every kubelet sets the label.
+    fn on(architecture: &str, mut labels: Labels) -> Labels {
+        labels.entry(ARCHITECTURE.to_owned()).or_insert_with(|| architecture.to_owned());
+        labels
+    }
+
     fn gfd(memory: &str, capability: (&str, &str), product: &str) -> Labels {
         labels(&[
             ("nvidia.com/gpu.memory", memory),
@@ -202,37 +225,44 @@ mod tests {
             base.extend(labels(more));
             base
         };
-        match name {
-            "T4, GFD" => gfd("15360", ("7", "5"), "Tesla-T4"),
-            "T4, GFD, older driver" => gfd("16384", ("7", "5"), "Tesla-T4"),
-            "A4000, GFD" => gfd("16376", ("8", "6"), "NVIDIA-RTX-A4000"),
-            "V100 16 GB, GFD" => gfd("16160", ("7", "0"), "Tesla-V100-PCIE-16GB"),
-            "L4, GFD" => gfd("23034", ("8", "9"), "NVIDIA-L4"),
-            "A10G, GFD" => gfd("23028", ("8", "6"), "NVIDIA-A10G"),
-            "RTX 3060, GFD" => gfd("12288", ("8", "6"), "NVIDIA-GeForce-RTX-3060"),
-            "T4, GFD, time-sliced" => {
-                with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "time-slicing"), ("nvidia.com/gpu.replicas", "4")])
-            }
-            "T4, GFD, MPS" => with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "mps")]),
-            "T4, Karpenter" => labels(&[
-                ("karpenter.k8s.aws/instance-gpu-memory", "16384"),
-                ("karpenter.k8s.aws/instance-gpu-name", "t4"),
-                ("node.kubernetes.io/instance-type", "g4dn.xlarge"),
-            ]),
-            "V100, Karpenter" => labels(&[("karpenter.k8s.aws/instance-gpu-memory", "16384"), ("karpenter.k8s.aws/instance-gpu-name", "v100")]),
-            "A10G, Karpenter" => labels(&[("karpenter.k8s.aws/instance-gpu-memory", "22888"), ("karpenter.k8s.aws/instance-gpu-name", "a10g")]),
-            "T4, EKS Auto" => labels(&[("eks.amazonaws.com/instance-gpu-memory", "16384"), ("eks.amazonaws.com/instance-gpu-name", "t4")]),
-            "T4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu", "true")]),
-            "T4, GKE, time-shared" => {
-                labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu-sharing-strategy", "time-sharing")])
-            }
-            "L4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-l4")]),
-            "CPU node" => labels(&[("kubernetes.io/arch", "amd64")]),
-            other => panic!("{other}"),
-        }
+        on(
+            "amd64",
+            match name {
+                "T4G, Karpenter" => on("arm64", labels(&[("karpenter.k8s.aws/instance-gpu-memory", "16384"), ("karpenter.k8s.aws/instance-gpu-name", "t4g")])),
+                "T4G, GFD" => on("arm64", gfd("15360", ("7", "5"), "Tesla-T4G")),
+                "T4, GFD" => gfd("15360", ("7", "5"), "Tesla-T4"),
+                "T4, GFD, older driver" => gfd("16384", ("7", "5"), "Tesla-T4"),
+                "A4000, GFD" => gfd("16376", ("8", "6"), "NVIDIA-RTX-A4000"),
+                "V100 16 GB, GFD" => gfd("16160", ("7", "0"), "Tesla-V100-PCIE-16GB"),
+                "L4, GFD" => gfd("23034", ("8", "9"), "NVIDIA-L4"),
+                "A10G, GFD" => gfd("23028", ("8", "6"), "NVIDIA-A10G"),
+                "RTX 3060, GFD" => gfd("12288", ("8", "6"), "NVIDIA-GeForce-RTX-3060"),
+                "T4, GFD, time-sliced" => {
+                    with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "time-slicing"), ("nvidia.com/gpu.replicas", "4")])
+                }
+                "T4, GFD, MPS" => with(gfd("15360", ("7", "5"), "Tesla-T4-SHARED"), &[("nvidia.com/gpu.sharing-strategy", "mps")]),
+                "T4, Karpenter" => labels(&[
+                    ("karpenter.k8s.aws/instance-gpu-memory", "16384"),
+                    ("karpenter.k8s.aws/instance-gpu-name", "t4"),
+                    ("node.kubernetes.io/instance-type", "g4dn.xlarge"),
+                ]),
+                "V100, Karpenter" => labels(&[("karpenter.k8s.aws/instance-gpu-memory", "16384"), ("karpenter.k8s.aws/instance-gpu-name", "v100")]),
+                "A10G, Karpenter" => labels(&[("karpenter.k8s.aws/instance-gpu-memory", "22888"), ("karpenter.k8s.aws/instance-gpu-name", "a10g")]),
+                "T4, EKS Auto" => labels(&[("eks.amazonaws.com/instance-gpu-memory", "16384"), ("eks.amazonaws.com/instance-gpu-name", "t4")]),
+                "T4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu", "true")]),
+                "T4, GKE, time-shared" => {
+                    labels(&[("cloud.google.com/gke-accelerator", "nvidia-tesla-t4"), ("cloud.google.com/gke-gpu-sharing-strategy", "time-sharing")])
+                }
+                "L4, GKE" => labels(&[("cloud.google.com/gke-accelerator", "nvidia-l4")]),
+                "CPU node" => labels(&[("kubernetes.io/arch", "amd64")]),
+                other => panic!("{other}"),
+            },
+        )
     }
 
-    const NODES: [&str; 17] = [
+    const NODES: [&str; 19] = [
+        "T4G, Karpenter",
+        "T4G, GFD",
         "T4, GFD",
         "T4, GFD, older driver",
         "A4000, GFD",
@@ -253,7 +283,8 @@ mod tests {
     ];
 
     fn chosen(gpu: &GpuSpec, user: Option<&Affinity>) -> Vec<&'static str> {
-        let affinity = affinity(gpu, &classes(), user).unwrap();
+        let scheduling = SchedulingSpec { gpu: gpu.clone(), affinity: user.cloned(), ..SchedulingSpec::default() };
+        let affinity = affinity(&scheduling, &classes(), &["amd64".to_owned()]).unwrap();
         let terms = affinity.node_affinity.unwrap().required_during_scheduling_ignored_during_execution.unwrap().node_selector_terms;
         NODES.into_iter().filter(|name| terms.iter().any(|term| term_matches(term, name, &node(name)))).collect()
     }
@@ -271,14 +302,14 @@ mod tests {
             change(&mut gpu);
             chosen(&gpu, None)
         };
-        let larger_too = gpu(|gpu| gpu.max_memory_mib = None);
+        let larger_too = gpu(|gpu| gpu.max_memory_mib = 0);
         for name in ["T4, GFD", "L4, GFD", "A10G, GFD", "A10G, Karpenter", "T4, GKE"] {
             assert!(larger_too.contains(&name), "{name} in {larger_too:?}");
         }
         assert_eq!(
             gpu(|gpu| {
                 gpu.min_memory_mib = 20_000;
-                gpu.max_memory_mib = Some(25_000);
+                gpu.max_memory_mib = 25_000;
             }),
             ["L4, GFD", "A10G, GFD", "A10G, Karpenter"]
         );
@@ -297,7 +328,8 @@ mod tests {
         let mut user = Affinity::default();
         user.node_affinity.get_or_insert_default().required_during_scheduling_ignored_during_execution =
             Some(NodeSelector { node_selector_terms: vec![user_term("a"), user_term("b")] });
-        let affinity = affinity(&GpuSpec::default(), &classes(), Some(&user)).unwrap();
+        let scheduling = SchedulingSpec { affinity: Some(user), ..SchedulingSpec::default() };
+        let affinity = affinity(&scheduling, &classes(), &[]).unwrap();
         let terms = affinity.node_affinity.unwrap().required_during_scheduling_ignored_during_execution.unwrap().node_selector_terms;
         assert_eq!(terms.len(), 2 * 5, "two alternatives of the user times five of the class");
         let mut in_zone = node("T4, GFD");
@@ -309,11 +341,37 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_job_has_the_users_affinity_only() {
-        let gpu = GpuSpec { per_replica: 0, ..GpuSpec::default() };
-        assert_eq!(affinity(&gpu, &classes(), None), None);
+    fn a_cpu_job_has_the_users_affinity_and_the_images_architecture() {
+        let scheduling = |affinity| SchedulingSpec { gpu: GpuSpec { per_replica: 0, ..GpuSpec::default() }, affinity, ..SchedulingSpec::default() };
+        assert_eq!(affinity(&scheduling(None), &classes(), &[]), None);
         let user = Affinity::default();
-        assert_eq!(affinity(&gpu, &classes(), Some(&user)), Some(user));
+        assert_eq!(affinity(&scheduling(Some(user.clone())), &classes(), &[]), Some(user));
+        assert_eq!(terms(&scheduling(None), &["amd64", "arm64"]), [term(vec![requirement(ARCHITECTURE, "In", &["amd64", "arm64"])])]);
+    }
+
+    fn terms(scheduling: &SchedulingSpec, architectures: &[&str]) -> Vec<NodeSelectorTerm> {
+        let architectures: Vec<String> = architectures.iter().map(ToString::to_string).collect();
+        let affinity = affinity(scheduling, &classes(), &architectures).unwrap();
+        affinity.node_affinity.unwrap().required_during_scheduling_ignored_during_execution.unwrap().node_selector_terms
+    }
+
+    #[test]
+    fn nodes_of_another_architecture_are_left_unless_the_job_names_one() {
+        let takes = |scheduling: &SchedulingSpec, architectures: &[&str], name: &str| {
+            terms(scheduling, architectures).iter().any(|term| term_matches(term, name, &node(name)))
+        };
+        let mut scheduling = SchedulingSpec::default();
+        for name in ["T4G, Karpenter", "T4G, GFD"] {
+            assert!(!takes(&scheduling, &["amd64"], name), "exec format error");
+            assert!(takes(&scheduling, &["amd64", "arm64"], name) && takes(&scheduling, &[], name));
+        }
+        scheduling.node_selector.insert(ARCHITECTURE.to_owned(), "arm64".to_owned());
+        assert!(takes(&scheduling, &["amd64"], "T4G, GFD"), "the selector decides");
+        let own = term(vec![requirement(ARCHITECTURE, "In", &["arm64"])]);
+        let mut user = Affinity::default();
+        user.node_affinity.get_or_insert_default().required_during_scheduling_ignored_during_execution = Some(NodeSelector { node_selector_terms: vec![own] });
+        let scheduling = SchedulingSpec { affinity: Some(user), ..SchedulingSpec::default() };
+        assert!(takes(&scheduling, &["amd64"], "T4G, GFD") && !takes(&scheduling, &["amd64"], "T4, GFD"));
     }
 
     #[test]

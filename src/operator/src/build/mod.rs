@@ -32,6 +32,8 @@ pub mod paths {
     pub const CA_BUNDLE: &str = "/etc/finetune-ca/storage/ca.crt";
     /// Certificates of the model's own storage.
     pub const MODEL_CA_BUNDLE: &str = "/etc/finetune-ca/model/ca.crt";
+    /// Certificates that the operator's configuration adds.
+    pub const TRUSTED_CA_BUNDLE: &str = "/etc/finetune-ca/trusted/ca.crt";
     /// Where the trainer leaves its last report.
     pub const TERMINATION_MESSAGE: &str = "/dev/termination-log";
 }

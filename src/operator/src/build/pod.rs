@@ -3,30 +3,30 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath, ObjectFieldSelector,
-    PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretEnvSource, SecretKeySelector,
-    SecurityContext, Toleration, Volume, VolumeMount,
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath, LocalObjectReference,
+    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile,
+    SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::ObjectMeta;
 
 use super::{affinity, labels, paths};
-use crate::settings::Settings;
+use crate::settings::{PodIds, Settings};
 use crate::validate::ValidatedJob;
 use finetune_api::plan::MODEL_CREDENTIALS_PREFIX;
 use finetune_api::{ConfigMapKeyRef, PROGRESS_PORT, ResourceAmounts, StorageSpec, TRAINER_CONTAINER};
 
-/// User and group of the trainer.
-const USER: i64 = 65_532;
 /// How long the pod stays bound to a node that does not answer.
 const LOST_NODE_SECONDS: i64 = 60;
+/// Variables that name certificates, by whom they are for.
+const CA_VARIABLES: [&str; 4] = ["HF_CA_BUNDLE", "AWS_CA_BUNDLE", "GOOGLE_CA_BUNDLE", "AZURE_CA_BUNDLE"];
 /// Space in memory for `/tmp`.
 const TMP_SIZE: &str = "256Mi";
 
 /// The pod template of the Job.
 pub(super) fn template(job: &ValidatedJob, settings: &Settings, image: &str) -> PodTemplateSpec {
     let spec = &job.spec;
-    let mounts = mounts(job);
+    let mounts = mounts(job, settings);
     let mut pod_labels = spec.pod_template.labels.clone();
     pod_labels.extend(labels(job));
     PodTemplateSpec {
@@ -42,19 +42,10 @@ pub(super) fn template(job: &ValidatedJob, settings: &Settings, image: &str) -> 
             enable_service_links: Some(false),
             service_account_name: Some(spec.service_account_name.clone()),
             termination_grace_period_seconds: Some(spec.pod_template.termination_grace_period_seconds),
-            image_pull_secrets: (!spec.pod_template.image_pull_secrets.is_empty()).then(|| spec.pod_template.image_pull_secrets.clone()),
-            security_context: Some(PodSecurityContext {
-                run_as_non_root: Some(true),
-                run_as_user: Some(USER),
-                run_as_group: Some(USER),
-                fs_group: Some(USER),
-                // A model or cache volume may hold many files; their owner is changed once.
-                fs_group_change_policy: Some("OnRootMismatch".to_owned()),
-                seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
-                ..PodSecurityContext::default()
-            }),
+            image_pull_secrets: Some(image_pull_secrets(job, settings)).filter(|secrets| !secrets.is_empty()),
+            security_context: Some(security_context(&settings.trainer.pod_ids())),
             node_selector: (!spec.scheduling.node_selector.is_empty()).then(|| spec.scheduling.node_selector.clone()),
-            affinity: affinity::affinity(&spec.scheduling.gpu, &settings.node_classes, spec.scheduling.affinity.as_ref()),
+            affinity: affinity::affinity(&spec.scheduling, &settings.node_classes, &settings.trainer.architectures),
             tolerations: Some(tolerations(&spec.scheduling.tolerations)),
             topology_spread_constraints: (!spec.scheduling.topology_spread_constraints.is_empty()).then(|| spec.scheduling.topology_spread_constraints.clone()),
             priority_class_name: spec.scheduling.priority_class_name.clone(),
@@ -67,14 +58,35 @@ pub(super) fn template(job: &ValidatedJob, settings: &Settings, image: &str) -> 
     }
 }
 
+/// The job's own first, then the operator's.
+fn image_pull_secrets(job: &ValidatedJob, settings: &Settings) -> Vec<LocalObjectReference> {
+    let mut secrets = job.spec.pod_template.image_pull_secrets.clone();
+    secrets.extend(settings.trainer.image_pull_secrets.iter().filter(|secret| !job.spec.pod_template.image_pull_secrets.contains(secret)).cloned());
+    secrets
+}
+
+fn security_context(ids: &PodIds) -> PodSecurityContext {
+    PodSecurityContext {
+        run_as_non_root: Some(true),
+        run_as_user: ids.run_as_user,
+        run_as_group: ids.run_as_group,
+        fs_group: ids.fs_group,
+        supplemental_groups: (!ids.supplemental_groups.is_empty()).then(|| ids.supplemental_groups.clone()),
+        // A model or cache volume may hold many files; their owner is changed once.
+        fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
+        ..PodSecurityContext::default()
+    }
+}
+
 /// The trainer. It has no probes: a restart would lose work that a slow step has done, and its progress is watched by the operator.
 fn container(job: &ValidatedJob, settings: &Settings, image: &str, mounts: Vec<VolumeMount>) -> Container {
     Container {
         name: TRAINER_CONTAINER.to_owned(),
         image: Some(image.to_owned()),
-        image_pull_policy: settings.image_pull_policy.clone(),
+        image_pull_policy: settings.trainer.image_pull_policy.clone(),
         args: Some(vec!["train".to_owned(), format!("--config={}/{}", paths::CONFIG_DIR, paths::CONFIG_FILE)]),
-        env: Some(environment(job)),
+        env: Some(environment(job, settings)),
         env_from: (!credentials(job).is_empty()).then(|| credentials(job)),
         ports: Some(vec![ContainerPort {
             name: Some("progress".to_owned()),
@@ -99,7 +111,7 @@ fn container(job: &ValidatedJob, settings: &Settings, image: &str, mounts: Vec<V
 }
 
 /// Variables that the trainer reads. They win over those of the credentials' Secrets.
-fn environment(job: &ValidatedJob) -> Vec<EnvVar> {
+fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
     let plain = |name: &str, value: String| EnvVar { name: name.to_owned(), value: Some(value), value_from: None };
     let from = |name: &str, value_from: EnvVarSource| EnvVar { name: name.to_owned(), value: None, value_from: Some(value_from) };
     let field = |name: &str, path: &str| {
@@ -122,6 +134,13 @@ fn environment(job: &ValidatedJob) -> Vec<EnvVar> {
         plain("HOME", paths::WORK_DIR.to_owned()),
         plain("TMPDIR", "/tmp".to_owned()),
     ];
+    if let Some(endpoint) = &settings.trainer.hub_endpoint {
+        variables.push(plain("HF_ENDPOINT", endpoint.clone()));
+    }
+    if settings.trainer.ca_bundle_config_map_ref.is_some() {
+        variables.extend(CA_VARIABLES.map(|name| plain(name, paths::TRUSTED_CA_BUNDLE.to_owned())));
+    }
+    variables.extend(settings.trainer.env.iter().cloned());
     if let Some(token) = job.spec.model.source.hugging_face.as_ref().and_then(|hub| hub.token_secret_ref.as_ref()) {
         variables.push(from(
             "HF_TOKEN",
@@ -154,7 +173,7 @@ fn model_storage(job: &ValidatedJob) -> Option<&StorageSpec> {
 }
 
 /// Volumes, each with its mount.
-fn mounts(job: &ValidatedJob) -> Vec<(Volume, VolumeMount)> {
+fn mounts(job: &ValidatedJob, settings: &Settings) -> Vec<(Volume, VolumeMount)> {
     let volume = |name: &str| Volume { name: name.to_owned(), ..Volume::default() };
     let mount = |name: &str, path: &str, read_only: bool| VolumeMount {
         name: name.to_owned(),
@@ -194,6 +213,9 @@ fn mounts(job: &ValidatedJob) -> Vec<(Volume, VolumeMount)> {
     }
     if let Some(reference) = model_storage(job).and_then(|storage| storage.ca_bundle_config_map_ref.as_ref()) {
         mounts.push(ca_bundle("model-ca", paths::MODEL_CA_BUNDLE, reference));
+    }
+    if let Some(reference) = &settings.trainer.ca_bundle_config_map_ref {
+        mounts.push(ca_bundle("trusted-ca", paths::TRUSTED_CA_BUNDLE, reference));
     }
     mounts
 }

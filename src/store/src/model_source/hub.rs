@@ -3,6 +3,7 @@
 //! The access token goes to the hub's own origin only: redirects are followed by hand, and a request to any other host (where
 //! large files live) carries no credentials.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,21 @@ const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const MAX_LISTING_BYTES: usize = 16 << 20;
 /// Redirects followed for one request.
 const MAX_REDIRECTS: usize = 5;
+
+/// The client with the certificates of `HF_CA_BUNDLE`, else of the job's storage: a mirror behind a private authority.
+fn trusting(mut client: reqwest::ClientBuilder, options: &StoreOptions) -> Result<reqwest::ClientBuilder> {
+    let Some(path) = options.environment.get("HF_CA_BUNDLE").map(PathBuf::from).or_else(|| options.ca_bundle.clone()) else { return Ok(client) };
+    let pem = std::fs::read(&path).map_err(StoreError::local("read the CA bundle", &path))?;
+    let invalid = |problem: &str| StoreError::invalid(&path.display().to_string(), problem);
+    let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| invalid(&format!("the CA bundle cannot be read: {}", chain(&error))))?;
+    if certificates.is_empty() {
+        return Err(invalid("the CA bundle holds no PEM certificate"));
+    }
+    for certificate in certificates {
+        client = client.add_root_certificate(certificate);
+    }
+    Ok(client)
+}
 
 /// One repository of the hub at one commit.
 #[derive(Clone)]
@@ -60,7 +76,7 @@ impl Hub {
         let secrets = options.environment.secrets();
         // The process has one TLS provider; a second installation is refused and changes nothing.
         let _already_installed = rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder()
+        let http = trusting(reqwest::Client::builder(), options)?
             .user_agent(concat!("finetune-operator/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(options.retry.connect_timeout)
