@@ -43,6 +43,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* User and groups of a pod as JSON, without those that are left out; called with the value podSecurityContext, which may be null. */}}
+{{- define "finetune.ids" -}}
+{{- $ids := dict -}}
+{{- range $name, $id := (default (dict) .) -}}
+{{- if not (kindIs "invalid" $id) -}}{{- $_ := set $ids $name (ternary $id (int64 $id) (kindIs "slice" $id)) -}}{{- end -}}
+{{- end -}}
+{{- toJson $ids -}}
+{{- end -}}
+
+{{/* Name of the release's objects of the cluster: two releases of one name in two namespaces are two. */}}
+{{- define "finetune.clusterName" -}}
+{{- printf "%s-%s" .Release.Namespace (include "finetune.fullname" .) -}}
+{{- end -}}
+
 {{/* What the operator may do with the objects of the namespaces that it watches: the whole list. */}}
 {{- define "finetune.rules" -}}
 - apiGroups: [finetune.dev]
@@ -50,7 +64,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch{{ if .Values.operator.allowTtlScopeAll }}, delete{{ end }}]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/status]
-  verbs: [get, patch]
+  verbs: [patch]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/finalizers]   # for blockOwnerDeletion, where the cluster enforces owner permissions
   verbs: [update]
@@ -59,14 +73,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   verbs: [get, list, watch, create, delete, patch]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 - apiGroups: [""]
-  resources: [configmaps]
-  verbs: [get, list, watch, create]
+  resources: [configmaps]   # get: the metadata of those that a job names, to say that one is missing
+  verbs: [get, create]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, patch]
 - apiGroups: [kueue.x-k8s.io]
   resources: [workloads]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 {{- end -}}

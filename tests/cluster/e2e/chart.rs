@@ -24,6 +24,7 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
         "metrics": {"dashboard": on, "serviceMonitor": on, "podMonitor": on, "prometheusRule": on},
         "operator": {"allowTtlScopeAll": true},
         "leaderElection": {"flowSchema": true},
+        "admissionPolicy": {"enabled": true, "allowedImages": ["localhost/"], "allowedServiceAccounts": ["default"]},
     });
     let dry_run =
         |manifests: &str| kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict", "-f", "-"], manifests);
@@ -35,7 +36,7 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
         let rendered = helm(&["template", RELEASE, &chart, "-n", SYSTEM, "-f", &file.display().to_string()]).unwrap_or_else(|error| panic!("{error}"));
         let said = dry_run(&rendered).unwrap_or_else(|error| panic!("{error}"));
         let monitors = ["servicemonitor", "podmonitor", "prometheusrule"];
-        let others = ["networkpolicy", "flowschema", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
+        let others = ["networkpolicy", "flowschema", "validatingadmissionpolicy", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
         for kind in monitors.into_iter().chain(others) {
             assert!(said.contains(kind), "{kind}: {said}");
         }

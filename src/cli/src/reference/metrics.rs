@@ -21,9 +21,10 @@ pub(super) fn page() -> anyhow::Result<String> {
     }
     out.push_str(
         "\nCounters start anew with the process: use `rate()` and `increase()`. Only the leader counts jobs, so `sum without (pod)` over replicas is right.\n\n\
-         Worth an alert: `max(finetune_leader) < 1`, `finetune_crd_missing == 1`, a growing `finetune_reconcile_errors_total`, jobs long in `Queued`, and\n\
-         `increase(finetune_job_restarts_total{cause!=\"Suspended\"}[1h])`.\n\n\
-         ## Trainer (port 9400 of its pod)\n\nScraped by the chart's PodMonitor. A value that is not known yet is absent.\n\n\
+         The label `namespace` is that of the jobs, not of the operator: scrape with `honorLabels: true`, as the chart's ServiceMonitor does. The chart's alerts\n\
+         (`metrics.prometheusRule`) and what to do about each: [runbooks](../guides/runbooks.md). Alerts of your own should select the operator's series by the\n\
+         labels of their target (`job=\"finetune-operator-metrics\"`): any pod may serve a metric of that name.\n\n\
+         ## Trainer (port 9400 of its pod)\n\nScraped by the chart's PodMonitor, which keeps `finetune_trainer_*` and nothing else that a pod serves. A value that is not known yet is absent.\n\n\
          | name | type | meaning |\n|---|---|---|\n",
     );
     for (name, kind, help) in Reporter::metric_descriptions() {

@@ -1,25 +1,37 @@
 //! The Helm chart, rendered: what the objects say for several sets of values, and what the schema of the values refuses.
 //!
-//! `tests/cluster/e2e` installs the chart on a real cluster.
+//! `tests/cluster/e2e` installs the chart on a real cluster. `alerts.rs` runs its alerts by Prometheus' own promtool.
 #![cfg(feature = "operator")]
 #![expect(clippy::panic, clippy::expect_used, clippy::unwrap_in_result, reason = "helpers of tests stop at the first failure")]
+
+mod alerts;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use finetune_operator::settings::{ConfigFile, Settings};
+use finetune_operator::settings::{ConfigFile, PodIds, Settings};
 use finetune_testing::programs::{helm, repository};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
 
 const RELEASE: &str = "finetune-operator";
 const NAMESPACE: &str = "finetune-system";
+/// Name of the release's objects of the cluster.
+const CLUSTER_NAME: &str = "finetune-system-finetune-operator";
 
 /// Every optional part of the chart turned on.
 const EVERYTHING: &str = r#"
 image: {digest: "sha256:0000000000000000000000000000000000000000000000000000000000000000"}
 imagePullSecrets: [{name: registry}]
-trainer: {allowCpuFallback: true}
+trainer:
+  allowCpuFallback: true
+  image: {architectures: [amd64, arm64]}
+  imagePullSecrets: [{name: registry}]
+  podSecurityContext: {runAsUser: 1000, runAsGroup: null, fsGroup: null, supplementalGroups: [7]}
+  env: [{name: EXTRA, value: "1"}, {name: KEY, valueFrom: {secretKeyRef: {name: s, key: k}}}]
+  proxy: {https: "http://proxy.example.com:3128", noProxy: ".svc,10.0.0.0/8"}
+  hubEndpoint: https://hub.example.com
+  caBundleConfigMapRef: {name: company-ca, key: ca.crt}
 defaultStorage: {endpoint: "http://10.0.0.1:8333", region: here, credentials: {secretRef: {name: storage}}, caBundleConfigMapRef: {name: ca, key: ca.crt}}
 operator: {allowTtlScopeAll: true, extraEnv: [{name: EXTRA, value: "1"}]}
 serviceAccount: {annotations: {team: one}}
@@ -32,6 +44,7 @@ topologySpreadConstraints: [{maxSkew: 1, topologyKey: zone, whenUnsatisfiable: D
 priorityClassName: high
 networkPolicy: {enabled: true, metricsFrom: [{namespaceSelector: {matchLabels: {name: monitoring}}}], apiServerCIDRs: [10.0.0.0/8]}
 leaderElection: {flowSchema: true}
+admissionPolicy: {enabled: true, allowedImages: [registry.example.com/team/], allowedServiceAccounts: [default, trainer]}
 metrics:
   serviceMonitor: {enabled: true, labels: {release: prometheus}}
   podMonitor: {enabled: true, labels: {release: prometheus}}
@@ -45,10 +58,15 @@ fn chart() -> String {
 
 /// `helm template` with these values.
 fn template(values: &str) -> Result<Vec<Value>, String> {
+    template_in(NAMESPACE, values)
+}
+
+/// The same in another namespace.
+fn template_in(namespace: &str, values: &str) -> Result<Vec<Value>, String> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("values.yaml");
     std::fs::write(&file, values).expect("values are written");
-    let text = helm(&["template", RELEASE, &chart(), "-n", NAMESPACE, "--kube-version", "1.33.0", "-f", &file.display().to_string()])?;
+    let text = helm(&["template", RELEASE, &chart(), "-n", namespace, "--kube-version", "1.33.0", "-f", &file.display().to_string()])?;
     Ok(serde_yaml::Deserializer::from_str(&text)
         .map(|document| Value::deserialize(document).expect("rendered YAML parses"))
         .filter(|object| !object.is_null())
@@ -99,13 +117,13 @@ fn expected(list: &[(&str, &str, &[&str])]) -> BTreeSet<(String, String, String)
 /// What the operator may do in a namespace that it watches: the whole list.
 const NAMESPACED_RIGHTS: &[(&str, &str, &[&str])] = &[
     ("finetune.dev", "finetunejobs", &["get", "list", "watch"]),
-    ("finetune.dev", "finetunejobs/status", &["get", "patch"]),
+    ("finetune.dev", "finetunejobs/status", &["patch"]),
     ("finetune.dev", "finetunejobs/finalizers", &["update"]),
     ("batch", "jobs", &["get", "list", "watch", "create", "delete", "patch"]),
-    ("", "pods", &["get", "list", "watch"]),
-    ("", "configmaps", &["get", "list", "watch", "create"]),
+    ("", "pods", &["list", "watch"]),
+    ("", "configmaps", &["get", "create"]),
     ("events.k8s.io", "events", &["create", "patch"]),
-    ("kueue.x-k8s.io", "workloads", &["get", "list", "watch"]),
+    ("kueue.x-k8s.io", "workloads", &["list", "watch"]),
 ];
 
 #[test]
@@ -174,7 +192,7 @@ fn operator_pods_are_restricted_and_spread() {
 #[test]
 fn the_operator_gets_these_rights_and_no_others() {
     let objects = rendered("");
-    let role = of_kind(&objects, "ClusterRole").into_iter().find(|role| role["metadata"]["name"] == RELEASE).expect("the operator's role");
+    let role = of_kind(&objects, "ClusterRole").into_iter().find(|role| role["metadata"]["name"] == CLUSTER_NAME).expect("the operator's role");
     let mut list = NAMESPACED_RIGHTS.to_vec();
     list.push(("", "nodes", &["list", "watch"]));
     assert_eq!(rights(&role["rules"]), expected(&list));
@@ -187,7 +205,7 @@ fn the_operator_gets_these_rights_and_no_others() {
 #[test]
 fn deleting_jobs_is_a_right_of_its_own() {
     let objects = rendered("operator: {allowTtlScopeAll: true}");
-    let role = of_kind(&objects, "ClusterRole").into_iter().find(|role| role["metadata"]["name"] == RELEASE).expect("the operator's role");
+    let role = of_kind(&objects, "ClusterRole").into_iter().find(|role| role["metadata"]["name"] == CLUSTER_NAME).expect("the operator's role");
     assert!(rights(&role["rules"]).contains(&("finetune.dev".to_owned(), "finetunejobs".to_owned(), "delete".to_owned())));
 }
 
@@ -195,7 +213,7 @@ fn deleting_jobs_is_a_right_of_its_own() {
 fn watched_namespaces_replace_the_cluster_role() {
     let objects = rendered("watchNamespaces: [team-a, team-b]");
     assert_eq!(of_kind(&objects, "ClusterRoleBinding").len(), 0);
-    assert!(of_kind(&objects, "ClusterRole").iter().all(|role| role["metadata"]["name"] != RELEASE), "only the aggregated roles");
+    assert!(of_kind(&objects, "ClusterRole").iter().all(|role| role["metadata"]["name"] != CLUSTER_NAME), "only the aggregated roles");
     for namespace in ["team-a", "team-b"] {
         let role = of_kind(&objects, "Role").into_iter().find(|role| role["metadata"]["namespace"] == namespace).expect("a role");
         assert_eq!(rights(&role["rules"]), expected(NAMESPACED_RIGHTS));
@@ -208,8 +226,8 @@ fn watched_namespaces_replace_the_cluster_role() {
 fn users_roles_aggregate_into_the_built_in_ones() {
     let objects = rendered("");
     let role = |name: &str| of_kind(&objects, "ClusterRole").into_iter().find(|role| role["metadata"]["name"] == name).expect("a role").clone();
-    let edit = role(&format!("{RELEASE}-edit"));
-    let view = role(&format!("{RELEASE}-view"));
+    let edit = role(&format!("{CLUSTER_NAME}-edit"));
+    let view = role(&format!("{CLUSTER_NAME}-view"));
     assert_eq!(edit["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-edit"], "true");
     assert_eq!(view["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-view"], "true");
     assert!(view["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-admin"] == "true");
@@ -241,7 +259,85 @@ fn the_operator_understands_its_configuration() {
         assert!(settings.trainer_image.contains("finetune-trainer"));
         assert_eq!(settings.node_classes.len(), 3, "Karpenter, EKS, GKE");
         assert_eq!(settings.default_storage.endpoint.is_some(), values == EVERYTHING);
+        let trainer = settings.trainer;
+        let ids = trainer.pod_ids();
+        if values == EVERYTHING {
+            let variables: Vec<&str> = trainer.env.iter().map(|variable| variable.name.as_str()).collect();
+            assert_eq!(variables, ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "EXTRA", "KEY"]);
+            assert_eq!((ids.run_as_user, ids.run_as_group, ids.fs_group, ids.supplemental_groups), (Some(1000), None, None, vec![7]));
+            assert_eq!((trainer.hub_endpoint.as_deref(), trainer.image_pull_secrets[0].name.as_str()), (Some("https://hub.example.com"), "registry"));
+            assert_eq!((trainer.ca_bundle_config_map_ref.expect("a bundle").name.as_str(), trainer.architectures.len()), ("company-ca", 2));
+        } else {
+            assert_eq!(ids, PodIds::IMAGE);
+            assert!(trainer.env.is_empty() && trainer.hub_endpoint.is_none() && trainer.ca_bundle_config_map_ref.is_none());
+            assert_eq!(trainer.architectures, ["amd64"]);
+        }
     }
+}
+
+/// OpenShift's `restricted-v2` gives each namespace a range of users of its own, and refuses pods that ask for another.
+#[test]
+fn users_and_groups_can_be_left_to_the_cluster() {
+    let objects = rendered("{podSecurityContext: null, trainer: {podSecurityContext: null}}");
+    let context = &only(&objects, "Deployment")["spec"]["template"]["spec"]["securityContext"];
+    assert_eq!(context, &json!({"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}}));
+    let text = of_kind(&objects, "ConfigMap").into_iter().find_map(|map| map["data"]["config.yaml"].as_str()).expect("the configuration").to_owned();
+    let settings = Settings::new(serde_yaml::from_str(&text).expect("it parses")).expect("it is valid");
+    assert_eq!(settings.trainer.pod_ids(), PodIds::default());
+}
+
+#[test]
+fn two_releases_of_one_name_share_no_object_of_the_cluster() {
+    let names = |namespace| {
+        let objects = template_in(namespace, EVERYTHING).unwrap_or_else(|error| panic!("{error}"));
+        let of_cluster = |object: &&Value| object["metadata"]["namespace"].is_null() && object["kind"] != "CustomResourceDefinition";
+        objects.iter().filter(of_cluster).map(|object| format!("{} {}", object["kind"], object["metadata"]["name"])).collect::<BTreeSet<_>>()
+    };
+    let (one, other) = (names("one"), names("other"));
+    assert!(one.len() >= 9, "{one:?}");
+    assert!(one.is_disjoint(&other), "{one:?} {other:?}");
+}
+
+#[test]
+fn without_a_lease_an_upgrade_never_runs_two_operators() {
+    let strategy = |values| only(&rendered(values), "Deployment")["spec"]["strategy"].clone();
+    assert_eq!(strategy("{replicas: 1, leaderElection: {enabled: false}}"), json!({"type": "Recreate"}));
+    assert_eq!(strategy(""), json!({"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}));
+}
+
+#[test]
+fn operator_pods_that_are_not_ready_block_no_drain() {
+    assert_eq!(only(&rendered(""), "PodDisruptionBudget")["spec"]["unhealthyPodEvictionPolicy"], "AlwaysAllow");
+}
+
+/// `tests/cluster/admission` has them evaluated.
+#[test]
+fn admission_policies_are_off_until_somebody_wants_them() {
+    assert!(of_kind(&rendered(""), "ValidatingAdmissionPolicy").is_empty());
+    let objects = rendered("admissionPolicy: {enabled: true}");
+    let policy = only(&objects, "ValidatingAdmissionPolicy");
+    assert_eq!(policy["spec"]["matchConditions"][0]["expression"], format!("request.userInfo.username == 'system:serviceaccount:{NAMESPACE}:{RELEASE}'"));
+    assert_eq!(only(&objects, "ValidatingAdmissionPolicyBinding")["spec"]["policyName"], policy["metadata"]["name"]);
+    let objects = rendered(EVERYTHING);
+    let policies = of_kind(&objects, "ValidatingAdmissionPolicy");
+    assert_eq!(policies.len(), 2);
+    let expressions: Vec<&str> =
+        policies[0]["spec"]["validations"].as_array().expect("validations").iter().filter_map(|rule| rule["expression"].as_str()).collect();
+    assert!(expressions[0].contains(r#"["registry.example.com/team/"].exists("#) && expressions[1].contains(r#" in ["default","trainer"]"#), "{expressions:?}");
+}
+
+/// What a scrape may bring is bounded, and of a tenant's pod nothing but a trainer's metrics is kept.
+#[test]
+fn monitors_keep_names_of_ones_own_and_labels_as_they_are() {
+    let objects = rendered(EVERYTHING);
+    let (service, pods) = (&only(&objects, "ServiceMonitor")["spec"], &only(&objects, "PodMonitor")["spec"]);
+    let (operator, trainer) = (&service["endpoints"][0], &pods["podMetricsEndpoints"][0]);
+    assert_eq!((&operator["honorLabels"], &trainer["honorLabels"]), (&json!(true), &json!(false)));
+    for (monitor, endpoint, regex) in [(service, operator, "finetune_.*|process_resident_memory_bytes"), (pods, trainer, "finetune_trainer_.*")] {
+        assert_eq!(endpoint["metricRelabelings"], json!([{"sourceLabels": ["__name__"], "regex": regex, "action": "keep"}]));
+        assert!(monitor["sampleLimit"].is_u64() && monitor["bodySizeLimit"].is_string());
+    }
+    assert_eq!(trainer["relabelings"][0]["action"], "keep");
 }
 
 #[test]
@@ -268,6 +364,23 @@ fn values_that_make_no_sense_are_refused() {
         ("operator: {concurrency: 0}", "concurrency"),
         ("networkPolicy: {apiServerPorts: []}", "apiServerPorts"),
         ("metrics: {prometheusRule: {queuedFor: soon}}", "queuedFor"),
+        ("metrics: {prometheusRule: {operatorMatchers: 'job=x'}}", "operatorMatchers"),
+        ("metrics: {prometheusRule: {runbookUrl: docs/runbooks.md}}", "runbookUrl"),
+        ("metrics: {podMonitor: {sampleLimit: 0}}", "sampleLimit"),
+        ("metrics: null", "metrics"),
+        ("podSecurityContext: {runAsUser: 0}", "runAsUser"),
+        ("trainer: {podSecurityContext: {privileged: true}}", "privileged"),
+        ("trainer: {image: {architectures: amd64}}", "architectures"),
+        ("trainer: {proxy: {https: 'http://user:password@proxy:3128'}}", "proxy"),
+        ("trainer: {hubEndpoint: hub.example.com}", "hubEndpoint"),
+        ("trainer: {env: [{value: x}]}", "name"),
+        ("trainer: {caBundleConfigMapRef: {key: ca.crt}}", "caBundleConfigMapRef"),
+        ("admissionPolicy: {allowedImages: [registry.example.com/team]}", "allowedImages"),
+        ("nameOverride: Bad Name", "nameOverride"),
+        ("podDisruptionBudget: {minAvailable: 2}", "minAvailable (2) must be less than replicas (2)"),
+        ("podDisruptionBudget: {minAvailable: 100%}", "minAvailable"),
+        ("defaultStorage: {credentials: {secretRef: {name: ''}}}", "name"),
+        ("operator: {logLevel: finetune=verbose}", "logLevel"),
     ] {
         match template(values) {
             Ok(_) => panic!("{values} was accepted"),
