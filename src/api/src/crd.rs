@@ -45,10 +45,6 @@ pub fn schema() -> Result<Value, serde_json::Error> {
 
 fn finish(root: &mut Value) {
     tidy(root);
-    let gpu_memory = "/properties/spec/properties/scheduling/properties/gpu/properties/maxMemoryMiB";
-    if let Some(schema) = root.pointer_mut(gpu_memory).and_then(Value::as_object_mut) {
-        schema.insert("nullable".to_owned(), json!(true));
-    }
     if let Some(status) = root.pointer_mut("/properties/status").and_then(Value::as_object_mut) {
         // An object that no controller has seen must not look current to kstatus.
         status.insert("default".to_owned(), json!({"observedGeneration": -1}));
@@ -172,7 +168,7 @@ mod tests {
                 _ => true,
             };
             assert!(bounded, "{path} has no bound");
-            assert_eq!(map.contains_key("nullable"), path == ".spec.scheduling.gpu.maxMemoryMiB", "{path}");
+            assert!(!map.contains_key("nullable"), "{path}: a client in Go cannot tell null from absent");
             assert!(!map.get("format").and_then(Value::as_str).is_some_and(|format| format.starts_with("uint")), "{path}");
             let named = path.starts_with(".spec") || path.starts_with(".status");
             assert!(!named || path.ends_with("[]") || map.contains_key("description"), "{path} has no description");

@@ -20,6 +20,8 @@ pub const JOB_LABEL: &str = "finetune.dev/job";
 pub const JOB_UID_LABEL: &str = "finetune.dev/job-uid";
 /// Annotation on the Job with the number of failures in earlier Jobs of the FineTuneJob: they count against `failurePolicy.maxRetries`.
 pub const FAILED_BEFORE_ANNOTATION: &str = "finetune.dev/failed-before";
+/// Annotation of the Job: `spec.image` as it was when the Job was created, empty for the operator's default.
+pub const IMAGE_ANNOTATION: &str = "finetune.dev/image";
 /// Label on the Job that hands it to a Kueue queue.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Label on the Job that sets its Kueue priority.

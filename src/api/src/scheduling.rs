@@ -75,11 +75,10 @@ pub struct SchedulingSpec {
     pub runtime_class_name: Option<String>,
 }
 
-// That minMemoryMiB does not exceed maxMemoryMiB is checked by plan::resolve: no rule over a field that may be null passes both the API server's
-// type checker (`int == null` has no overload) and the offline evaluator (which has no `dyn`).
 /// The GPU that the job asks for. The defaults describe the 16 GB class.
-#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.maxMemoryMiB == 0 || self.minMemoryMiB <= self.maxMemoryMiB").message("minMemoryMiB must not exceed maxMemoryMiB"))]
 pub struct GpuSpec {
     /// Extended resource of the device plugin.
     #[serde(default = "resource_name")]
@@ -93,10 +92,10 @@ pub struct GpuSpec {
     #[serde(default = "min_memory_mib", rename = "minMemoryMiB")]
     #[schemars(range(min = 1, max = 1_048_576))]
     pub min_memory_mib: u32,
-    /// Most memory of the GPU, which keeps larger ones free for those who need them. null lifts the bound; the trainer keeps to 16 GB on any GPU.
+    /// Most memory of the GPU, which keeps larger ones free for those who need them. 0 lifts the bound; the trainer keeps to 16 GB on any GPU.
     #[serde(default = "max_memory_mib", rename = "maxMemoryMiB")]
-    #[schemars(range(min = 1, max = 1_048_576), extend("nullable" = true))]
-    pub max_memory_mib: Option<u32>,
+    #[schemars(range(max = 1_048_576))]
+    pub max_memory_mib: u32,
     /// Accept a GPU that is shared with other pods (time-slicing, MPS): its memory is not divided.
     #[serde(default)]
     pub allow_shared: bool,
@@ -117,12 +116,15 @@ pub struct PodTemplate {
     /// Labels of the pod.
     #[serde(default)]
     #[schemars(extend("maxProperties" = 32), inner(length(max = 63)))]
-    #[x_kube(validation = Rule::new("self.all(key, !key.matches('^(.*[.])?(finetune[.]dev|kubernetes[.]io|k8s[.]io|x-k8s[.]io)/'))").message("labels of finetune.dev and of Kubernetes itself are set by controllers"))]
+    #[x_kube(validation = Rule::new(OWN_LABELS).message("finetune.dev/*, batch.kubernetes.io/*, kueue.x-k8s.io/*, job-name, controller-uid and app.kubernetes.io/{name,instance,component,managed-by} are set by the operator and by controllers"))]
+    #[x_kube(validation = Rule::new(KEY).message("a label's key is NAME or DOMAIN/NAME, the name of at most 63 letters, digits, \"-\", \"_\" and \".\""))]
+    #[x_kube(validation = Rule::new("self.all(key, self[key].matches('^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$'))").message("a label's value has at most 63 letters, digits, \"-\", \"_\" and \".\", the first and last a letter or digit"))]
     pub labels: BTreeMap<String, String>,
     /// Annotations of the pod.
     #[serde(default)]
     #[schemars(extend("maxProperties" = 32), inner(length(max = 4096)))]
-    #[x_kube(validation = Rule::new("self.all(key, !key.matches('^(.*[.])?(finetune[.]dev|kubernetes[.]io|k8s[.]io|x-k8s[.]io)/'))").message("annotations of finetune.dev and of Kubernetes itself are set by controllers"))]
+    #[x_kube(validation = Rule::new(OWN_ANNOTATIONS).message("finetune.dev/* and batch.kubernetes.io/* are set by the operator and by controllers"))]
+    #[x_kube(validation = Rule::new(KEY).message("an annotation's key is NAME or DOMAIN/NAME, the name of at most 63 letters, digits, \"-\", \"_\" and \".\""))]
     pub annotations: BTreeMap<String, String>,
     /// Secrets for the image's registry.
     #[serde(default)]
@@ -134,13 +136,22 @@ pub struct PodTemplate {
     pub termination_grace_period_seconds: i64,
 }
 
-fn quantity(text: &str) -> Quantity {
-    Quantity(text.to_owned())
+impl GpuSpec {
+    /// Most memory of the GPU in MiB, where there is a bound.
+    pub fn most_memory_mib(&self) -> Option<u32> {
+        Some(self.max_memory_mib).filter(|most| *most > 0)
+    }
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "serde asks for the field's own type")]
-fn max_memory_mib() -> Option<u32> {
-    Some(17_000)
+/// Keys of labels and annotations: an optional domain, and a name.
+const KEY: &str = "self.all(key, key.matches('^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))";
+/// Labels that the operator, the Job controller and Kueue set on pods, or read there.
+const OWN_LABELS: &str = "self.all(key, !key.matches('^(([^/]*[.])?finetune[.]dev/|batch[.]kubernetes[.]io/|kueue[.]x-k8s[.]io/|(job-name|controller-uid)$|app[.]kubernetes[.]io/(name|instance|component|managed-by)$)'))";
+/// The same of annotations.
+const OWN_ANNOTATIONS: &str = "self.all(key, !key.matches('^(([^/]*[.])?finetune[.]dev|batch[.]kubernetes[.]io)/'))";
+
+fn quantity(text: &str) -> Quantity {
+    Quantity(text.to_owned())
 }
 
 default_values! {
@@ -156,6 +167,7 @@ default_values! {
     resource_name: String = "nvidia.com/gpu".to_owned();
     per_replica: u32 = 1;
     min_memory_mib: u32 = 15_000;
+    max_memory_mib: u32 = 17_000;
     min_compute_capability: String = "7.5".to_owned();
     termination_grace_period_seconds: i64 = 120;
 }

@@ -13,7 +13,7 @@ use super::{
 /// Fine-tunes Stable Diffusion 3 with LoRA.
 ///
 /// Everything is fixed at creation except `suspend`, `ttlSecondsAfterFinished`, `activeDeadlineSeconds` (its value), `failurePolicy.maxRetries`,
-/// and, while suspended, `scheduling`, `queueName` and `workloadPriorityClassName`.
+/// and, while suspended, `scheduling`, `resources`, `image`, `queueName` and `workloadPriorityClassName`.
 #[derive(Clone, CustomResource, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[kube(
     group = "finetune.dev",
@@ -49,6 +49,8 @@ use super::{
 #[x_kube(validation = Rule::new("has(self.validation) == has(oldSelf.validation)").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("has(self.storage) == has(oldSelf.storage)").message("storage is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || self.scheduling == oldSelf.scheduling").message("scheduling can only be changed while the job is suspended").field_path(".scheduling").reason(Reason::FieldValueForbidden))]
+#[x_kube(validation = Rule::new("oldSelf.suspend || self.resources == oldSelf.resources").message("resources can only be changed while the job is suspended").field_path(".resources").reason(Reason::FieldValueForbidden))]
+#[x_kube(validation = Rule::new("oldSelf.suspend || self.image == oldSelf.image").message("image can only be changed while the job is suspended").field_path(".image").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || (has(self.queueName) == has(oldSelf.queueName) && (!has(self.queueName) || self.queueName == oldSelf.queueName))").message("queueName can only be changed while the job is suspended").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("oldSelf.suspend || (has(self.workloadPriorityClassName) == has(oldSelf.workloadPriorityClassName) && (!has(self.workloadPriorityClassName) || self.workloadPriorityClassName == oldSelf.workloadPriorityClassName))").message("workloadPriorityClassName can only be changed while the job is suspended").reason(Reason::FieldValueForbidden))]
 #[x_kube(validation = Rule::new("has(self.activeDeadlineSeconds) == has(oldSelf.activeDeadlineSeconds)").message("activeDeadlineSeconds can be changed, but not added or removed").reason(Reason::FieldValueForbidden))]
@@ -100,7 +102,6 @@ pub struct FineTuneJobSpec {
     pub service_account_name: String,
     /// CPU, memory and disk of the trainer pod.
     #[serde(default)]
-    #[x_kube(validation = immutable("resources"))]
     pub resources: ResourcesSpec,
     /// Where the trainer pod runs.
     #[serde(default)]
@@ -109,10 +110,9 @@ pub struct FineTuneJobSpec {
     #[serde(default)]
     #[x_kube(validation = immutable("podTemplate"))]
     pub pod_template: PodTemplate,
-    /// Trainer image; the operator's default where empty. It is frozen in status at the first start.
+    /// Trainer image; the operator's default where empty. It is frozen in status at the first start, until it is changed here while the job is suspended.
     #[serde(default)]
     #[schemars(length(max = 512), regex(pattern = r"^([A-Za-z0-9][-A-Za-z0-9._/:@]*)?$"))]
-    #[x_kube(validation = immutable("image"))]
     pub image: String,
     /// How many failures the job may have.
     #[serde(default)]
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(spec.training, TrainingSpec::default());
         assert_eq!(spec.training.resolution, 512);
         assert_eq!(spec.training.lora.target_modules.len(), 4);
-        assert_eq!(spec.scheduling.gpu.max_memory_mib, Some(17_000));
+        assert_eq!(spec.scheduling.gpu.max_memory_mib, 17_000);
         assert_eq!(spec.resources.limits.memory.as_ref().unwrap().0, "12Gi");
         assert_eq!(spec.ttl_seconds_after_finished, 86_400);
     }

@@ -22,9 +22,12 @@ pub struct FineTuneJobStatus {
     /// SHA-256 of the metadata file and of every picture that it names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dataset_digest: Option<String>,
-    /// Image of the trainer, fixed at the first start.
+    /// Image of the trainer, fixed at the first start, and again when `spec.image` was changed while suspended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trainer_image: Option<String>,
+    /// `spec.image` when `trainerImage` was fixed; empty for the operator's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trainer_image_from: Option<String>,
     /// When the first pod started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,

@@ -61,7 +61,9 @@ async fn create(job: &FineTuneJob, validated: &ValidatedJob, failed_before: u32,
     if status.job_ref.is_some() && has_live_pod(validated, ctx).await? {
         return Ok(Applied::Stale);
     }
-    let image = [status.trainer_image.as_deref().unwrap_or_default(), &validated.spec.image]
+    // What the job started with, unless it was given another image since.
+    let kept = status.trainer_image_from.as_ref().is_none_or(|from| *from == validated.spec.image);
+    let image = [status.trainer_image.as_deref().filter(|_| kept).unwrap_or_default(), &validated.spec.image]
         .into_iter()
         .find(|image| !image.is_empty())
         .unwrap_or(&ctx.settings.trainer_image);

@@ -1,9 +1,12 @@
 //! `status`: from the status before, what the cluster holds and what was done, to the status after. Pure; `now` is an argument.
 
+mod admitted;
 mod end;
+mod image;
 mod progress;
 mod running;
 
+pub(crate) use admitted::workload_due;
 pub(crate) use running::{is_creating, is_unschedulable, lost_at};
 
 use std::collections::BTreeSet;
@@ -17,8 +20,8 @@ use super::decide::{Intent, Stop, Wait};
 use super::validate::{ValidateError, ValidatedJob};
 use super::world::{self, World};
 use finetune_api::{
-    AdmittedReason, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason,
-    SuspendedReason, ValidatedReason,
+    ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason, SuspendedReason,
+    ValidatedReason,
 };
 
 /// What `apply` came to.
@@ -78,7 +81,7 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     after.nodes = nodes(world);
     if let Some(job) = &world.job {
         after.job_ref = Some(JobRef { name: job.metadata.name.clone().unwrap_or_default(), uid: job.metadata.uid.clone().unwrap_or_default() });
-        after.trainer_image = image(before, world);
+        image::fix(&mut after, before, job, world);
     }
     after.queue = queue(job, before, world);
     progress::report(&mut after, world, attempts, now);
@@ -87,7 +90,7 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     let mut list = Builder::new(&before.conditions, job.metadata.generation, now);
     validated_condition(&mut list, inputs);
     job_created(&mut list, inputs);
-    admitted(&mut list, inputs);
+    admitted::admitted(&mut list, inputs);
     suspended(&mut list, inputs);
     running::pods_scheduled(&mut list, world);
     running::running(&mut list, inputs);
@@ -144,33 +147,6 @@ fn nodes(world: &World) -> Vec<String> {
     nodes.into_iter().collect()
 }
 
-/// The image, frozen: the Job's at first, then by the digest that the first pod ran.
-fn image(before: &FineTuneJobStatus, world: &World) -> Option<String> {
-    if before.trainer_image.as_deref().is_some_and(|image| image.contains("@sha256:")) {
-        return before.trainer_image.clone();
-    }
-    let asked = before.trainer_image.clone().or_else(|| {
-        let template = &world.job.as_ref()?.spec.as_ref()?.template;
-        template.spec.as_ref()?.containers.first()?.image.clone()
-    })?;
-    let ran = world.pods.iter().filter_map(|pod| world::trainer(pod)).map(|container| container.image_id.as_str()).find_map(|id| pinned(&asked, id));
-    Some(ran.unwrap_or(asked))
-}
-
-/// `asked` by the digest in the kubelet's image id, if that is of the same repository. A bare image id cannot be pulled and pins nothing.
-fn pinned(asked: &str, image_id: &str) -> Option<String> {
-    let id = image_id.split_once("://").map_or(image_id, |(_, rest)| rest);
-    let (repository, digest) = id.split_once("@sha256:")?;
-    let name = asked.split('@').next().unwrap_or(asked);
-    // A colon after the last slash begins the tag; one before it is a registry's port.
-    let bare = match name.rfind(':') {
-        Some(colon) if name.rfind('/').is_none_or(|slash| slash < colon) => name.get(..colon)?,
-        _ => name,
-    };
-    let same = bare == repository || format!("docker.io/{bare}") == repository || format!("docker.io/library/{bare}") == repository;
-    (same && digest.len() == 64).then(|| format!("{bare}@sha256:{digest}"))
-}
-
 fn queue(job: &FineTuneJob, before: &FineTuneJobStatus, world: &World) -> Option<QueueStatus> {
     let name = job.spec.queue_name.clone()?;
     let kept = before.queue.as_ref().filter(|queue| queue.name == name && world.job.is_some()).and_then(|queue| queue.workload.clone());
@@ -192,31 +168,6 @@ fn job_created(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         list.set(ConditionType::JobCreated, Truth::True, JobCreatedReason::Created.as_str(), &format!("Job {name:?}"));
     } else if let Outcome::NotCreated { reason, message } = inputs.outcome {
         list.set(ConditionType::JobCreated, Truth::False, reason.as_str(), message);
-    }
-}
-
-fn admitted(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
-    let Inputs { job, world, intent, .. } = *inputs;
-    let suspended_job = world.job.as_ref().is_some_and(|job| job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true)));
-    let mut set = |truth, reason: AdmittedReason, message: &str| list.set(ConditionType::Admitted, truth, reason.as_str(), message);
-    if job.spec.queue_name.is_none() {
-        match &world.workload {
-            _ if !suspended_job => set(Truth::True, AdmittedReason::NoQueue, "no queue is asked for"),
-            Some(workload) if !workload.admitted => set(Truth::False, workload.reason, &workload.message),
-            _ => set(
-                Truth::False,
-                AdmittedReason::NoQueueName,
-                "the Job is held, though no queue is asked for: this cluster's Kueue manages Jobs without a queue; set spec.queueName",
-            ),
-        }
-    } else if matches!(intent, Intent::Wait(Wait::Kueue)) {
-        set(Truth::False, AdmittedReason::KueueNotInstalled, "spec.queueName is set, but the cluster has no Kueue; install it, or leave queueName out");
-    } else if world.job.is_none() {
-        // Nothing waits in the queue.
-    } else if let Some(workload) = &world.workload {
-        set(workload.admitted.into(), workload.reason, &workload.message);
-    } else {
-        set(Truth::False, AdmittedReason::WaitingForQuota, "waits for Kueue");
     }
 }
 

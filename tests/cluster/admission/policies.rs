@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::fixture::{NAMESPACE, at, cluster, job, merge};
-use finetune_testing::kubernetes as kit;
+use finetune_testing::kubernetes;
 use finetune_testing::programs::{helm, kubectl, kubectl_with_input, repository};
 
 const VALUES: &str = r#"
@@ -20,7 +20,8 @@ struct Applied(String);
 
 impl Applied {
     fn new(manifests: String) -> Self {
-        kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--validate=strict", "-f", "-"], &manifests).unwrap_or_else(|error| panic!("{error}"));
+        kubectl_with_input(&["apply", "--server-side", "--force-conflicts", "--validate=strict", "-f", "-"], &manifests)
+            .unwrap_or_else(|error| panic!("{error}"));
         Self(manifests)
     }
 }
@@ -45,20 +46,20 @@ fn policies() -> String {
 #[ignore = "needs a cluster: make cluster-up"]
 async fn jobs_may_name_the_images_and_service_accounts_that_are_allowed_and_no_others() {
     let client = cluster().await;
-    kit::delete(&client, "FineTuneJob", NAMESPACE, "older").await;
+    kubernetes::delete(&client, "FineTuneJob", NAMESPACE, "older").await;
     let mut older = job("older");
     merge(&mut older, &at("spec.image", json!("docker.io/other:1")));
-    kit::create(&client, &older, false).await.expect("there is no policy yet");
+    kubernetes::create(&client, &older, false).await.expect("there is no policy yet");
     let _policies = Applied::new(policies());
 
     let answer = |change: Value| {
         let mut wanted = job("named");
         merge(&mut wanted, &at("spec", change));
         let client = client.clone();
-        async move { kit::create(&client, &wanted, true).await.map(drop).map_err(|error| error.to_string()) }
+        async move { kubernetes::create(&client, &wanted, true).await.map(drop).map_err(|error| error.to_string()) }
     };
     // The API server takes a new policy into account a little later.
-    kit::eventually("the policy to be in force", Duration::from_secs(30), || async { answer(json!({"image": "docker.io/other:1"})).await.err() }).await;
+    kubernetes::eventually("the policy to be in force", Duration::from_secs(30), || async { answer(json!({"image": "docker.io/other:1"})).await.err() }).await;
     for (change, complaint) in [
         (json!({"image": "docker.io/other:1"}), "spec.image must begin with one of: registry.example.com/team/"),
         (json!({"image": "registry.example.com/team-of-others/trainer:1"}), "spec.image must begin"),
@@ -72,11 +73,11 @@ async fn jobs_may_name_the_images_and_service_accounts_that_are_allowed_and_no_o
     }
 
     // What is there may be suspended, but not given another image that is not allowed.
-    let patch = |change: Value| kit::patch(&client, "FineTuneJob", NAMESPACE, "older", &change, false);
+    let patch = |change: Value| kubernetes::patch(&client, "FineTuneJob", NAMESPACE, "older", &change, false);
     patch(json!({"spec": {"suspend": true}})).await.map_err(|error| error.to_string()).map(drop).expect("it may be suspended");
     let said = patch(json!({"spec": {"image": "docker.io/other:2"}})).await.expect_err("another image").to_string();
     assert!(said.contains("spec.image must begin"), "{said}");
-    kit::delete(&client, "FineTuneJob", NAMESPACE, "older").await;
+    kubernetes::delete(&client, "FineTuneJob", NAMESPACE, "older").await;
 }
 
 #[tokio::test]
@@ -105,8 +106,10 @@ async fn the_operators_account_may_create_jobs_of_finetunejobs_only() {
         kubectl_with_input(&args, &object.to_string())
     };
     let owner = |api: &str, kind: &str, controller: bool| json!([{"apiVersion": api, "kind": kind, "name": "a", "uid": "u", "controller": controller}]);
-    kit::eventually("the policy to be in force", Duration::from_secs(30), || async { create(json!([]), Some(OPERATOR)).err().filter(|said| said.contains("only create")) })
-        .await;
+    kubernetes::eventually("the policy to be in force", Duration::from_secs(30), || async {
+        create(json!([]), Some(OPERATOR)).err().filter(|said| said.contains("only create"))
+    })
+    .await;
     for refused in [owner("apps/v1", "Deployment", true), owner("finetune.dev/v1alpha1", "FineTuneJob", false)] {
         let said = create(refused.clone(), Some(OPERATOR)).expect_err("it is refused");
         assert!(said.contains("finetune-operator may only create Jobs that a FineTuneJob controls"), "{refused}: {said}");

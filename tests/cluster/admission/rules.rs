@@ -29,7 +29,8 @@ const URI: &str = "must be s3://BUCKET/PATH";
 const FOLDER: &str = "must end with \"/\"";
 const POSITIVE_TO_ONE: &str = "must be greater than 0 and at most 1";
 const LESS_THAN_ONE: &str = "must be at least 0 and less than 1";
-const OWN_KEYS: [&str; 2] = ["labels of finetune.dev and of Kubernetes itself", "annotations of finetune.dev and of Kubernetes itself"];
+const OWN_LABELS: &str = "finetune.dev/*, batch.kubernetes.io/*, kueue.x-k8s.io/*, job-name";
+const OWN_ANNOTATIONS: &str = "finetune.dev/* and batch.kubernetes.io/* are set";
 
 fn cases() -> Vec<Case> {
     let mut cases = vec![
@@ -84,8 +85,25 @@ fn cases() -> Vec<Case> {
             json!({"requests": {"memory": "13Gi"}}),
             json!({"requests": {"memory": "13Gi"}, "limits": {"memory": "13Gi"}}),
         ),
-        case("spec.podTemplate.labels", OWN_KEYS[0], json!({"finetune.dev/job": "other"}), json!({"team": "a"})),
-        case("spec.podTemplate.annotations", OWN_KEYS[1], json!({"batch.kubernetes.io/x": "y"}), json!({"example.com/x": "y"})),
+        case(
+            "spec.scheduling.gpu",
+            "minMemoryMiB must not exceed maxMemoryMiB",
+            json!({"minMemoryMiB": 20000}),
+            json!({"minMemoryMiB": 20000, "maxMemoryMiB": 0}),
+        ),
+        case("spec.podTemplate.labels", OWN_LABELS, json!({"finetune.dev/job": "other"}), json!({"team": "a", "app.kubernetes.io/part-of": "pictures"})),
+        case("spec.podTemplate.labels", OWN_LABELS, json!({"app.kubernetes.io/name": "other"}), json!({"topology.kubernetes.io/zone": "a"})),
+        case("spec.podTemplate.labels", OWN_LABELS, json!({"kueue.x-k8s.io/queue-name": "other"}), json!({"example.com/job-name": "a"})),
+        case("spec.podTemplate.labels", OWN_LABELS, json!({"job-name": "other"}), json!({"x-job-name": "a"})),
+        case("spec.podTemplate.labels", "a label's key is NAME or DOMAIN/NAME", json!({"not valid": "a"}), json!({"example.com/Valid_key.1": "a"})),
+        case("spec.podTemplate.labels", "a label's value has at most 63", json!({"a": "not valid!"}), json!({"a": "", "b": "x_Y.z-1"})),
+        case(
+            "spec.podTemplate.annotations",
+            OWN_ANNOTATIONS,
+            json!({"batch.kubernetes.io/x": "y"}),
+            json!({"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "kueue.x-k8s.io/podset-preferred-topology": "rack", "karpenter.sh/do-not-disrupt": "true"}),
+        ),
+        case("spec.podTemplate.annotations", "an annotation's key is NAME or DOMAIN/NAME", json!({"a/b/c": "y"}), json!({"example.com/x": "any text: {}"})),
         case("spec.storage.endpoint", "must be an http:// or https:// URL", json!("https://user:secret@s3.example.com"), json!("http://[fd00::1]:9000")),
         Case {
             rule: "spec.model.source.objectStore.storage.endpoint",
@@ -323,12 +341,6 @@ async fn the_api_server_fills_in_the_defaults() {
     assert_eq!(spec["scheduling"]["gpu"]["maxMemoryMiB"], 17000);
     assert_eq!(spec["output"]["existing"], "ReuseIfComplete");
     assert!(spec["training"]["maxSteps"].is_null() && spec["training"]["epochs"].is_null(), "either would forbid the other");
-
-    let mut any_size = job("defaults");
-    merge(&mut any_size, &at("spec.scheduling.gpu.minMemoryMiB", json!(15000)));
-    any_size["spec"]["scheduling"]["gpu"]["maxMemoryMiB"] = Value::Null;
-    let created = kubernetes::create(&client, &any_size, true).await.expect("null lifts the bound");
-    assert!(created["spec"]["scheduling"]["gpu"]["maxMemoryMiB"].is_null());
 
     kubernetes::delete(&client, "FineTuneJob", super::fixture::NAMESPACE, "unseen").await;
     let unseen = kubernetes::create(&client, &job("unseen"), false).await.expect("a valid job");

@@ -29,9 +29,9 @@ fn forbidden() -> Vec<Forbidden> {
     add("resume ", json!({}), json!({"resume": {"policy": "Never"}}));
     add("output ", json!({}), json!({"output": {"uri": "s3://bucket/loras/other/"}}));
     add("serviceAccountName ", json!({}), json!({"serviceAccountName": "other"}));
-    add("resources ", json!({}), json!({"resources": {"requests": {"cpu": "1"}}}));
+    add("resources can only", json!({}), json!({"resources": {"requests": {"cpu": "1"}}}));
     add("podTemplate ", json!({}), json!({"podTemplate": {"labels": {"team": "b"}}}));
-    add("image ", json!({}), json!({"image": "registry/other:1"}));
+    add("image can only", json!({}), json!({"image": "registry/other:1"}));
     add("failurePolicy.maxRestartsPerHour ", json!({}), json!({"failurePolicy": {"maxRestartsPerHour": 1}}));
     add("startDeadlineSeconds ", json!({}), json!({"startDeadlineSeconds": 60}));
     add("ttlScope ", json!({}), json!({"ttlScope": "All"}));
@@ -105,6 +105,8 @@ async fn what_is_mutable_changes() {
         (json!({}), json!({"failurePolicy": {"maxRetries": 9}})),
         (suspended.clone(), json!({"scheduling": {"nodeSelector": {"pool": "gpu"}}})),
         (suspended.clone(), json!({"scheduling": {"gpu": {"products": ["Tesla-T4"]}}})),
+        (suspended.clone(), json!({"resources": {"requests": {"memory": "20Gi"}, "limits": {"memory": "24Gi"}}})),
+        (suspended.clone(), json!({"image": "registry/other:1"})),
         (suspended.clone(), json!({"queueName": "gpu"})),
         (suspended_in_queue.clone(), json!({"queueName": "other"})),
         (suspended_in_queue.clone(), json!({"workloadPriorityClassName": "high"})),

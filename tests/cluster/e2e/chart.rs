@@ -36,7 +36,15 @@ async fn the_api_server_accepts_every_object_of_the_chart() {
         let rendered = helm(&["template", RELEASE, &chart, "-n", SYSTEM, "-f", &file.display().to_string()]).unwrap_or_else(|error| panic!("{error}"));
         let said = dry_run(&rendered).unwrap_or_else(|error| panic!("{error}"));
         let monitors = ["servicemonitor", "podmonitor", "prometheusrule"];
-        let others = ["networkpolicy", "flowschema", "validatingadmissionpolicy", "deployment", "poddisruptionbudget", "customresourcedefinition", "configmap/finetune-operator-dashboard"];
+        let others = [
+            "networkpolicy",
+            "flowschema",
+            "validatingadmissionpolicy",
+            "deployment",
+            "poddisruptionbudget",
+            "customresourcedefinition",
+            "configmap/finetune-operator-dashboard",
+        ];
         for kind in monitors.into_iter().chain(others) {
             assert!(said.contains(kind), "{kind}: {said}");
         }

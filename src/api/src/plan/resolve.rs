@@ -132,7 +132,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     reader.folder("spec.dataset.uri", &spec.dataset.uri);
     reader.folder("spec.output.uri", &spec.output.uri);
     let gpu = &spec.scheduling.gpu;
-    if let Some(max) = gpu.max_memory_mib.filter(|&max| max < gpu.min_memory_mib) {
+    if let Some(max) = gpu.most_memory_mib().filter(|&max| max < gpu.min_memory_mib) {
         reader.problem("spec.scheduling.gpu", format!("minMemoryMiB ({}) must not exceed maxMemoryMiB ({max})", gpu.min_memory_mib));
     }
     let (Some(source), true) = (source, reader.problems.is_empty()) else {

@@ -297,9 +297,7 @@ fn what_determines_the_run_is_fixed_at_creation() {
         ("spec.storage", Value::Null),
         ("spec.storage.region", json!("x")),
         ("spec.serviceAccountName", json!("x")),
-        ("spec.resources.limits.memory", json!("15Gi")),
         ("spec.podTemplate.labels", json!({})),
-        ("spec.image", json!("")),
         ("spec.failurePolicy.maxRestartsPerHour", json!(1)),
         ("spec.activeDeadlineSeconds", Value::Null),
         ("spec.startDeadlineSeconds", json!(1)),
@@ -332,7 +330,13 @@ fn what_determines_the_run_is_fixed_at_creation() {
         }
     }
     // Free while suspended.
-    for (path, value) in [("spec.scheduling.schedulerName", json!("x")), ("spec.queueName", json!("x")), ("spec.workloadPriorityClassName", Value::Null)] {
+    for (path, value) in [
+        ("spec.scheduling.schedulerName", json!("x")),
+        ("spec.resources.limits.memory", json!("15Gi")),
+        ("spec.image", json!("")),
+        ("spec.queueName", json!("x")),
+        ("spec.workloadPriorityClassName", Value::Null),
+    ] {
         assert_eq!(change(&old, path, value.clone()), Ok(()), "{path}");
         assert!(change(&running, path, value).is_err(), "{path} should be fixed while not suspended");
     }
@@ -358,11 +362,11 @@ fn several_documents_are_read_and_all_problems_reported() {
 }
 
 #[test]
-fn null_is_as_if_absent_except_where_it_means_something() {
+fn null_is_as_if_absent() {
     let text =
         minimal().to_string().replace(r#""spec":{"#, r#""spec":{"suspend":null,"queueName":null,"training":null,"scheduling":{"gpu":{"maxMemoryMiB":null}},"#);
     let job = manifest(&text).unwrap().remove(0);
     assert_eq!(job.spec.training, super::super::TrainingSpec::default());
-    assert_eq!(job.spec.scheduling.gpu.max_memory_mib, None);
+    assert_eq!(job.spec.scheduling.gpu.max_memory_mib, 17_000, "0 lifts the bound, null does not");
     assert!(!job.spec.suspend);
 }

@@ -8,7 +8,7 @@ use kube::api::ObjectMeta;
 use super::{labels, owner, pod};
 use crate::settings::Settings;
 use crate::validate::ValidatedJob;
-use finetune_api::{FAILED_BEFORE_ANNOTATION, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, Reason, TRAINER_CONTAINER};
+use finetune_api::{FAILED_BEFORE_ANNOTATION, IMAGE_ANNOTATION, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, Reason, TRAINER_CONTAINER};
 
 /// What the Job depends on besides the FineTuneJob's spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +35,11 @@ pub fn job(job: &ValidatedJob, settings: &Settings, inputs: &JobInputs) -> Job {
             name: Some(job.job_name.clone()),
             namespace: Some(job.namespace.clone()),
             labels: Some(job_labels),
-            annotations: Some([(FAILED_BEFORE_ANNOTATION.to_owned(), inputs.failed_before.to_string())].into()),
+            annotations: Some(
+                [(FAILED_BEFORE_ANNOTATION, inputs.failed_before.to_string()), (IMAGE_ANNOTATION, job.spec.image.clone())]
+                    .map(|(key, value)| (key.to_owned(), value))
+                    .into(),
+            ),
             owner_references: Some(vec![owner(job)]),
             ..ObjectMeta::default()
         },
