@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "test code; clippy takes the functions marked as tests alone for such")]
 
 mod credentials;
+mod deletions;
 mod existing;
 mod failures;
 mod fencing;

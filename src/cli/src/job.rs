@@ -63,7 +63,7 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
 
 fn training_result(result: &Result<Outcome, TrainError>) -> TrainingResult {
     match result {
-        Ok(outcome) => TrainingResult { already_completed: matches!(outcome, Outcome::AlreadyCompleted(_)), failure: None },
+        Ok(outcome) => TrainingResult { already_completed: outcome.already_completed, failure: None },
         Err(error) => {
             let (reason, message) = (error.reason(), chain(error));
             TrainingResult { already_completed: false, failure: Some(FailureReport { reason, exit_code: reason.exit_code(), message }) }
@@ -79,7 +79,7 @@ fn artifacts(config: &TrainConfig, result: &Result<Outcome, TrainError>) -> Vec<
         sha256: a.sha256.clone(),
         size_bytes: a.size_bytes,
     };
-    outcome.result().artifacts.iter().map(report).collect()
+    outcome.result.artifacts.iter().map(report).collect()
 }
 
 /// An error and its causes in one line, each cause once.

@@ -149,7 +149,7 @@ fn local_output(config: &TrainConfig, buckets: &Buckets) -> Option<PathBuf> {
 }
 
 fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> String {
-    let result = outcome.result();
+    let result = &outcome.result;
     let place = local.map_or_else(|| config.output.uri.clone(), |path| format!("{}/", path.display()));
     let mut rows: Vec<(String, String)> = Vec::new();
     let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
@@ -173,12 +173,12 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     if result.artifacts.iter().any(|a| a.format == OutputFormat::Diffusers) {
         row("load it", format!("pipeline.load_lora_weights({place:?})"));
     }
+    outcome.notes.iter().for_each(|note| row("note", note.clone()));
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
-    let head = match outcome {
-        Outcome::Completed(_) => format!("{} is trained.", config.job),
-        Outcome::AlreadyCompleted(_) => {
-            format!("{} was trained already, on {}: the output holds the result of this very spec and dataset.", config.job, result.completed)
-        }
+    let head = if outcome.already_completed {
+        format!("{} was trained already, on {}: the output holds the result of this very spec and dataset.", config.job, result.completed)
+    } else {
+        format!("{} is trained.", config.job)
     };
     let lines = rows.iter().map(|(name, value)| format!("  {name:width$}  {value}"));
     std::iter::once(head).chain(lines).collect::<Vec<_>>().join("\n")

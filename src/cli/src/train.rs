@@ -63,7 +63,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     }
     Ok(match result {
         Ok(outcome) => {
-            tracing::info!(attempt = outcome.result().attempt, output = config.output.uri, "done");
+            tracing::info!(attempt = outcome.result.attempt, output = config.output.uri, "done");
             ExitCode::SUCCESS
         }
         Err(error) => job::fail(error.reason(), &job::chain(&error)),

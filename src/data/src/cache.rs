@@ -63,6 +63,11 @@ pub enum CacheError {
     Worker(#[from] tokio::task::JoinError),
 }
 
+/// Whether this is the name of a file that the mirror holds: a digest in lower-case hexadecimal, with the ending of packs.
+pub fn is_pack_name(name: &str) -> bool {
+    pack::digest_of_name(name).is_some_and(|digest| pack::name_of(&digest) == name)
+}
+
 /// The key of a picture's latents: the file's bytes, what is done to them, and the encoder that sees the result.
 pub fn latents_key(image_digest: &Sha256Digest, transform: &Transform, vae: &Sha256Digest) -> Sha256Digest {
     sha256_parts([&b"latents v1"[..], image_digest, &transform.digest(), vae])

@@ -129,8 +129,8 @@ fn key(epoch: u64) -> String {
     format!("{FOLDER}/{epoch:06}.json")
 }
 
-/// The number in a claim's key; `None` for anything else that lies in the folder.
-fn epoch_of(key: &str) -> Option<u64> {
+/// The number in a claim's key below the claimed prefix; `None` for any other key.
+pub fn epoch_of(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(FOLDER)?.strip_prefix('/')?.strip_suffix(".json")?;
     if digits.len() < 6 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;

@@ -15,6 +15,7 @@ pub mod fault;
 mod http;
 pub mod manifest;
 pub mod model_source;
+mod placeholder;
 mod progress;
 mod retry;
 mod upload;
@@ -33,6 +34,7 @@ use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, Put
 
 pub use env::Environment;
 pub use error::{Cause, Result, StoreError, StoreErrorKind};
+pub use placeholder::is_placeholder;
 pub use progress::{NoProgress, Progress};
 pub use retry::RetryPolicy;
 pub use uri::{Buckets, Location, Scheme, check_key, same_server};

@@ -6,7 +6,7 @@ use super::publish::PublishError;
 use super::trainer::TrainerError;
 use super::validation::ValidationError;
 use finetune_api::Reason;
-use finetune_api::plan::GpuTooSmall;
+use finetune_api::plan::{GpuTooSmall, Problem};
 use finetune_compute::kernels::DeviceError;
 use finetune_data::cache::CacheError;
 use finetune_data::dataset::DatasetError;
@@ -67,6 +67,9 @@ pub enum TrainError {
     /// Training cannot go on.
     #[error(transparent)]
     Trainer(#[from] TrainerError),
+    /// The job's folders cannot be used together.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Folders(Vec<Problem>),
     /// Results cannot be published or reused.
     #[error(transparent)]
     Publish(#[from] PublishError),
@@ -109,7 +112,7 @@ impl TrainError {
             Self::ModelSource(error) => model_reason(error),
             Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
             Self::Mmdit(error) => mmdit_reason(error),
-            Self::Lora(_) => Reason::InvalidConfig,
+            Self::Lora(_) | Self::Folders(_) => Reason::InvalidConfig,
             Self::Prepare(error) => match error {
                 PrepareError::ModelSource(error) => model_reason(error),
                 PrepareError::Store(error) => store_reason(error),
@@ -133,7 +136,7 @@ impl TrainError {
             },
             Self::Publish(error) => match error {
                 PublishError::Store(error) => store_reason(error),
-                PublishError::OutputExists { .. } | PublishError::Damaged { .. } => Reason::OutputExists,
+                PublishError::OutputExists { .. } | PublishError::ForeignResult { .. } | PublishError::Damaged { .. } => Reason::OutputExists,
                 PublishError::Json(_) => Reason::TrainerCrashed,
             },
             Self::Local { .. } | Self::Validation(_) => Reason::TrainerCrashed,

@@ -7,6 +7,15 @@ pub fn file_name(unix_seconds: u64, host: &str) -> String {
     format!("events.out.tfevents.{unix_seconds:010}.{host}")
 }
 
+/// The host in the names of this program's event files: which machine wrote one does not matter.
+pub const HOST: &str = "finetune";
+
+/// Whether `name` is one that [`file_name`] gives.
+pub fn is_file_name(name: &str, host: &str) -> bool {
+    let seconds = name.strip_prefix("events.out.tfevents.").and_then(|rest| rest.split_once('.')).and_then(|(seconds, _)| seconds.parse().ok());
+    seconds.is_some_and(|seconds| file_name(seconds, host) == name)
+}
+
 /// One value of a summary.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value<'a> {

@@ -76,14 +76,19 @@ pub struct Picture {
 impl Picture {
     /// Where the picture lies below the output prefix.
     pub fn file_name(&self) -> String {
-        format!("validation/step-{:06}/{}.png", self.step, self.prompt)
+        name_of_picture(self.step, self.prompt)
     }
 
     /// Step and prompt of such a name.
     pub fn parse(file_name: &str) -> Option<(u64, usize)> {
         let (step, prompt) = file_name.strip_prefix("validation/step-")?.strip_suffix(".png")?.split_once('/')?;
-        Some((step.parse().ok()?, prompt.parse().ok()?))
+        let (step, prompt) = (step.parse().ok()?, prompt.parse().ok()?);
+        (name_of_picture(step, prompt) == file_name).then_some((step, prompt))
     }
+}
+
+fn name_of_picture(step: u64, prompt: usize) -> String {
+    format!("validation/step-{step:06}/{prompt}.png")
 }
 
 /// Everything measured so far; part of a checkpoint, so that a resumed run's files have no holes.

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use tokio::task::block_in_place;
 
-use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, PREPARED, Saved, Snapshot};
+use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
 use super::comparison::{self, HeldOut};
 use super::environment::JobEnvironment;
 use super::error::TrainError;
+use super::folders;
 use super::output;
 use super::parameters::Parameters;
 use super::prepare::{self, PrepareError, Prepared};
@@ -43,20 +44,13 @@ const CHECKPOINT_RETRY: Duration = Duration::from_secs(30);
 
 /// How a run ended well.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// Trained (or completed by another attempt meanwhile) and published.
-    Completed(Box<RunResult>),
+pub struct Outcome {
+    /// The result that stands in the output: trained now, or by another attempt meanwhile.
+    pub result: RunResult,
     /// The output already held the result of this spec and dataset.
-    AlreadyCompleted(Box<RunResult>),
-}
-
-impl Outcome {
-    /// The result that stands in the output.
-    pub fn result(&self) -> &RunResult {
-        match self {
-            Self::Completed(result) | Self::AlreadyCompleted(result) => result,
-        }
-    }
+    pub already_completed: bool,
+    /// What a person should know besides, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// Runs the job. Must be called within a multi-threaded runtime.
@@ -66,26 +60,28 @@ impl Outcome {
 pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<Outcome, TrainError> {
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
+    folders::check(config, environment)?;
     let engine = device::open(config.device, config.training.precision)?;
     let budget = device::limit_memory(&engine);
     let output = environment.open(&config.output.uri, config)?;
+    let store = environment.open(&config.checkpoint.uri, config)?;
 
-    let found = publish::look(&output, &config.spec_hash).await?;
+    let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
     publish::decide(output.uri(), config.output.existing, &found, None)?;
     let dataset = scan(config, environment).await?;
     reporter.identity(&config.spec_hash, Some(&dataset.digest), Some(dataset.skipped.len() as u64));
     if let (Decision::Reuse, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, Some(&dataset.digest))?, &found)
     {
         publish::repair(&output, result).await?;
-        if let Err(error) = delete_leftovers(config, environment, &output, &dataset).await {
+        let left = delete_leftovers(config, environment, &output, store, &dataset).await.unwrap_or_else(|error| {
             tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
-        }
-        return Ok(Outcome::AlreadyCompleted(result.clone()));
+            LeftAlone::default()
+        });
+        return Ok(Outcome { result: (**result).clone(), already_completed: true, notes: notes(&left) });
     }
 
     let claim = Claim::acquire(&output, &environment.owner).await?;
     let identity = identity(config, &output, &dataset);
-    let store = environment.open(&config.checkpoint.uri, config)?;
     let checkpoints = match config.resume.policy {
         ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
         ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
@@ -94,8 +90,17 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let run = Run { config, environment, engine, budget, dataset, held_out, checkpoints };
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
-    let result = run.publish(&output, &trainer, &model).await?;
-    Ok(Outcome::Completed(Box::new(result)))
+    let (result, left) = run.publish(&output, &trainer, &model).await?;
+    Ok(Outcome { result, already_completed: false, notes: notes(&left) })
+}
+
+/// What is said about files that were left alone.
+fn notes(left: &LeftAlone) -> Vec<String> {
+    if left.is_empty() {
+        return Vec::new();
+    }
+    tracing::warn!(prefix = left.uri, files = left.keys.len(), "left alone: {left}");
+    vec![format!("left alone: {left}")]
 }
 
 fn identity(config: &TrainConfig, output: &Store, dataset: &Dataset) -> Identity {
@@ -103,10 +108,15 @@ fn identity(config: &TrainConfig, output: &Store, dataset: &Dataset) -> Identity
 }
 
 /// Deletes what a run that was killed after publishing has left.
-async fn delete_leftovers(config: &TrainConfig, environment: &JobEnvironment, output: &Store, dataset: &Dataset) -> Result<(), TrainError> {
-    let store = environment.open(&config.checkpoint.uri, config)?;
-    if config.checkpoint.keep_after_success || store.list("").await?.is_empty() {
-        return Ok(());
+async fn delete_leftovers(
+    config: &TrainConfig,
+    environment: &JobEnvironment,
+    output: &Store,
+    store: Store,
+    dataset: &Dataset,
+) -> Result<LeftAlone, TrainError> {
+    if config.checkpoint.keep_after_success || !Identity::is_at(&store).await? {
+        return Ok(LeftAlone::default());
     }
     let claim = Claim::acquire(output, &environment.owner).await?;
     Ok(Checkpoints::open(store, claim, identity(config, output, dataset)).await?.delete_all().await?)
@@ -356,7 +366,7 @@ impl Run<'_> {
         let saved = self.checkpoints.save(&snapshot).await?;
         self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
         self.checkpoints.retain(self.config.checkpoint.keep_last).await?;
-        let logs = self.checkpoints.store().child(&format!("logs/e{}", self.checkpoints.attempt())).map_err(CheckpointError::from)?;
+        let logs = self.checkpoints.store().child(&log_folder(self.checkpoints.attempt())).map_err(CheckpointError::from)?;
         output::put_logs(&logs, trainer.history()).await.map_err(CheckpointError::from)?;
         Ok(saved)
     }
@@ -369,7 +379,7 @@ impl Run<'_> {
     }
 
     /// Writes the results and cleans up.
-    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<RunResult, TrainError> {
+    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<(RunResult, LeftAlone), TrainError> {
         self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
         let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.engine)?;
@@ -383,14 +393,15 @@ impl Run<'_> {
             files.insert(comparison::FILE_NAME.to_owned(), png.into());
         }
         let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
-        if !self.config.checkpoint.keep_after_success {
-            match self.checkpoints.delete_all().await {
-                Ok(()) => {}
-                // The result stands. Whoever has taken over finds it and cleans up.
-                Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints"),
-            }
+        if self.config.checkpoint.keep_after_success {
+            return Ok((result, LeftAlone::default()));
         }
-        Ok(result)
+        let left = self.checkpoints.delete_all().await.unwrap_or_else(|error| {
+            // The result stands. Whoever has taken over finds it and cleans up.
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints");
+            LeftAlone::default()
+        });
+        Ok((result, left))
     }
 }
 

@@ -147,7 +147,7 @@ fn rfc3339(unix_seconds: f64) -> String {
 fn logs(history: &History, pictures: &[Picture]) -> Result<[(String, Bytes); 2], TrainError> {
     let metrics = history.to_jsonl().map_err(|source| TrainError::Local { what: "write the metrics", source: Box::new(source) })?;
     let start = history.records().first().map_or(0.0, |r| r.time);
-    let name = format!("logs/{}", super::events::file_name(start as u64, "finetune"));
+    let name = format!("logs/{}", super::events::file_name(start as u64, super::events::HOST));
     Ok([(METRICS_FILE.to_owned(), Bytes::from(metrics)), (name, Bytes::from(history.to_events(pictures)))])
 }
 

@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::checkpoint::{Checkpoints, read_optional};
+use super::checkpoint::{Checkpoints, read_optional, some_of};
 use super::result::{self, FileDigest, RunResult};
 use finetune_api::plan::ExistingOutput;
-use finetune_store::{Created, Store, StoreError, fault};
+use finetune_store::{Created, ObjectInfo, Store, StoreError, claims, fault, is_placeholder};
 
 /// Why results cannot be published or reused.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,12 @@ pub enum PublishError {
         uri: String,
         /// What was found.
         what: String,
+    },
+    /// `result.json` is somebody else's, and not to be replaced.
+    #[error("{uri}result.json was not written by finetune, and a run replaces only what it wrote: choose another output.uri, or move that file away")]
+    ForeignResult {
+        /// The output prefix.
+        uri: String,
     },
     /// The winner's own file is gone or changed.
     #[error("{uri}{file} is missing or damaged, so the output cannot be repaired: set output.existing: Overwrite to train again")]
@@ -52,29 +58,53 @@ pub enum Found {
     SameSpec(Box<RunResult>),
     /// Anything else.
     Other(String),
+    /// A `result.json` that no run has written.
+    Foreign,
 }
 
-/// Looks at the output prefix. Claims, runs without a result and checkpoints (below `.checkpoints/`) do not matter.
+/// Looks at the output prefix. Claims, runs without a result, checkpoints (below `.checkpoints/`, and those of this run at `checkpoints`, if that
+/// is below the output) and placeholders do not matter.
 ///
 /// # Errors
 /// If the store fails.
-pub async fn look(output: &Store, spec_hash: &str) -> Result<Found, PublishError> {
+pub async fn look(output: &Store, checkpoints: &str, spec_hash: &str) -> Result<Found, PublishError> {
     if let Some(bytes) = read_optional(output, result::FILE_NAME).await? {
         return Ok(match serde_json::from_slice::<RunResult>(&bytes) {
             Ok(found) if found.spec_hash == spec_hash => Found::SameSpec(Box::new(found)),
             Ok(found) => Found::Other(format!("the result of another spec (job {:?}, {})", found.job, found.spec_hash)),
-            Err(_) => Found::Other("a result.json that cannot be understood".to_owned()),
+            Err(_) => Found::Foreign,
         });
     }
-    let ours = |key: &str| ["claims/", "runs/", ".checkpoints/"].iter().any(|p| key.starts_with(p));
-    let mut foreign: Vec<String> = output.list("").await?.into_iter().map(|o| o.key).filter(|k| !ours(k)).collect();
+    let objects = output.list("").await?;
+    let foreign = foreign(&objects, checkpoints.strip_prefix(output.uri()));
     if foreign.is_empty() {
         return Ok(Found::Nothing);
     }
-    let count = foreign.len();
-    foreign.truncate(3);
-    let more = if count > 3 { format!(" and {} more", count - 3) } else { String::new() };
-    Ok(Found::Other(format!("files of another origin ({}{more})", foreign.join(", "))))
+    Ok(Found::Other(format!("files of another origin ({})", some_of(&foreign))))
+}
+
+/// The keys below an output prefix that no run has written there; `checkpoints` is the place of this run's checkpoints, if that is below it.
+fn foreign(objects: &[ObjectInfo], checkpoints: Option<&str>) -> Vec<String> {
+    let newest = objects.iter().filter_map(|object| claims::epoch_of(&object.key)).max().unwrap_or_default();
+    let ours = |key: &str| {
+        claims::epoch_of(key).is_some()
+            || attempt_of(key).is_some_and(|attempt| attempt <= newest)
+            || is_default_checkpoint(key)
+            || checkpoints.is_some_and(|checkpoints| key.starts_with(checkpoints))
+    };
+    objects.iter().filter(|object| !ours(&object.key) && !is_placeholder(object)).map(|object| object.key.clone()).collect()
+}
+
+/// The attempt in whose folder `runs/eN/` a key lies.
+fn attempt_of(key: &str) -> Option<u64> {
+    let (folder, _) = key.strip_prefix("runs/e")?.split_once('/')?;
+    folder.parse().ok().filter(|attempt: &u64| attempt.to_string() == folder)
+}
+
+/// Whether a key lies in `.checkpoints/<16 hexadecimal digits>/`.
+fn is_default_checkpoint(key: &str) -> bool {
+    let folder = key.strip_prefix(".checkpoints/").and_then(|rest| rest.split_once('/'));
+    folder.is_some_and(|(folder, _)| folder.len() == 16 && folder.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
 /// Whether to train, given what was found and the dataset's digest (where it is known already).
@@ -84,6 +114,7 @@ pub async fn look(output: &Store, spec_hash: &str) -> Result<Found, PublishError
 pub fn decide(output: &str, policy: ExistingOutput, found: &Found, dataset_digest: Option<&str>) -> Result<Decision, PublishError> {
     let exists = |what: String| Err(PublishError::OutputExists { uri: output.to_owned(), what });
     match (policy, found) {
+        (_, Found::Foreign) => Err(PublishError::ForeignResult { uri: output.to_owned() }),
         (_, Found::Nothing) | (ExistingOutput::Overwrite, _) => Ok(Decision::Train),
         (_, Found::Other(what)) => exists(what.clone()),
         (ExistingOutput::Fail, Found::SameSpec(result)) => exists(format!("the result of a run of the same spec ({})", result.completed)),
@@ -124,18 +155,22 @@ pub async fn publish(
     let text = Bytes::from(serde_json::to_vec_pretty(result).map_err(PublishError::Json)?);
     run.put(result::FILE_NAME, text.clone()).await?;
     checkpoints.ensure_newest().await?;
+    if policy != ExistingOutput::Overwrite {
+        refuse_to_replace(output, result).await?;
+    }
     fault::pause("before-result").await;
     loop {
         if matches!(output.create(result::FILE_NAME, text.clone()).await?, Created::Yes) {
             repair(output, result).await?;
             return Ok(result.clone());
         }
-        let found = look(output, &result.spec_hash).await?;
+        let found = look(output, checkpoints.store().uri(), &result.spec_hash).await?;
         let same = match &found {
             Found::SameSpec(theirs) if theirs.dataset_digest == result.dataset_digest => Some(theirs),
             _ => None,
         };
         match (policy, same) {
+            _ if found == Found::Foreign => return Err(PublishError::ForeignResult { uri: output.uri().to_owned() }),
             // Another attempt of this very run was first.
             (ExistingOutput::ReuseIfComplete | ExistingOutput::Fail, Some(theirs)) => {
                 repair(output, theirs).await?;
@@ -151,6 +186,20 @@ pub async fn publish(
             }
         }
     }
+}
+
+/// Somebody may have put files of these names there while the run lasted: they are not lost either. With a `result.json` they are copies.
+async fn refuse_to_replace(output: &Store, result: &RunResult) -> Result<(), PublishError> {
+    if output.head(result::FILE_NAME).await?.is_some() {
+        return Ok(());
+    }
+    for (name, expected) in &result.files {
+        let Some(found) = output.head(name).await?.filter(|found| !is_placeholder(found)) else { continue };
+        if found.size != expected.size || read_matching(output, name, expected).await?.is_none() {
+            return Err(PublishError::OutputExists { uri: output.uri().to_owned(), what: format!("{name} of another origin") });
+        }
+    }
+    Ok(())
 }
 
 /// Makes the fixed names equal to the files of the run that `result` names.
@@ -173,4 +222,24 @@ pub async fn repair(output: &Store, result: &RunResult) -> Result<(), PublishErr
 
 async fn read_matching(store: &Store, key: &str, expected: &FileDigest) -> Result<Option<Bytes>, StoreError> {
     Ok(read_optional(store, key).await?.filter(|b| expected.matches(b)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_leave_in_the_output_is_known_by_its_exact_form() {
+        let find = |keys: &[&str], checkpoints: Option<&str>| {
+            let objects: Vec<ObjectInfo> = keys.iter().map(|key| ObjectInfo { key: (*key).to_owned(), size: 1, etag: None }).collect();
+            foreign(&objects, checkpoints)
+        };
+        let ours = ["claims/000001.json", "claims/000002.json", "runs/e1/metrics.jsonl", "runs/e2/validation/step-000001/0.png", ".DS_Store"];
+        assert_eq!(find(&ours, None), [""; 0]);
+        let checkpoint = ".checkpoints/0123456789abcdef/step-000010/e1/manifest.json";
+        assert_eq!(find(&[checkpoint, "ckpt/anything"], Some("ckpt/")), [""; 0]);
+        for foreign in ["claims/notes.txt", "runs/e3/x", "runs/e02/x", "runs/Nov30_host/events", ".checkpoints/old/x", "ckpt-2/x", "lora.safetensors"] {
+            assert_eq!(find(&[&ours[..], &[foreign]].concat(), Some("ckpt/")), [foreign]);
+        }
+    }
 }

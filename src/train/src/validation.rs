@@ -23,7 +23,7 @@ use finetune_model::vae::{VaeDecoder, VaeError};
 use finetune_store::{Store, StoreError};
 
 /// Where pictures lie below the checkpoint prefix while the run lasts.
-const FOLDER: &str = "pictures";
+pub const FOLDER: &str = "pictures";
 
 /// Why pictures could not be drawn.
 #[derive(Debug, thiserror::Error)]

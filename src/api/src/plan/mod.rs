@@ -5,6 +5,7 @@
 
 mod canonical;
 mod config;
+mod folders;
 mod identity;
 mod memory;
 mod resolve;
@@ -17,6 +18,7 @@ pub use config::{
     CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
     PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
+pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
 pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
 pub use shape::{EncoderShape, ModelShape};

@@ -6,6 +6,7 @@ use super::config::{
     CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
     PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
+use super::folders::{Folder, Use, default_checkpoint_uri, overlaps};
 use super::identity::Identity;
 use super::{BUDGET_BYTES, GpuTooSmall, MemoryBudget, MemoryPlan, ModelShape, OptimizerKind, ScheduleKind, StepPlan, memory_plan};
 use crate::bounds::{self, Bounds};
@@ -131,6 +132,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let source = model_source(spec, facts, &mut reader);
     reader.folder("spec.dataset.uri", &spec.dataset.uri);
     reader.folder("spec.output.uri", &spec.output.uri);
+    reader.problems.extend(overlaps(&folders(spec, storage.as_ref().and_then(|storage| storage.endpoint.as_deref()))));
     let gpu = &spec.scheduling.gpu;
     if let Some(max) = gpu.most_memory_mib().filter(|&max| max < gpu.min_memory_mib) {
         reader.problem("spec.scheduling.gpu", format!("minMemoryMiB ({}) must not exceed maxMemoryMiB ({max})", gpu.min_memory_mib));
@@ -150,8 +152,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         formats: &formats,
     };
     let spec_hash = identity.hash().map_err(PlanError::Identity)?;
-    let hash_digits = spec_hash.trim_start_matches("sha256:");
-    let checkpoint_uri = spec.checkpoint.uri.clone().unwrap_or_else(|| format!("{}.checkpoints/{}/", spec.output.uri, &hash_digits[..16]));
+    let checkpoint_uri = spec.checkpoint.uri.clone().unwrap_or_else(|| default_checkpoint_uri(&spec.output.uri, &spec_hash));
     let nonzero = |value: u64| (value > 0).then_some(value);
     let steps = StepPlan::new(&training, dataset.repeats, facts.dataset_size);
     let config = TrainConfig {
@@ -178,6 +179,21 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let budget = memory_budget(gpu, facts);
     let memory = memory_plan(&config.training, config.validation.as_ref(), &shape, budget).map_err(PlanError::TooSmall)?;
     Ok(Plan { config, steps, memory })
+}
+
+/// The folders that the spec names on the server of the run's buckets, whose address is `endpoint`.
+fn folders(spec: &FineTuneJobSpec, endpoint: Option<&str>) -> Vec<Folder> {
+    let folder = |path, uri: &str, used_as| Folder { path, uri: uri.to_owned(), used_as };
+    // A bucket of that name on another server is another bucket.
+    let own_server = |model: &&api::ObjectStoreSource| model.storage.as_ref().is_none_or(|storage| storage.endpoint.as_deref() == endpoint);
+    let model = spec.model.source.object_store.as_ref().filter(own_server).map(|model| &model.uri);
+    let optional = [
+        ("spec.checkpoint.uri", spec.checkpoint.uri.as_ref(), Use::Checkpoint),
+        ("spec.validation.datasetUri", spec.validation.as_ref().and_then(|validation| validation.dataset_uri.as_ref()), Use::Input),
+        ("spec.model.source.objectStore.uri", model, Use::Input),
+    ];
+    let named = [folder("spec.output.uri", &spec.output.uri, Use::Output), folder("spec.dataset.uri", &spec.dataset.uri, Use::Input)];
+    named.into_iter().chain(optional.into_iter().filter_map(|(path, uri, used_as)| Some(folder(path, uri?, used_as)))).collect()
 }
 
 /// The 16 GB class is the most that is used on any GPU; a smaller one, asked for or found, is the limit.

@@ -3,10 +3,11 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::CheckpointError;
+use super::{CheckpointError, read_optional};
 use finetune_store::{Created, Store};
 
-const FILE_NAME: &str = "identity.json";
+/// The name below the checkpoint prefix.
+pub(super) const FILE_NAME: &str = "identity.json";
 
 /// The run that a checkpoint prefix belongs to; created once, never changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +49,17 @@ pub enum IdentityError {
         /// Ours.
         ours: String,
     },
+    /// Checkpoints without an identity: nobody knows whose.
+    #[error(
+        "the checkpoint prefix {uri} holds files that have the names of checkpoints ({key}) and no identity.json that says whose they are; \
+         a run would overwrite them: use another checkpoint.uri, or move them away"
+    )]
+    Unclaimed {
+        /// The prefix.
+        uri: String,
+        /// One of the files.
+        key: String,
+    },
     /// The file cannot be understood.
     #[error("failed to understand identity.json in {uri}: use another checkpoint.uri or delete that prefix")]
     Unreadable {
@@ -57,27 +69,49 @@ pub enum IdentityError {
 }
 
 impl Identity {
-    /// Writes the identity into an unused prefix; in a used one, compares.
-    pub(super) async fn establish(&self, store: &Store) -> Result<(), CheckpointError> {
+    /// Whether a run has taken the prefix.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn is_at(store: &Store) -> Result<bool, CheckpointError> {
+        Ok(store.head(FILE_NAME).await?.is_some())
+    }
+
+    /// The identity that is there.
+    pub(super) async fn read(store: &Store) -> Result<Option<Self>, CheckpointError> {
+        let Some(bytes) = read_optional(store, FILE_NAME).await? else { return Ok(None) };
+        Ok(Some(serde_json::from_slice(&bytes).map_err(|_| IdentityError::Unreadable { uri: store.uri().to_owned() })?))
+    }
+
+    /// Writes the identity into a prefix that has none; where another attempt was first, compares.
+    pub(super) async fn create(&self, store: &Store) -> Result<(), CheckpointError> {
         let text = serde_json::to_vec_pretty(self).map_err(|source| CheckpointError::Json { file: FILE_NAME, source })?;
         if matches!(store.create(FILE_NAME, Bytes::from(text)).await?, Created::Yes) {
             return Ok(());
         }
-        let uri = || store.uri().to_owned();
-        let theirs: Self = serde_json::from_slice(&store.get(FILE_NAME).await?).map_err(|_| IdentityError::Unreadable { uri: uri() })?;
-        Ok(self.compare(&theirs, uri())?)
+        match Self::read(store).await? {
+            Some(theirs) => Ok(self.compare(&theirs, store.uri())?),
+            None => Err(IdentityError::Unreadable { uri: store.uri().to_owned() }.into()),
+        }
     }
 
-    fn compare(&self, theirs: &Self, uri: String) -> Result<(), IdentityError> {
-        for (what, theirs, ours) in [("spec", &theirs.spec_hash, &self.spec_hash), ("output", &theirs.output, &self.output)] {
-            if theirs != ours {
-                return Err(IdentityError::Foreign { uri, what, theirs: theirs.clone(), ours: ours.clone() });
-            }
-        }
+    /// Whether the prefix at `uri` belongs to this run.
+    pub(super) fn compare(&self, theirs: &Self, uri: &str) -> Result<(), IdentityError> {
+        self.compare_spec_and_output(theirs, uri)?;
         if theirs.dataset_digest == self.dataset_digest {
             return Ok(());
         }
-        Err(IdentityError::DatasetChanged { uri, began: theirs.dataset_digest.clone(), now: self.dataset_digest.clone() })
+        Err(IdentityError::DatasetChanged { uri: uri.to_owned(), began: theirs.dataset_digest.clone(), now: self.dataset_digest.clone() })
+    }
+
+    /// Whether the prefix at `uri` belongs to this run, whatever its dataset was then.
+    pub(super) fn compare_spec_and_output(&self, theirs: &Self, uri: &str) -> Result<(), IdentityError> {
+        for (what, theirs, ours) in [("spec", &theirs.spec_hash, &self.spec_hash), ("output", &theirs.output, &self.output)] {
+            if theirs != ours {
+                return Err(IdentityError::Foreign { uri: uri.to_owned(), what, theirs: theirs.clone(), ours: ours.clone() });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -88,7 +122,7 @@ mod tests {
     #[test]
     fn a_changed_dataset_and_a_foreign_run_are_told_apart() {
         let ours = Identity { spec_hash: "a".into(), dataset_digest: "b".into(), output: "s3://x/y/".into() };
-        let compare = |theirs: Identity| ours.compare(&theirs, "u".into());
+        let compare = |theirs: Identity| ours.compare(&theirs, "u");
         assert_eq!(compare(ours.clone()), Ok(()));
         assert!(matches!(compare(Identity { dataset_digest: "c".into(), ..ours.clone() }), Err(IdentityError::DatasetChanged { .. })));
         assert!(matches!(compare(Identity { spec_hash: "c".into(), ..ours.clone() }), Err(IdentityError::Foreign { what: "spec", .. })));

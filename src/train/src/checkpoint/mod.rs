@@ -5,19 +5,27 @@
 //!   whose files do not match is passed over for the one before it.
 //! - Attempts never write into each other's folders (`step-S/eN/`, N being the claim).
 //! - Before each manifest and each deletion the claims are listed; an attempt that finds a newer one stops and deletes nothing.
+//! - Nothing is deleted but what this run has written: see [`inventory`].
 
 mod identity;
+mod inventory;
+mod own;
 mod place;
 mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 pub use identity::{Identity, IdentityError};
+pub use inventory::LeftAlone;
+pub(super) use inventory::some_of;
+pub use own::{Key, log_folder};
 pub use place::{Label, Place};
 pub use snapshot::{ExecutionPlan, LORA_FILE, METRICS_FILE, Snapshot, SnapshotError, State};
 
+use self::inventory::{Inventory, Ownership};
 use super::tensor_file::{self, TensorFileError};
 use finetune_compute::optim::Param;
 use finetune_store::claims::Claim;
@@ -84,29 +92,53 @@ pub struct Checkpoints {
     store: Store,
     claim: Claim,
     identity: Identity,
+    ownership: Arc<Ownership>,
 }
 
 impl Checkpoints {
     /// Takes the prefix for this run: writes its identity, or checks the one that is there.
     ///
     /// # Errors
-    /// [`CheckpointError::Identity`] if the prefix belongs to another spec, dataset or output.
+    /// [`CheckpointError::Identity`] if the prefix belongs to another spec, dataset or output, or holds checkpoints of nobody knows whom.
     pub async fn open(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
-        identity.establish(&store).await?;
-        Ok(Self { store, claim, identity })
+        let this = Self::new(store, claim, identity);
+        match Identity::read(&this.store).await? {
+            Some(theirs) => this.identity.compare(&theirs, this.store.uri())?,
+            None => this.take().await?,
+        }
+        Ok(this)
     }
 
-    /// As [`Checkpoints::open`], after deleting whatever the prefix holds but prepared data, which is keyed by content and
-    /// stays right: `resume.policy: Never`.
+    /// As [`Checkpoints::open`], after deleting what this run has written there before, also on another dataset, but for prepared data, which
+    /// is keyed by content and stays right: `resume.policy: Never`.
     ///
     /// # Errors
-    /// If this attempt has been superseded, or the store fails.
+    /// As [`Checkpoints::open`]; if this attempt has been superseded, or the store fails.
     pub async fn restart(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
-        let this = Self { store, claim, identity };
-        let keys = this.keys().await?;
-        this.delete(keys.iter().filter(|k| !k.starts_with(PREPARED)).collect()).await?;
-        this.identity.establish(&this.store).await?;
+        let this = Self::new(store, claim, identity);
+        if let Some(theirs) = Identity::read(&this.store).await? {
+            this.identity.compare_spec_and_output(&theirs, this.store.uri())?;
+            let Inventory { own, .. } = this.inventory().await?;
+            this.delete(own.iter().filter(|key| Key::parse(key) != Some(Key::Prepared)).collect()).await?;
+        }
+        this.take().await?;
         Ok(this)
+    }
+
+    fn new(store: Store, claim: Claim, identity: Identity) -> Self {
+        let ownership = Arc::new(Ownership::of(&store, &identity));
+        Self { store, claim, identity, ownership }
+    }
+
+    /// Writes the identity into a prefix that has none.
+    async fn take(&self) -> Result<(), CheckpointError> {
+        if !self.ownership.is_dedicated() {
+            let found = self.store.list("").await?;
+            if let Some(stranger) = found.iter().find(|object| Key::parse(&object.key).is_some_and(|key| key != Key::Identity)) {
+                return Err(IdentityError::Unclaimed { uri: self.store.uri().to_owned(), key: stranger.key.clone() }.into());
+            }
+        }
+        self.identity.create(&self.store).await
     }
 
     /// Where the checkpoints lie.
@@ -143,6 +175,7 @@ impl Checkpoints {
         let metadata = serde_json::to_value(label).map_err(|source| CheckpointError::Json { file: manifest::FILE_NAME, source })?;
         let folder = self.store.child(&place.folder())?;
         let manifest = manifest::publish(&folder, files, metadata, Some(&self.claim)).await?;
+        self.ownership.wrote(place);
         let bytes = manifest.files.iter().map(|f| f.size).sum();
         Ok(Saved { step: place.step, uri: folder.uri().to_owned(), sha256: manifest.digest(), bytes })
     }
@@ -179,28 +212,35 @@ impl Checkpoints {
     /// # Errors
     /// If this attempt has been superseded (nothing is deleted then), or the store fails.
     pub async fn retain(&self, keep: u32) -> Result<(), CheckpointError> {
-        let keys = self.keys().await?;
-        self.delete(stale(&keys, keep, self.claim.epoch())).await
+        let Inventory { own, .. } = self.inventory().await?;
+        self.delete(stale(&own, keep, self.claim.epoch())).await
     }
 
-    /// Deletes everything below the prefix.
+    /// Deletes everything that this run has written below the prefix; says what is left there.
     ///
     /// # Errors
     /// If this attempt has been superseded (nothing is deleted then), or the store fails.
-    pub async fn delete_all(&self) -> Result<(), CheckpointError> {
-        let keys = self.keys().await?;
-        self.delete(keys.iter().collect()).await
+    pub async fn delete_all(&self) -> Result<LeftAlone, CheckpointError> {
+        let Inventory { own, foreign } = self.inventory().await?;
+        self.delete(own.iter().collect()).await?;
+        Ok(LeftAlone { uri: self.store.uri().to_owned(), keys: foreign })
     }
 
-    async fn keys(&self) -> Result<Vec<String>, CheckpointError> {
-        Ok(self.store.list("").await?.into_iter().map(|o| o.key).collect())
+    async fn inventory(&self) -> Result<Inventory, CheckpointError> {
+        Ok(self.ownership.inventory(&self.store).await?)
     }
 
-    /// Manifests first: a folder that is only half deleted must not look complete. The claims are listed before each of them.
+    /// Manifests first: a folder that is only half deleted must not look complete. The claims are listed before each of them. The identity
+    /// last: as long as there is something of this run, it says whose that is.
     async fn delete(&self, mut keys: Vec<&String>) -> Result<(), CheckpointError> {
-        keys.sort_by_key(|k| (!k.ends_with(manifest::FILE_NAME), k.as_str()));
+        let rank = |key: &str| match Key::parse(key) {
+            Some(Key::Checkpoint(_, manifest::FILE_NAME)) => 0,
+            Some(Key::Identity) => 2,
+            _ => 1,
+        };
+        keys.sort_by_key(|key| (rank(key), key.as_str()));
         for (i, key) in keys.into_iter().enumerate() {
-            if i == 0 || key.ends_with(manifest::FILE_NAME) {
+            if i == 0 || rank(key) == 0 {
                 self.ensure_newest().await?;
             }
             self.store.delete(key).await?;
