@@ -109,3 +109,81 @@ fn a_pinned_digest_is_held() {
     assert_eq!(other.status.code(), Some(65), "{}", text(&other));
     assert!(text(&other).contains(&digest), "{}", text(&other));
 }
+
+/// Other weights under the same name: the numbers of the last tensor.
+fn change_the_model(bench: &Bench) -> Vec<u8> {
+    let path = bench.bucket("models/micro/transformer/diffusion_pytorch_model.safetensors");
+    let before = std::fs::read(&path).unwrap();
+    let mut changed = before.clone();
+    let end = changed.len();
+    changed[end - 2] ^= 1;
+    std::fs::write(&path, changed).unwrap();
+    before
+}
+
+#[test]
+fn a_changed_base_model_is_noticed_before_and_after_completion() {
+    let bench = Bench::new();
+    let mut running = bench.start(&json!({}), &[]);
+    running.await_log("saved a checkpoint");
+    running.signal("TERM");
+    assert_eq!(running.wait(), Some(75));
+    let model = change_the_model(&bench);
+    let output = bench.run(&json!({}));
+    assert_eq!(output.status.code(), Some(65), "{}", text(&output));
+    assert!(text(&output).contains("ModelChanged"), "{}", text(&output));
+    // With the old model back, the run goes on.
+    std::fs::write(bench.bucket("models/micro/transformer/diffusion_pytorch_model.safetensors"), model).unwrap();
+    bench.complete(&json!({}));
+    assert!(bench.result()["modelDigest"].as_str().unwrap().starts_with("sha256:"));
+
+    // After completion: the result is of another model.
+    change_the_model(&bench);
+    let output = bench.run(&json!({}));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("another base model"), "{}", text(&output));
+    // What is beside the model does not matter.
+    let other = Bench::new();
+    other.complete(&short());
+    std::fs::write(other.bucket("models/micro/README.md"), b"words").unwrap();
+    other.complete(&short());
+    assert_eq!(other.files("claims").len(), 1, "nothing was trained again");
+}
+
+/// A run that an earlier version began did not record its model: it goes on, and records it.
+#[test]
+fn an_identity_without_a_model_is_completed() {
+    let bench = Bench::new();
+    let mut running = bench.start(&json!({}), &[]);
+    running.await_log("saved a checkpoint");
+    running.signal("TERM");
+    assert_eq!(running.wait(), Some(75));
+    let path = bench.files(".checkpoints").into_iter().map(|(path, _)| path).find(|path| path.ends_with("identity.json")).unwrap();
+    let written = std::fs::read_to_string(&path).unwrap();
+    let mut old: serde_json::Value = serde_json::from_str(&written).unwrap();
+    for field in ["version", "modelDigest"] {
+        assert!(old.as_object_mut().unwrap().remove(field).is_some());
+    }
+    std::fs::write(&path, old.to_string()).unwrap();
+    let mut running = bench.start(&json!({}), &[]);
+    running.await_log("an earlier version began this run");
+    running.await_log("resuming from a checkpoint");
+    running.signal("TERM");
+    running.wait();
+    if path.exists() {
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), written);
+    }
+    change_the_model(&bench);
+    let output = bench.run(&json!({}));
+    assert!([Some(65), Some(78)].contains(&output.status.code()), "{}", text(&output));
+}
+
+/// The result is found before a GPU is asked for: a job that is restored from a backup takes none.
+#[test]
+fn what_is_done_needs_no_gpu() {
+    let bench = Bench::new();
+    bench.complete(&short());
+    let output = bench.command(&with(short(), &json!({"scheduling": {"gpu": {"perReplica": 1}}}))).args(["--device", "cuda"]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("trained already"), "{}", text(&output));
+}

@@ -11,6 +11,8 @@ closed_enum! {
         InvalidDataset,
         /// The dataset differs from `expectedDigest`, or from the one that the checkpoints were made with.
         DatasetChanged,
+        /// The base model's files differ from those that the checkpoints were made with.
+        ModelChanged,
         /// The model, the dataset or a required checkpoint is not where the spec says.
         NotFound,
         /// The model's files are incomplete, damaged, or of a kind that is not supported.
@@ -66,7 +68,7 @@ impl Reason {
         match self {
             Self::GPUOutOfMemory | Self::GPUTooSmall => 12,
             Self::Diverged => 13,
-            Self::InvalidDataset | Self::DatasetChanged => 65,
+            Self::InvalidDataset | Self::DatasetChanged | Self::ModelChanged => 65,
             Self::NotFound | Self::ModelLoadFailed => 66,
             Self::StorageUnavailable => 69,
             Self::GPUUnavailable => 71,

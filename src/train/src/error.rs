@@ -198,6 +198,7 @@ fn checkpoint_reason(error: &CheckpointError) -> Reason {
     match error {
         CheckpointError::Store(error) => store_reason(error),
         CheckpointError::Identity(IdentityError::DatasetChanged { .. }) => Reason::DatasetChanged,
+        CheckpointError::Identity(IdentityError::ModelChanged { .. }) => Reason::ModelChanged,
         CheckpointError::Identity(_) => Reason::InvalidConfig,
         CheckpointError::NotFound { .. } | CheckpointError::Lora { .. } => Reason::NotFound,
         CheckpointError::Snapshot(_) | CheckpointError::Json { .. } => Reason::TrainerCrashed,

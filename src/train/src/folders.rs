@@ -2,10 +2,10 @@
 
 use super::environment::JobEnvironment;
 use super::error::TrainError;
-use crate::plan::{Folder, ModelSource, TrainConfig, Use, overlaps};
-use crate::store::{Store, StoreError, StoreOptions};
+use finetune_api::plan::{Folder, ModelSource, TrainConfig, Use, overlaps};
+use finetune_store::{Store, StoreError, StoreOptions};
 
-/// Refuses folders that cannot be used together. [`crate::plan::resolve`] has compared their names.
+/// Refuses folders that cannot be used together. [`finetune_api::plan::resolve`] has compared their names.
 ///
 /// # Errors
 /// [`TrainError::Folders`] with every pair; a location that cannot be used.

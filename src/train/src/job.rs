@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use tokio::task::block_in_place;
 
-use super::checkpoint::{self, CheckpointError, Checkpoints, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
+use super::checkpoint::{self, CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
 use super::comparison::{self, HeldOut};
 use super::environment::JobEnvironment;
 use super::error::TrainError;
@@ -25,6 +25,7 @@ use super::validation;
 use super::{device, division};
 use finetune_api::Stage;
 use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
+use finetune_common::digest;
 use finetune_compute::kernels::Engine;
 use finetune_compute::nn::flow_matching::SigmaTable;
 use finetune_compute::optim::Param;
@@ -61,37 +62,49 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
     folders::check(config, environment)?;
-    let engine = device::open(config.device, config.training.precision)?;
-    let budget = device::limit_memory(&engine);
     let output = environment.open(&config.output.uri, config)?;
     let store = environment.open(&config.checkpoint.uri, config)?;
 
     let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
-    publish::decide(output.uri(), config.output.existing, &found, None)?;
-    let dataset = scan(config, environment).await?;
-    reporter.identity(&config.spec_hash, Some(&dataset.digest), Some(dataset.skipped.len() as u64));
-    if let (Decision::Reuse, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, Some(&dataset.digest))?, &found)
-    {
-        publish::repair(&output, result).await?;
-        let left = delete_leftovers(config, environment, &output, store, &dataset).await.unwrap_or_else(|error| {
-            tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
-            LeftAlone::default()
-        });
-        return Ok(Outcome { result: (**result).clone(), already_completed: true, notes: notes(&left) });
+    if let (Decision::Compare, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, None)?, &found) {
+        return reuse(config, environment, &output, store, &found, result).await;
     }
+    // What is done already needs no GPU.
+    let engine = device::open(config.device, config.training.precision)?;
+    let budget = device::limit_memory(&engine);
+    let Sources { dataset, folder, digests } = sources(config, environment).await?;
 
     let claim = Claim::acquire(&output, &environment.owner).await?;
-    let identity = identity(config, &output, &dataset);
+    let identity = identity(config, &output, digests);
     let checkpoints = match config.resume.policy {
         ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
         ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
     };
     let held_out = held_out(config, environment).await?;
-    let run = Run { config, environment, engine, budget, dataset, held_out, checkpoints };
+    let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints };
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
     let (result, left) = run.publish(&output, &trainer, &model).await?;
     Ok(Outcome { result, already_completed: false, notes: notes(&left) })
+}
+
+/// The output holds a result of this spec: it is the run's own if dataset and model are the same too.
+async fn reuse(
+    config: &TrainConfig,
+    environment: &JobEnvironment,
+    output: &Store,
+    store: Store,
+    found: &publish::Found,
+    result: &RunResult,
+) -> Result<Outcome, TrainError> {
+    let Sources { digests, .. } = sources(config, environment).await?;
+    publish::decide(output.uri(), config.output.existing, found, Some(&digests))?;
+    publish::repair(output, result).await?;
+    let left = delete_leftovers(config, environment, output, store, digests).await.unwrap_or_else(|error| {
+        tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
+        LeftAlone::default()
+    });
+    Ok(Outcome { result: result.clone(), already_completed: true, notes: notes(&left) })
 }
 
 /// What is said about files that were left alone.
@@ -103,8 +116,8 @@ fn notes(left: &LeftAlone) -> Vec<String> {
     vec![format!("left alone: {left}")]
 }
 
-fn identity(config: &TrainConfig, output: &Store, dataset: &Dataset) -> Identity {
-    Identity { spec_hash: config.spec_hash.clone(), dataset_digest: dataset.digest.clone(), output: output.uri().to_owned() }
+fn identity(config: &TrainConfig, output: &Store, digests: Digests) -> Identity {
+    Identity::new(config.spec_hash.clone(), digests, output.uri().to_owned())
 }
 
 /// Deletes what a run that was killed after publishing has left.
@@ -113,13 +126,37 @@ async fn delete_leftovers(
     environment: &JobEnvironment,
     output: &Store,
     store: Store,
-    dataset: &Dataset,
+    digests: Digests,
 ) -> Result<LeftAlone, TrainError> {
     if config.checkpoint.keep_after_success || !Identity::is_at(&store).await? {
         return Ok(LeftAlone::default());
     }
     let claim = Claim::acquire(output, &environment.owner).await?;
-    Ok(Checkpoints::open(store, claim, identity(config, output, dataset)).await?.delete_all().await?)
+    Ok(Checkpoints::open(store, claim, identity(config, output, digests)).await?.delete_all().await?)
+}
+
+/// What a run reads.
+struct Sources {
+    dataset: Dataset,
+    folder: ModelFolder,
+    digests: Digests,
+}
+
+/// Checks the dataset, lists the model, and makes the digests of both.
+async fn sources(config: &TrainConfig, environment: &JobEnvironment) -> Result<Sources, TrainError> {
+    let dataset = scan(config, environment).await?;
+    let reporter = &environment.reporter;
+    reporter.identity(&config.spec_hash, Some(&dataset.digest), Some(dataset.skipped.len() as u64));
+    let (source, options) = environment.model_source(config);
+    let (folder, fingerprint) = unless_interrupted(environment, async {
+        reporter.stage(Stage::DownloadingModel, "looking at the model", 0);
+        let folder = ModelFolder::open(&source, &options, &environment.cache_dir).await?;
+        let fingerprint = folder.fingerprint(Parts::ALL).await?;
+        Ok((folder, fingerprint))
+    })
+    .await?;
+    let digests = Digests { dataset: dataset.digest.clone(), model: digest::to_text(&fingerprint) };
+    Ok(Sources { dataset, folder, digests })
 }
 
 async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, TrainError> {
@@ -157,6 +194,7 @@ struct Run<'a> {
     /// What the process may hold on the device, as it was found at the start.
     budget: MemoryBudget,
     dataset: Dataset,
+    folder: ModelFolder,
     held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
 }
@@ -164,7 +202,7 @@ struct Run<'a> {
 impl Run<'_> {
     /// Prepares data, loads the transformer and restores the newest checkpoint.
     async fn load(&self) -> Result<(Trainer, ModelDir), TrainError> {
-        let Self { config, environment, dataset, held_out, checkpoints, .. } = self;
+        let Self { config, environment, dataset, folder, held_out, checkpoints, .. } = self;
         let reporter = &environment.reporter;
         reporter.stage(Stage::RestoringCheckpoint, "looking for a checkpoint", 0);
         let snapshot = self.snapshot().await?;
@@ -173,20 +211,14 @@ impl Run<'_> {
             _ => None,
         };
 
-        let (source, options) = environment.model_source(config);
         let prepared_store = checkpoints.store().child(PREPARED)?;
-        let folder = unless_interrupted(environment, async {
-            reporter.stage(Stage::DownloadingModel, "looking for the model", 0);
-            Ok(ModelFolder::open(&source, &options, &environment.cache_dir).await?)
-        })
-        .await?;
         let dataset_store = environment.open(&config.dataset.uri, config)?;
         let prepared = match prepare::prepare(
             config,
             dataset,
             held_out.as_ref().map_or(&[], |h| &h.captions),
             &dataset_store,
-            &folder,
+            folder,
             &prepared_store,
             &self.engine,
             environment,

@@ -101,6 +101,7 @@ pub fn make(
         job: config.job.clone(),
         spec_hash: config.spec_hash.clone(),
         dataset_digest: dataset.digest.clone(),
+        model_digest: Some(checkpoints.digests().model.clone()),
         attempt: checkpoints.attempt(),
         run: format!("runs/e{}/", checkpoints.attempt()),
         steps: trainer.step(),

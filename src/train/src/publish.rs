@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::checkpoint::{Checkpoints, read_optional, some_of};
-use super::result::{self, FileDigest, RunResult};
+use super::checkpoint::{Checkpoints, Digests, read_optional, some_of};
+use super::result::{self, Difference, FileDigest, RunResult};
 use finetune_api::plan::ExistingOutput;
 use finetune_store::{Created, ObjectInfo, Store, StoreError, claims, fault, is_placeholder};
 
@@ -54,7 +54,7 @@ pub enum PublishError {
 pub enum Found {
     /// Nothing that matters.
     Nothing,
-    /// A complete run of the same spec. Whether the dataset is the same too is not known yet.
+    /// A complete run of the same spec. Whether dataset and model are the same too is not known yet.
     SameSpec(Box<RunResult>),
     /// Anything else.
     Other(String),
@@ -107,21 +107,21 @@ fn is_default_checkpoint(key: &str) -> bool {
     folder.is_some_and(|(folder, _)| folder.len() == 16 && folder.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
-/// Whether to train, given what was found and the dataset's digest (where it is known already).
+/// Whether to train, given what was found and the digests of dataset and model (where they are known already).
 ///
 /// # Errors
 /// [`PublishError::OutputExists`].
-pub fn decide(output: &str, policy: ExistingOutput, found: &Found, dataset_digest: Option<&str>) -> Result<Decision, PublishError> {
+pub fn decide(output: &str, policy: ExistingOutput, found: &Found, digests: Option<&Digests>) -> Result<Decision, PublishError> {
     let exists = |what: String| Err(PublishError::OutputExists { uri: output.to_owned(), what });
     match (policy, found) {
         (_, Found::Foreign) => Err(PublishError::ForeignResult { uri: output.to_owned() }),
         (_, Found::Nothing) | (ExistingOutput::Overwrite, _) => Ok(Decision::Train),
         (_, Found::Other(what)) => exists(what.clone()),
         (ExistingOutput::Fail, Found::SameSpec(result)) => exists(format!("the result of a run of the same spec ({})", result.completed)),
-        (ExistingOutput::ReuseIfComplete, Found::SameSpec(result)) => match dataset_digest {
-            None => Ok(Decision::CompareDataset),
-            Some(digest) if digest == result.dataset_digest => Ok(Decision::Reuse),
-            Some(digest) => exists(format!("the result of the same spec on another dataset ({}, now {digest})", result.dataset_digest)),
+        (ExistingOutput::ReuseIfComplete, Found::SameSpec(result)) => match digests.map(|digests| result.differs_in(digests)) {
+            None => Ok(Decision::Compare),
+            Some(None) => Ok(Decision::Reuse),
+            Some(Some(Difference { what, theirs, ours })) => exists(format!("the result of the same spec on another {what} ({theirs}, now {ours})")),
         },
     }
 }
@@ -131,8 +131,8 @@ pub fn decide(output: &str, policy: ExistingOutput, found: &Found, dataset_diges
 pub enum Decision {
     /// Nothing stands in the way.
     Train,
-    /// The dataset's digest decides.
-    CompareDataset,
+    /// The digests of dataset and model decide.
+    Compare,
     /// The result is already there.
     Reuse,
 }
@@ -166,7 +166,7 @@ pub async fn publish(
         }
         let found = look(output, checkpoints.store().uri(), &result.spec_hash).await?;
         let same = match &found {
-            Found::SameSpec(theirs) if theirs.dataset_digest == result.dataset_digest => Some(theirs),
+            Found::SameSpec(theirs) if theirs.differs_in(checkpoints.digests()).is_none() => Some(theirs),
             _ => None,
         };
         match (policy, same) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::Digests;
 use finetune_api::OutputFormat;
 use finetune_common::digest;
 
@@ -25,6 +26,9 @@ pub struct RunResult {
     pub spec_hash: String,
     /// `sha256:<hex>` of metadata and pictures.
     pub dataset_digest: String,
+    /// `sha256:<hex>` of the base model's files; absent in results of versions that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_digest: Option<String>,
     /// The attempt that won.
     pub attempt: u64,
     /// Its folder below the output prefix, as `runs/e3/`; the files at the prefix itself are copies.
@@ -65,6 +69,28 @@ pub struct RunResult {
     pub files: BTreeMap<String, FileDigest>,
     /// Programs by name.
     pub versions: BTreeMap<String, String>,
+}
+
+/// What a run was made from that is not what there is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// `dataset` or `base model`.
+    pub what: &'static str,
+    /// Its digest then.
+    pub theirs: String,
+    /// Its digest now.
+    pub ours: String,
+}
+
+impl RunResult {
+    /// What differs between dataset and model of this result and those of now. A result that does not tell its model is taken to be of this one.
+    pub fn differs_in(&self, now: &Digests) -> Option<Difference> {
+        let model = self.model_digest.as_ref().unwrap_or(&now.model);
+        [("dataset", &self.dataset_digest, &now.dataset), ("base model", model, &now.model)]
+            .into_iter()
+            .find(|(_, theirs, ours)| theirs != ours)
+            .map(|(what, theirs, ours)| Difference { what, theirs: theirs.clone(), ours: ours.clone() })
+    }
 }
 
 /// Training loss of a run.

@@ -48,6 +48,24 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "spec",
+            "checkpoint.uri must not be output.uri or contain it",
+            json!({"output": {"uri": "s3://bucket/out/"}, "checkpoint": {"uri": "s3://bucket/out/"}}),
+            json!({"output": {"uri": "s3://bucket/out/"}, "checkpoint": {"uri": "s3://bucket/out/checkpoints/"}}),
+        ),
+        case(
+            "spec",
+            "validation.datasetUri must not contain output.uri",
+            json!({"output": {"uri": "s3://bucket/out/"}, "validation": {"datasetUri": "s3://bucket/out/held-out/"}}),
+            json!({"output": {"uri": "s3://bucket/out/"}, "validation": {"datasetUri": "s3://bucket/held-out/"}}),
+        ),
+        case(
+            "spec",
+            "model.source.objectStore.uri must not contain output.uri",
+            json!({"output": {"uri": "s3://bucket/sd3/loras/"}, "model": {"source": {"objectStore": {"uri": "s3://bucket/sd3/"}}}}),
+            json!({"output": {"uri": "s3://bucket/loras/"}, "model": {"source": {"objectStore": {"uri": "s3://bucket/sd3/"}}}}),
+        ),
+        case(
+            "spec",
             "workloadPriorityClassName needs queueName",
             json!({"workloadPriorityClassName": "low"}),
             json!({"workloadPriorityClassName": "low", "queueName": "gpu"}),

@@ -185,7 +185,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
 fn folders(spec: &FineTuneJobSpec, endpoint: Option<&str>) -> Vec<Folder> {
     let folder = |path, uri: &str, used_as| Folder { path, uri: uri.to_owned(), used_as };
     // A bucket of that name on another server is another bucket.
-    let own_server = |model: &&api::ObjectStoreSource| model.storage.as_ref().is_none_or(|storage| storage.endpoint.as_deref() == endpoint);
+    let own_server = |model: &&crate::ObjectStoreSource| model.storage.as_ref().is_none_or(|storage| storage.endpoint.as_deref() == endpoint);
     let model = spec.model.source.object_store.as_ref().filter(own_server).map(|model| &model.uri);
     let optional = [
         ("spec.checkpoint.uri", spec.checkpoint.uri.as_ref(), Use::Checkpoint),

@@ -9,16 +9,38 @@ use finetune_store::{Created, Store};
 /// The name below the checkpoint prefix.
 pub(super) const FILE_NAME: &str = "identity.json";
 
-/// The run that a checkpoint prefix belongs to; created once, never changed.
+/// The version of the file that is written.
+const VERSION: u32 = 2;
+
+/// What a run is made from, by content: `sha256:<hex>` each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Digests {
+    /// Metadata and pictures.
+    pub dataset: String,
+    /// The base model's files.
+    pub model: String,
+}
+
+/// The run that a checkpoint prefix belongs to. A neighbouring version of this program may write more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Identity {
+    /// 2; files of version 1 do not say.
+    #[serde(default = "one")]
+    version: u32,
     /// `sha256:<hex>` of what determines the weights.
-    pub spec_hash: String,
+    pub(super) spec_hash: String,
     /// `sha256:<hex>` of metadata and pictures.
-    pub dataset_digest: String,
+    pub(super) dataset_digest: String,
+    /// `sha256:<hex>` of the base model's files; absent in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) model_digest: Option<String>,
     /// Where the results go.
-    pub output: String,
+    pub(super) output: String,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// The prefix belongs to another run.
@@ -30,6 +52,19 @@ pub enum IdentityError {
          resume.policy: Never or another output.uri (checkpoints: {uri})"
     )]
     DatasetChanged {
+        /// The prefix.
+        uri: String,
+        /// The digest that the run began with.
+        began: String,
+        /// The digest now.
+        now: String,
+    },
+    /// Another base model under the same spec.
+    #[error(
+        "the base model has changed since this run began: it was {began}, it is {now}. Restore the model's files, or begin anew with \
+         resume.policy: Never or another output.uri (checkpoints: {uri})"
+    )]
+    ModelChanged {
         /// The prefix.
         uri: String,
         /// The digest that the run began with.
@@ -69,6 +104,17 @@ pub enum IdentityError {
 }
 
 impl Identity {
+    /// Of the run of a spec, by its hash, on this dataset and model, whose results go to `output`.
+    pub fn new(spec_hash: String, digests: Digests, output: String) -> Self {
+        let Digests { dataset, model } = digests;
+        Self { version: VERSION, spec_hash, dataset_digest: dataset, model_digest: Some(model), output }
+    }
+
+    /// What the run is made from.
+    pub(super) fn digests(&self) -> Digests {
+        Digests { dataset: self.dataset_digest.clone(), model: self.model_digest.clone().unwrap_or_default() }
+    }
+
     /// Whether a run has taken the prefix.
     ///
     /// # Errors
@@ -85,8 +131,7 @@ impl Identity {
 
     /// Writes the identity into a prefix that has none; where another attempt was first, compares.
     pub(super) async fn create(&self, store: &Store) -> Result<(), CheckpointError> {
-        let text = serde_json::to_vec_pretty(self).map_err(|source| CheckpointError::Json { file: FILE_NAME, source })?;
-        if matches!(store.create(FILE_NAME, Bytes::from(text)).await?, Created::Yes) {
+        if matches!(store.create(FILE_NAME, self.to_json()?).await?, Created::Yes) {
             return Ok(());
         }
         match Self::read(store).await? {
@@ -95,16 +140,28 @@ impl Identity {
         }
     }
 
+    /// Writes the identity in place of an earlier one of the same run.
+    pub(super) async fn replace(&self, store: &Store) -> Result<(), CheckpointError> {
+        Ok(store.put(FILE_NAME, self.to_json()?).await?)
+    }
+
+    fn to_json(&self) -> Result<Bytes, CheckpointError> {
+        serde_json::to_vec_pretty(self).map(Bytes::from).map_err(|source| CheckpointError::Json { file: FILE_NAME, source })
+    }
+
     /// Whether the prefix at `uri` belongs to this run.
     pub(super) fn compare(&self, theirs: &Self, uri: &str) -> Result<(), IdentityError> {
         self.compare_spec_and_output(theirs, uri)?;
-        if theirs.dataset_digest == self.dataset_digest {
-            return Ok(());
+        if theirs.dataset_digest != self.dataset_digest {
+            return Err(IdentityError::DatasetChanged { uri: uri.to_owned(), began: theirs.dataset_digest.clone(), now: self.dataset_digest.clone() });
         }
-        Err(IdentityError::DatasetChanged { uri: uri.to_owned(), began: theirs.dataset_digest.clone(), now: self.dataset_digest.clone() })
+        match (&theirs.model_digest, &self.model_digest) {
+            (Some(began), Some(now)) if began != now => Err(IdentityError::ModelChanged { uri: uri.to_owned(), began: began.clone(), now: now.clone() }),
+            _ => Ok(()),
+        }
     }
 
-    /// Whether the prefix at `uri` belongs to this run, whatever its dataset was then.
+    /// Whether the prefix at `uri` belongs to this run, whatever its dataset and model were then.
     pub(super) fn compare_spec_and_output(&self, theirs: &Self, uri: &str) -> Result<(), IdentityError> {
         for (what, theirs, ours) in [("spec", &theirs.spec_hash, &self.spec_hash), ("output", &theirs.output, &self.output)] {
             if theirs != ours {
@@ -121,11 +178,25 @@ mod tests {
 
     #[test]
     fn a_changed_dataset_and_a_foreign_run_are_told_apart() {
-        let ours = Identity { spec_hash: "a".into(), dataset_digest: "b".into(), output: "s3://x/y/".into() };
+        let digests = Digests { dataset: "b".into(), model: "m".into() };
+        let ours = Identity::new("a".into(), digests, "s3://x/y/".into());
         let compare = |theirs: Identity| ours.compare(&theirs, "u");
         assert_eq!(compare(ours.clone()), Ok(()));
         assert!(matches!(compare(Identity { dataset_digest: "c".into(), ..ours.clone() }), Err(IdentityError::DatasetChanged { .. })));
+        assert!(matches!(compare(Identity { model_digest: Some("n".into()), ..ours.clone() }), Err(IdentityError::ModelChanged { .. })));
         assert!(matches!(compare(Identity { spec_hash: "c".into(), ..ours.clone() }), Err(IdentityError::Foreign { what: "spec", .. })));
         assert!(matches!(compare(Identity { output: "c".into(), ..ours.clone() }), Err(IdentityError::Foreign { what: "output", .. })));
+    }
+
+    /// As version 1 wrote it, and as a later version may.
+    #[test]
+    fn files_of_neighbouring_versions_are_read() {
+        let old: Identity = serde_json::from_str(r#"{"specHash": "a", "datasetDigest": "b", "output": "s3://x/y/"}"#).unwrap();
+        assert_eq!((old.version, &old.model_digest), (1, &None));
+        let ours = Identity::new("a".into(), Digests { dataset: "b".into(), model: "m".into() }, "s3://x/y/".into());
+        assert_eq!(ours.compare(&old, "u"), Ok(()));
+        let mut later = serde_json::to_value(&ours).unwrap();
+        later["more"] = serde_json::json!({"x": 1});
+        assert_eq!(serde_json::from_value::<Identity>(later).unwrap(), ours);
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use super::{Identity, Key, Label, Place};
-use crate::store::{Store, StoreError, StoreErrorKind, is_placeholder, manifest};
+use finetune_store::{Store, StoreError, StoreErrorKind, is_placeholder, manifest};
 
 /// Files that a run has found where it cleans up, and left alone since it did not write them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ pub(super) struct Ownership {
 
 impl Ownership {
     pub(super) fn of(store: &Store, identity: &Identity) -> Self {
-        let dedicated = store.uri() == crate::plan::default_checkpoint_uri(&identity.output, &identity.spec_hash);
+        let dedicated = store.uri() == finetune_api::plan::default_checkpoint_uri(&identity.output, &identity.spec_hash);
         Self { spec_hash: identity.spec_hash.clone(), dedicated, known: Mutex::default() }
     }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-pub use identity::{Identity, IdentityError};
+pub use identity::{Digests, Identity, IdentityError};
 pub use inventory::LeftAlone;
 pub(super) use inventory::some_of;
 pub use own::{Key, log_folder};
@@ -92,6 +92,7 @@ pub struct Checkpoints {
     store: Store,
     claim: Claim,
     identity: Identity,
+    digests: Digests,
     ownership: Arc<Ownership>,
 }
 
@@ -103,7 +104,10 @@ impl Checkpoints {
     pub async fn open(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
         let this = Self::new(store, claim, identity);
         match Identity::read(&this.store).await? {
-            Some(theirs) => this.identity.compare(&theirs, this.store.uri())?,
+            Some(theirs) => {
+                this.identity.compare(&theirs, this.store.uri())?;
+                this.complete_identity(&theirs).await?;
+            }
             None => this.take().await?,
         }
         Ok(this)
@@ -116,18 +120,32 @@ impl Checkpoints {
     /// As [`Checkpoints::open`]; if this attempt has been superseded, or the store fails.
     pub async fn restart(store: Store, claim: Claim, identity: Identity) -> Result<Self, CheckpointError> {
         let this = Self::new(store, claim, identity);
-        if let Some(theirs) = Identity::read(&this.store).await? {
-            this.identity.compare_spec_and_output(&theirs, this.store.uri())?;
-            let Inventory { own, .. } = this.inventory().await?;
-            this.delete(own.iter().filter(|key| Key::parse(key) != Some(Key::Prepared)).collect()).await?;
-        }
-        this.take().await?;
+        let Some(theirs) = Identity::read(&this.store).await? else {
+            this.take().await?;
+            return Ok(this);
+        };
+        this.identity.compare_spec_and_output(&theirs, this.store.uri())?;
+        let Inventory { own, .. } = this.inventory().await?;
+        this.delete(own.iter().filter(|key| !matches!(Key::parse(key), Some(Key::Prepared | Key::Identity))).collect()).await?;
+        this.ensure_newest().await?;
+        this.identity.replace(&this.store).await?;
         Ok(this)
     }
 
     fn new(store: Store, claim: Claim, identity: Identity) -> Self {
         let ownership = Arc::new(Ownership::of(&store, &identity));
-        Self { store, claim, identity, ownership }
+        let digests = identity.digests();
+        Self { store, claim, identity, digests, ownership }
+    }
+
+    /// A run that an earlier version began did not record its base model: from now on it does.
+    async fn complete_identity(&self, theirs: &Identity) -> Result<(), CheckpointError> {
+        if theirs.model_digest.is_some() {
+            return Ok(());
+        }
+        tracing::warn!(prefix = self.store.uri(), "an earlier version began this run, and did not record the base model: it is taken to be the present one");
+        self.ensure_newest().await?;
+        self.identity.replace(&self.store).await
     }
 
     /// Writes the identity into a prefix that has none.
@@ -144,6 +162,11 @@ impl Checkpoints {
     /// Where the checkpoints lie.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// What the run is made from.
+    pub fn digests(&self) -> &Digests {
+        &self.digests
     }
 
     /// This attempt's number.
@@ -171,6 +194,7 @@ impl Checkpoints {
             attempt: place.attempt,
             spec_hash: self.identity.spec_hash.clone(),
             dataset_digest: self.identity.dataset_digest.clone(),
+            model_digest: self.identity.model_digest.clone(),
         };
         let metadata = serde_json::to_value(label).map_err(|source| CheckpointError::Json { file: manifest::FILE_NAME, source })?;
         let folder = self.store.child(&place.folder())?;
@@ -200,8 +224,9 @@ impl Checkpoints {
         if (label.step, label.attempt) != (place.step, place.attempt) {
             return Err("its manifest names another place".to_owned());
         }
-        if label.spec_hash != self.identity.spec_hash || label.dataset_digest != self.identity.dataset_digest {
-            return Err("it belongs to another spec or dataset".to_owned());
+        let Identity { spec_hash, dataset_digest, model_digest, .. } = &self.identity;
+        if label.spec_hash != *spec_hash || label.dataset_digest != *dataset_digest || label.model_digest.is_some_and(|digest| Some(&digest) != model_digest.as_ref()) {
+            return Err("it belongs to another spec, dataset or base model".to_owned());
         }
         let snapshot = Snapshot::decode(&verified.files.into_iter().collect()).map_err(|e| format!("it cannot be read: {e}"))?;
         if snapshot.state.step == place.step { Ok(snapshot) } else { Err("its state belongs to another step".to_owned()) }

@@ -3,11 +3,11 @@
 use super::place::Place;
 use super::snapshot::{LORA_FILE, METRICS_FILE, OPTIMIZER_FILE, STATE_FILE};
 use super::{PREPARED, identity};
-use crate::data::cache;
-use crate::store::manifest;
-use crate::train::events;
-use crate::train::history::Picture;
-use crate::train::validation;
+use crate::events;
+use crate::history::Picture;
+use crate::validation;
+use finetune_data::cache;
+use finetune_store::manifest;
 
 /// A key that a run writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

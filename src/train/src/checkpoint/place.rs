@@ -11,9 +11,9 @@ pub struct Place {
     pub attempt: u64,
 }
 
-/// What the manifest says about the checkpoint besides its files.
+/// What the manifest says about the checkpoint besides its files. A neighbouring version of this program may say more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Label {
     /// Optimizer updates done.
     pub step: u64,
@@ -23,6 +23,9 @@ pub struct Label {
     pub spec_hash: String,
     /// The dataset that it belongs to.
     pub dataset_digest: String,
+    /// The base model that it belongs to; absent in checkpoints of versions that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_digest: Option<String>,
 }
 
 impl Place {
