@@ -1,5 +1,6 @@
 //! A model folder in diffusers layout: where its parts are, and what their `config.json` files say.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -112,9 +113,25 @@ impl ModelDir {
         self.root.join(part.folder())
     }
 
-    /// Whether the sub-folder of a part exists.
-    pub fn has(&self, part: Part) -> bool {
-        self.path(part).is_dir()
+    /// Whether the model has a part: its sub-folder exists, and `model_index.json`, if there is one, does not leave it out (`[null, null]`).
+    ///
+    /// # Errors
+    /// If `model_index.json` lists a part whose sub-folder is missing, or cannot be understood.
+    pub fn has(&self, part: Part) -> Result<bool, LayoutError> {
+        const CONTENTS: &str = "model_index.json";
+        let path = self.path(part);
+        if !self.root.join(CONTENTS).is_file() {
+            return Ok(path.is_dir());
+        }
+        let contents: BTreeMap<String, serde_json::Value> = read_json(&self.root.join(CONTENTS), CONTENTS)?;
+        match contents.get(part.folder()) {
+            None => Ok(path.is_dir()),
+            Some(serde_json::Value::Array(pair)) if pair.iter().any(|name| !name.is_null()) => {
+                let part = format!("{}/, which {CONTENTS} lists", part.folder());
+                if path.is_dir() { Ok(true) } else { Err(LayoutError::Missing { path, part }) }
+            }
+            Some(_) => Ok(false),
+        }
     }
 
     /// Reads the JSON file `name` of a part.
@@ -281,5 +298,24 @@ mod tests {
         let error = model.json::<serde_json::Value>(Part::Vae, "config.json").unwrap_err().to_string();
         assert!(error.contains("vae/config.json"), "{error}");
         assert!(ModelDir::open(&dir.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn a_part_that_is_listed_must_be_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let has = |contents: Option<&str>| {
+            if let Some(text) = contents {
+                std::fs::write(dir.path().join("model_index.json"), text).unwrap();
+            }
+            ModelDir::open(dir.path()).unwrap().has(Part::TextEncoder3)
+        };
+        let listed = r#"{"text_encoder_3": ["transformers", "T5EncoderModel"]}"#;
+        assert!(!has(None).unwrap());
+        assert!(has(Some(listed)).unwrap_err().to_string().contains("text_encoder_3"));
+        std::fs::create_dir(dir.path().join("text_encoder_3")).unwrap();
+        assert!(has(Some(listed)).unwrap());
+        assert!(has(Some("{}")).unwrap());
+        assert!(!has(Some(r#"{"text_encoder_3": [null, null]}"#)).unwrap());
+        assert!(has(Some("[")).is_err());
     }
 }

@@ -5,6 +5,7 @@
 //! where it is.
 
 mod hub;
+mod index;
 mod select;
 
 use std::path::{Path, PathBuf};
@@ -13,9 +14,10 @@ use futures::TryStreamExt as _;
 use sha2::{Digest as _, Sha256};
 
 use self::hub::{Hub, HubFile};
+use self::index::ModelIndex;
 use self::select::{RemoteFile, Selection};
 use super::error::{StoreError, StoreErrorKind};
-use super::{Progress, Store, StoreOptions, check_key, download};
+use super::{NoProgress, Progress, Store, StoreOptions, check_key, download};
 use finetune_common::digest;
 
 pub use select::Parts;
@@ -26,6 +28,8 @@ const PARALLEL: usize = 4;
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 /// Largest list of digests that is read.
 const MAX_SUMS_BYTES: u64 = 4 << 20;
+/// Largest table of contents that is read.
+const MAX_CONTENTS_BYTES: u64 = 1 << 20;
 
 /// Where a model is. The layout is that of diffusers: `model_index.json` and a folder per component.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +81,8 @@ pub struct ModelFolder {
     origin: Origin,
     folder: PathBuf,
     listing: Vec<RemoteFile>,
+    /// What `model_index.json` says.
+    contents: ModelIndex,
     /// For error messages.
     location: String,
     /// Where digests of local files are remembered.
@@ -98,12 +104,35 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError`]; nothing at the location is [`StoreErrorKind::NotFound`].
     pub async fn open(source: &ModelSource, options: &StoreOptions, cache: &Path) -> Result<Self> {
+        let mut folder = Self::list(source, options, cache).await?;
+        folder.contents = folder.read_contents().await?;
+        Ok(folder)
+    }
+
+    /// Reads `model_index.json`, a few hundred bytes. Where there is none, every selection says so.
+    async fn read_contents(&self) -> Result<ModelIndex> {
+        let Some(file) = self.listing.iter().find(|file| file.path == select::MODEL_INDEX) else { return Ok(ModelIndex::default()) };
+        if file.size > MAX_CONTENTS_BYTES {
+            return Err(self.unusable(format!("{} is larger than {MAX_CONTENTS_BYTES} bytes", file.path)));
+        }
+        self.bring_one(file, &NoProgress).await?;
+        let path = self.folder.join(&file.path);
+        let json = std::fs::read(&path).map_err(StoreError::local("read", &path))?;
+        ModelIndex::parse(&json).map_err(|problem| self.unusable(format!("failed to understand {}: {problem}", file.path)))
+    }
+
+    /// Whether the model has been made to go without its third text encoder, T5.
+    pub fn is_without_t5(&self) -> bool {
+        select::is_without_t5(&self.listing, &self.contents)
+    }
+
+    async fn list(source: &ModelSource, options: &StoreOptions, cache: &Path) -> Result<Self> {
         let digests = digests::Remembered::new(cache);
         match source {
             ModelSource::Directory(path) => {
                 let folder = std::path::absolute(path).map_err(StoreError::local("resolve", path))?;
                 let listing = list_directory(&folder)?;
-                Ok(Self { origin: Origin::Directory, location: folder.display().to_string(), folder, listing, digests })
+                Ok(Self { origin: Origin::Directory, location: folder.display().to_string(), folder, listing, contents: ModelIndex::default(), digests })
             }
             ModelSource::ObjectStore { uri, sha256_manifest } => {
                 let store = Store::open(uri, options)?;
@@ -127,13 +156,13 @@ impl ModelFolder {
                     let key = fingerprint(&parts, &location);
                     folder = cache.join("models").join("object-store").join(&hex::encode(key)[..32]);
                 }
-                Ok(Self { origin, folder, listing, location, digests })
+                Ok(Self { origin, folder, listing, location, contents: ModelIndex::default(), digests })
             }
             ModelSource::HuggingFace { repo, revision } => {
                 let hub = Hub::new(repo, revision, options)?;
                 let folder = cache.join("models").join("hugging-face").join(repo.replace('/', "--")).join(revision);
                 let listing = cached_listing(&hub, &folder).await?;
-                Ok(Self { location: hub.location(), origin: Origin::Hub(hub), folder, listing, digests })
+                Ok(Self { location: hub.location(), origin: Origin::Hub(hub), folder, listing, contents: ModelIndex::default(), digests })
             }
         }
     }
@@ -144,7 +173,7 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError`].
     pub async fn fetch(&self, parts: Parts, progress: &dyn Progress) -> Result<PathBuf> {
-        let selection = select::select(&self.listing, parts, &self.location)?;
+        let selection = select::select(&self.listing, &self.contents, parts, &self.location)?;
         self.bring(&selection.files, progress).await?;
         for index in &selection.indexes {
             let path = self.folder.join(index);
@@ -163,7 +192,7 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError::Unusable`] names the first that is missing.
     pub fn check(&self, parts: Parts) -> Result<()> {
-        select::select(&self.listing, parts, &self.location).map(|_| ())
+        select::select(&self.listing, &self.contents, parts, &self.location).map(|_| ())
     }
 
     /// The model's folder. Holds what has been fetched.
@@ -177,7 +206,7 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError`].
     pub async fn fingerprint(&self, parts: Parts) -> Result<[u8; 32]> {
-        let Selection { files, weights, .. } = select::select(&self.listing, parts, &self.location)?;
+        let Selection { files, weights, .. } = select::select(&self.listing, &self.contents, parts, &self.location)?;
         let mut all = files;
         all.extend(weights);
         all.sort_by(|a, b| a.path.cmp(&b.path));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::ModelSourceError;
+use super::index::{Listed, ModelIndex};
 
 /// Parts of a Stable Diffusion 3 model in diffusers' folder layout. Combine with `|`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +57,7 @@ struct Component {
     part: Parts,
     /// Holds weights, not just text files.
     weights: bool,
-    /// A model without it is usable: Stable Diffusion 3 runs without T5.
+    /// A model may leave it out: Stable Diffusion 3 runs without T5.
     optional: bool,
 }
 
@@ -90,8 +91,8 @@ pub(super) struct Selection {
     pub weights: Vec<RemoteFile>,
 }
 
-/// Selects the files of `parts` in `listing`.
-pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Result<Selection, ModelSourceError> {
+/// Selects the files of `parts` in `listing`; `contents` is what `model_index.json` says.
+pub(super) fn select(listing: &[RemoteFile], contents: &ModelIndex, parts: Parts, location: &str) -> Result<Selection, ModelSourceError> {
     let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problem };
     let mut selection = Selection::default();
     let Some(index) = listing.iter().find(|file| file.path == MODEL_INDEX) else {
@@ -101,11 +102,20 @@ pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Re
     selection.files.push(index.clone());
     for component in COMPONENTS.iter().filter(|component| parts.contains(component.part)) {
         let files = in_folder(listing, component.folder);
+        let listed = contents.part(component.folder);
+        if component.optional && (listed == Some(&Listed::LeftOut) || (listed.is_none() && files.is_empty())) {
+            continue;
+        }
         if files.is_empty() {
-            if component.optional {
-                continue;
-            }
-            return Err(unusable(format!("it has no folder {}/", component.folder)));
+            let problem = match (component.optional, listed) {
+                (true, Some(Listed::As(class))) => format!(
+                    "it has no folder {folder}/, which {MODEL_INDEX} lists ({class}): fetch it too, or, to go without T5, write \"text_encoder_3\": [null, null] and \
+                     \"tokenizer_3\": [null, null] in {MODEL_INDEX}",
+                    folder = component.folder
+                ),
+                _ => format!("it has no folder {}/", component.folder),
+            };
+            return Err(unusable(problem));
         }
         let config = |name: &&str| {
             let index = name.contains(".safetensors.index.") || name.contains(".bin.index.");
@@ -120,6 +130,16 @@ pub(super) fn select(listing: &[RemoteFile], parts: Parts, location: &str) -> Re
     selection.files.sort_by(|a, b| a.path.cmp(&b.path));
     selection.weights.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(selection)
+}
+
+/// Whether the model leaves T5 out: by its table of contents, or, where that does not mention it, for lack of its folder.
+pub(super) fn is_without_t5(listing: &[RemoteFile], contents: &ModelIndex) -> bool {
+    const FOLDER: &str = "text_encoder_3";
+    match contents.part(FOLDER) {
+        Some(Listed::LeftOut) => true,
+        Some(Listed::As(_)) => false,
+        None => in_folder(listing, FOLDER).is_empty(),
+    }
 }
 
 /// What follows the last dot of a file's name.
@@ -219,6 +239,18 @@ mod tests {
         files.iter().map(|file| file.path.as_str()).collect()
     }
 
+    /// What their `model_index.json` says.
+    fn sd3() -> ModelIndex {
+        let classes = [
+            ("text_encoder", "CLIPTextModelWithProjection"),
+            ("text_encoder_3", "T5EncoderModel"),
+            ("tokenizer_3", "T5TokenizerFast"),
+            ("vae", "AutoencoderKL"),
+        ];
+        let json: serde_json::Map<_, _> = classes.map(|(name, class)| (name.to_owned(), serde_json::json!(["library", class]))).into_iter().collect();
+        ModelIndex::parse(serde_json::Value::Object(json).to_string().as_bytes()).unwrap()
+    }
+
     /// What the published repositories of Stable Diffusion 3 hold.
     const SD3: [&str; 38] = [
         ".gitattributes",
@@ -264,7 +296,7 @@ mod tests {
     #[test]
     fn each_part_takes_its_own_files_and_one_variant() {
         let files = listing(&SD3);
-        let take = |parts| select(&files, parts, "x").unwrap();
+        let take = |parts| select(&files, &sd3(), parts, "x").unwrap();
         assert_eq!(paths(&take(Parts::NONE).files), ["model_index.json"]);
         assert_eq!(paths(&take(Parts::VAE).files), ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]);
         assert_eq!(
@@ -298,23 +330,32 @@ mod tests {
     fn the_half_precision_variant_is_taken_where_it_is_the_only_one() {
         let half: Vec<&str> =
             SD3.iter().copied().filter(|path| !path.starts_with("text_encoder") || path.contains("fp16") || path.ends_with("config.json")).collect();
-        let selection = select(&listing(&half), Parts::TEXT_ENCODERS, "x").unwrap();
+        let selection = select(&listing(&half), &sd3(), Parts::TEXT_ENCODERS, "x").unwrap();
         assert!(paths(&selection.files).contains(&"text_encoder/model.fp16.safetensors"));
         assert_eq!(selection.indexes, ["text_encoder_3/model.safetensors.index.fp16.json"]);
         assert_eq!(selection.weights.len(), 4);
     }
 
     #[test]
-    fn a_model_without_t5_is_usable_and_one_without_a_vae_is_not() {
+    fn t5_is_left_out_on_purpose_only_and_a_model_without_a_vae_is_none() {
         let without: Vec<&str> = SD3.iter().copied().filter(|path| !path.contains("_3/")).collect();
-        assert_eq!(select(&listing(&without), Parts::TEXT_ENCODERS, "x").unwrap().indexes, [""; 0]);
+        for (part, class) in [(Parts::TEXT_ENCODERS, "T5EncoderModel"), (Parts::TOKENIZERS, "T5TokenizerFast")] {
+            let error = select(&listing(&without), &sd3(), part, "x").unwrap_err().to_string();
+            assert!(error.contains("_3/") && error.contains(class) && error.contains("[null, null]"), "{error}");
+        }
+        let left_out = ModelIndex::parse(br#"{"text_encoder_3": [null, null], "tokenizer_3": [null, null]}"#).unwrap();
+        for contents in [&left_out, &ModelIndex::default()] {
+            assert_eq!(select(&listing(&without), contents, Parts::TEXT_ENCODERS | Parts::TOKENIZERS, "x").unwrap().indexes, [""; 0]);
+        }
+        // The folder is there, and the model says that it is not used.
+        assert_eq!(select(&listing(&SD3), &left_out, Parts::ALL, "x").unwrap().indexes, [""; 0]);
         let without: Vec<&str> = SD3.iter().copied().filter(|path| !path.starts_with("vae/")).collect();
-        assert!(select(&listing(&without), Parts::VAE, "x").unwrap_err().to_string().contains("vae/"));
-        assert!(select(&listing(&["sd3.safetensors"]), Parts::VAE, "x").unwrap_err().to_string().contains("model_index.json"));
+        assert!(select(&listing(&without), &sd3(), Parts::VAE, "x").unwrap_err().to_string().contains("vae/"));
+        assert!(select(&listing(&["sd3.safetensors"]), &sd3(), Parts::VAE, "x").unwrap_err().to_string().contains("model_index.json"));
         let pickled = listing(&["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.bin"]);
-        assert!(select(&pickled, Parts::VAE, "x").unwrap_err().to_string().contains(".bin"));
+        assert!(select(&pickled, &sd3(), Parts::VAE, "x").unwrap_err().to_string().contains(".bin"));
         let no_index: Vec<&str> = SD3.iter().copied().filter(|path| !path.ends_with(".index.json")).collect();
-        assert!(select(&listing(&no_index), Parts::TEXT_ENCODERS, "x").unwrap_err().to_string().contains("model.safetensors.index.json"));
+        assert!(select(&listing(&no_index), &sd3(), Parts::TEXT_ENCODERS, "x").unwrap_err().to_string().contains("model.safetensors.index.json"));
     }
 
     #[test]
