@@ -46,7 +46,7 @@ fn lora_files_metrics_and_result_agree() {
     assert_eq!((&metrics[1]["loss"], &metrics[4]["loss"]), (&result["loss"]["first"], &result["loss"]["last"]));
     assert!(bench.files("logs").iter().any(|(path, bytes)| path.to_string_lossy().contains("tfevents") && bytes.len() > 200));
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    for word in ["evaluation loss", "load_lora_weights", LORA, "micro.safetensors"] {
+    for word in ["loss, fixed noise", "load_lora_weights", LORA, "micro.safetensors"] {
         assert!(stdout.contains(word), "{word}: {stdout}");
     }
 }

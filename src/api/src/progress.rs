@@ -73,6 +73,9 @@ pub struct Progress {
     /// Samples left out under `onBadSample: Skip`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped_samples: Option<u64>,
+    /// Captions that are longer than what the text encoders read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truncated_captions: Option<u64>,
     /// How it ended; absent while it runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<TrainingResult>,
@@ -308,6 +311,7 @@ mod tests {
             spec_hash: Some(digest.clone()),
             dataset_digest: Some(digest),
             skipped_samples: Some(2),
+            truncated_captions: Some(3),
             result: Some(TrainingResult {
                 already_completed: false,
                 failure: Some(FailureReport { reason: Reason::Diverged, exit_code: 13, message: "loss is NaN".into() }),

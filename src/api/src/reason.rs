@@ -29,7 +29,7 @@ closed_enum! {
         GPUOutOfMemory,
         /// The pod was killed for using more memory than `resources.limits.memory`.
         HostOutOfMemory,
-        /// The loss or the gradients are no longer finite numbers.
+        /// The loss or the gradients are no longer finite numbers, or the loss ended at more than twice that of the base model.
         Diverged,
         /// The output folder holds the result of another spec or dataset, or any result where `existing: Fail`.
         OutputExists,

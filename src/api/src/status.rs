@@ -218,6 +218,9 @@ pub struct ProgressStatus {
     /// Blocks of the transformer that are computed again in the backward pass, to save memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recomputed_blocks: Option<u32>,
+    /// Captions that are longer than the text encoders read, so that their ends are not trained; the trainer's log and `finetune validate` name them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub truncated_captions: Option<u64>,
     /// "900/2000 (45%)".
     pub summary: String,
     /// When the trainer was last asked.

@@ -35,7 +35,7 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
             interrupt: Interrupt::default(),
             reporter: Reporter::new(),
         };
-        let Inspection { dataset, model } = runtime.block_on(inspect::inspect(&config, &environment));
+        let Inspection { dataset, model, truncation } = runtime.block_on(inspect::inspect(&config, &environment));
         let violation = |path: &str, message| Violation { document: index + 1, object: Some(name.clone()), path: path.to_owned(), message };
         match dataset {
             Ok(dataset) => reached.good.push(format!("{name}: the dataset has {} usable pictures", dataset.samples.len())),
@@ -51,6 +51,11 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
                 reached.unchecked.push(format!("{name}: the model was not checked: {}", job::chain(&error)));
             }
             Err(error) => reached.violations.push(violation("spec.model.source", job::chain(&error))),
+        }
+        match truncation {
+            None | Some(Ok(None)) => {}
+            Some(Ok(Some(truncation))) => reached.warnings.push(format!("{name}: {truncation}")),
+            Some(Err(error)) => reached.unchecked.push(format!("{name}: the captions' lengths were not checked: {}", job::chain(&error))),
         }
     }
     Ok(reached)

@@ -156,7 +156,8 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     row("steps", format!("{} ({:.1} epochs of {} pictures)", result.steps, result.epochs, result.samples));
     row("training loss", format!("{:.4} at the end, smoothed ({:.4} at first)", result.loss.smoothed, result.loss.first));
     let RunResult { evaluation, lora, .. } = result;
-    row("evaluation loss", format!("{:.4} -> {:.4} ({:+.1}%)", evaluation.start, evaluation.end, -100.0 * evaluation.improvement));
+    let change = -100.0 * evaluation.improvement;
+    row("loss, fixed noise", format!("{:.4} -> {:.4} ({change:+.1}%) on {} training pictures", evaluation.start, evaluation.end, evaluation.samples));
     if let Some(comparison) = &result.comparison {
         let (base, lora) = (comparison.base_distance, comparison.lora_distance);
         row("held-out pictures", format!("distance {base:.3} by the base model -> {lora:.3} with the LoRA ({} pictures)", comparison.pictures));
@@ -173,7 +174,7 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     if result.artifacts.iter().any(|a| a.format == OutputFormat::Diffusers) {
         row("load it", format!("pipeline.load_lora_weights({place:?})"));
     }
-    outcome.notes.iter().for_each(|note| row("note", note.clone()));
+    outcome.notes.iter().for_each(|note| row("warning", note.clone()));
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
     let head = if outcome.already_completed {
         format!("{} was trained already, on {}: the output holds the result of this very spec and dataset.", config.job, result.completed)

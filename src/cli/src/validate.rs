@@ -38,6 +38,8 @@ pub(super) struct Reached {
     pub(super) violations: Vec<Violation>,
     /// What was looked at and is good.
     pub(super) good: Vec<String>,
+    /// What is allowed and hardly ever meant.
+    pub(super) warnings: Vec<String>,
     /// What could not be looked at, and why.
     pub(super) unchecked: Vec<String>,
 }
@@ -55,6 +57,14 @@ pub(super) fn check(text: &str) -> Result<Vec<FineTuneJob>, Vec<Violation>> {
     let jobs = validate::manifest(text).map_err(|violations| violations.0)?;
     let problems: Vec<Violation> = jobs.iter().enumerate().flat_map(|(index, job)| plan_problems(index + 1, job)).collect();
     if problems.is_empty() { Ok(jobs) } else { Err(problems) }
+}
+
+/// What is said about a valid job's settings.
+fn setting_warnings(job: &FineTuneJob) -> Vec<String> {
+    let facts = Facts { model_directory: Some(PathBuf::from("/model")), ..Facts::default() };
+    let name = job.metadata.name.clone().unwrap_or_default();
+    let plan = plan::resolve(&job.spec, job.metadata.namespace.as_deref().unwrap_or("default"), &name, &facts);
+    plan.iter().flat_map(|plan| plan::warnings(&plan.config.training, plan.steps.total_steps)).map(|warning| format!("{name}: {warning}")).collect()
 }
 
 fn plan_problems(document: usize, job: &FineTuneJob) -> Vec<Violation> {
@@ -86,19 +96,21 @@ fn reached(_: &[FineTuneJob], _: &Args) -> anyhow::Result<Reached> {
 #[expect(clippy::print_stdout, reason = "the findings go to stdout")]
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let checked = check(&read(&args.file)?);
-    let Reached { violations: found, good, unchecked } = checked.as_deref().map_or_else(|_| Ok(Reached::default()), |jobs| reached(jobs, args))?;
+    let Reached { violations: found, good, mut warnings, unchecked } = checked.as_deref().map_or_else(|_| Ok(Reached::default()), |jobs| reached(jobs, args))?;
+    warnings.splice(0..0, checked.iter().flatten().flat_map(setting_warnings));
     let mut violations = checked.as_ref().err().cloned().unwrap_or_default();
     violations.extend(found);
     let bad = |name: &str| violations.iter().any(|violation| violation.object.as_deref() == Some(name));
     let jobs: Vec<&str> = checked.iter().flatten().filter_map(|job| job.metadata.name.as_deref()).filter(|name| !bad(name)).collect();
     match args.output {
         OutputFormat::Json => {
-            let findings = json!({"valid": violations.is_empty(), "jobs": jobs, "violations": violations, "checked": good, "unchecked": unchecked});
+            let findings = json!({"valid": violations.is_empty(), "jobs": jobs, "violations": violations, "checked": good, "warnings": warnings, "unchecked": unchecked});
             println!("{}", serde_json::to_string_pretty(&findings)?);
         }
         OutputFormat::Text => {
             violations.iter().for_each(|violation| println!("{violation}"));
             good.iter().for_each(|line| println!("{line}"));
+            warnings.iter().for_each(|line| println!("warning: {line}"));
             unchecked.iter().for_each(|line| println!("{line}"));
             jobs.iter().for_each(|name| println!("{name}: valid"));
         }

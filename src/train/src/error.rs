@@ -128,7 +128,7 @@ impl TrainError {
             },
             Self::Checkpoint(error) => checkpoint_reason(error),
             Self::Trainer(error) => match error {
-                TrainerError::Diverged { .. } => Reason::Diverged,
+                TrainerError::Diverged { .. } | TrainerError::FarAboveStart { .. } => Reason::Diverged,
                 TrainerError::Model(error) => mmdit_reason(error),
                 TrainerError::Device(error) => device_reason(error),
                 TrainerError::Prepared(PreparedError::Cache(error)) => cache_reason(error),

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::events::{self, Value};
+use super::trainer::TrainerError;
 
 /// One line of `metrics.jsonl`: an optimizer update, or a measurement between updates.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -48,7 +49,8 @@ impl Record {
             ("train/step_seconds", self.step_seconds),
             ("train/memory_gib", self.memory_bytes.map(|b| b as f64 / f64::from(1 << 30))),
             ("train/epoch", self.loss.is_some().then_some(self.epoch)),
-            ("validation/loss", self.evaluation_loss),
+            // Measured on training pictures, with fixed noise and timesteps.
+            ("train/fixed_loss", self.evaluation_loss),
         ]
         .into_iter()
         .filter_map(|(tag, value)| Some((tag, value?)))
@@ -91,6 +93,11 @@ fn name_of_picture(step: u64, prompt: usize) -> String {
     format!("validation/step-{step:06}/{prompt}.png")
 }
 
+/// At this multiple of the loss at the start the LoRA has been ruined: noise and timesteps are the same, so the base model is the measure.
+const RUINED: f64 = 2.0;
+/// At this multiple it deserves a warning.
+const WORSE: f64 = 1.1;
+
 /// Everything measured so far; part of a checkpoint, so that a resumed run's files have no holes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct History {
@@ -116,6 +123,28 @@ impl History {
     /// The evaluation loss measured after `step` updates.
     pub fn evaluation_at(&self, step: u64) -> Option<f64> {
         self.records.iter().find(|r| r.step == step && r.evaluation_loss.is_some()).and_then(|r| r.evaluation_loss)
+    }
+
+    /// Refuses an end at which the LoRA is far worse than none.
+    ///
+    /// # Errors
+    /// [`TrainerError::FarAboveStart`] where the fixed loss has multiplied since the start.
+    pub fn check_end(&self, step: u64) -> Result<(), TrainerError> {
+        match (self.evaluation_at(0), self.evaluation_at(step)) {
+            (Some(start), Some(end)) if end > start * RUINED => Err(TrainerError::FarAboveStart { step, start, end }),
+            _ => Ok(()),
+        }
+    }
+
+    /// A warning where the LoRA is worse than none at the end.
+    pub fn worse(&self, step: u64) -> Option<String> {
+        let (start, end) = (self.evaluation_at(0)?, self.evaluation_at(step)?);
+        (end > start * WORSE).then(|| {
+            format!(
+                "the loss with fixed noise has risen from {start:.4} to {end:.4} ({:+.0}%): the LoRA is probably worse than none; lower training.optimizer.learningRate",
+                100.0 * (end / start - 1.0)
+            )
+        })
     }
 
     /// Exponential mean of the training loss with factor 0.95, corrected for its start: what progress shows.
@@ -212,6 +241,23 @@ mod tests {
         assert!((one.smoothed_loss().unwrap() - 0.3).abs() < 1e-12);
         let smoothed = history().smoothed_loss().unwrap();
         assert!(smoothed > 2.0 / 3.0 && smoothed < 0.7, "{smoothed}");
+    }
+
+    #[test]
+    fn an_end_far_above_the_start_is_no_result() {
+        let ended = |loss| {
+            let mut history = history();
+            history.push(Record { step: 3, evaluation_loss: Some(loss), ..Record::default() });
+            history
+        };
+        for fine in [0.1, 0.5, 0.54] {
+            assert!(ended(fine).check_end(3).is_ok() && ended(fine).worse(3).is_none(), "{fine}");
+        }
+        let worse = ended(0.75);
+        assert!(worse.check_end(3).is_ok() && worse.worse(3).unwrap().contains("+50%"));
+        let error = ended(1.1).check_end(3).unwrap_err().to_string();
+        assert!(error.contains("0.5000") && error.contains("1.1000") && error.contains("learningRate"), "{error}");
+        assert!(history().check_end(3).is_ok(), "not measured");
     }
 
     #[test]

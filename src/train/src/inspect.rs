@@ -1,8 +1,10 @@
-//! What a job reads, looked at before it runs: the dataset to its last picture, the model's files by name.
+//! What a job reads, looked at before it runs: the dataset to its last picture, the model's files by name, the captions by their lengths.
 
 use std::time::Duration;
 
+use super::captions::Truncation;
 use super::environment::JobEnvironment;
+use super::prepare::{PrepareError, captions};
 use finetune_api::plan::TrainConfig;
 use finetune_data::dataset::{Dataset, DatasetError};
 use finetune_store::model_source::{ModelFolder, ModelSourceError, Parts};
@@ -18,11 +20,32 @@ pub struct Inspection {
     pub dataset: Result<Dataset, DatasetError>,
     /// Whether the model has all parts that a run fetches.
     pub model: Result<(), ModelSourceError>,
+    /// Captions that are cut, where dataset and model are as they should be.
+    pub truncation: Option<Result<Option<Truncation>, PrepareError>>,
 }
 
-/// Looks at the dataset and the model of `config`. Nothing is written but a list of the model's files in the cache folder.
+/// Looks at the dataset and the model of `config`. Nothing is written but, in the cache folder, a list of the model's files, its
+/// `model_index.json` and its tokenizers.
 pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Inspection {
-    Inspection { dataset: dataset(config, environment).await, model: model(config, environment).await }
+    let dataset = dataset(config, environment).await;
+    let folder = model(config, environment).await;
+    let truncation = match (&dataset, &folder) {
+        (Ok(dataset), Ok(folder)) => Some(truncation(config, dataset, folder, environment).await),
+        _ => None,
+    };
+    Inspection { dataset, model: folder.map(|_| ()), truncation }
+}
+
+/// The captions against the model's own tokenizers: a few megabytes.
+async fn truncation(
+    config: &TrainConfig,
+    dataset: &Dataset,
+    folder: &ModelFolder,
+    environment: &JobEnvironment,
+) -> Result<Option<Truncation>, PrepareError> {
+    folder.fetch(Parts::TOKENIZERS, &environment.reporter).await?;
+    let (clip_limit, lengths) = tokio::task::block_in_place(|| captions::lengths(folder, dataset))?;
+    Ok(Truncation::of(&dataset.samples, &lengths, config.training.max_sequence_length, clip_limit, !folder.is_without_t5()))
 }
 
 fn impatient(policy: &RetryPolicy) -> RetryPolicy {
@@ -35,10 +58,12 @@ async fn dataset(config: &TrainConfig, environment: &JobEnvironment) -> Result<D
     Dataset::scan(&Store::open(&config.dataset.uri, &options)?, &config.dataset).await
 }
 
-async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(), ModelSourceError> {
+async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<ModelFolder, ModelSourceError> {
     let (source, mut options) = environment.model_source(config);
     options.retry = impatient(&options.retry);
-    ModelFolder::open(&source, &options, &environment.cache_dir).await?.check(Parts::ALL)
+    let folder = ModelFolder::open(&source, &options, &environment.cache_dir).await?;
+    folder.check(Parts::ALL)?;
+    Ok(folder)
 }
 
 /// Whether a failure says nothing about what is stored: nobody answered, or not to us.

@@ -24,7 +24,7 @@ use super::trainer::{Settings, Trainer, Update};
 use super::validation;
 use super::{device, division};
 use finetune_api::Stage;
-use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan};
+use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
 use finetune_common::digest;
 use finetune_compute::kernels::Engine;
 use finetune_compute::nn::flow_matching::SigmaTable;
@@ -62,6 +62,9 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, None, None);
     folders::check(config, environment)?;
+    for warning in warnings(&config.training, None) {
+        tracing::warn!("{warning}");
+    }
     let output = environment.open(&config.output.uri, config)?;
     let store = environment.open(&config.checkpoint.uri, config)?;
 
@@ -85,7 +88,8 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let (mut trainer, model) = run.load().await?;
     run.train(&mut trainer, &model).await?;
     let (result, left) = run.publish(&output, &trainer, &model).await?;
-    Ok(Outcome { result, already_completed: false, notes: notes(&left) })
+    let notes = result.warnings.iter().cloned().chain(notes(&left)).collect();
+    Ok(Outcome { result, already_completed: false, notes })
 }
 
 /// The output holds a result of this spec: it is the run's own if dataset and model are the same too.
@@ -104,7 +108,8 @@ async fn reuse(
         tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
         LeftAlone::default()
     });
-    Ok(Outcome { result: result.clone(), already_completed: true, notes: notes(&left) })
+    let notes = result.warnings.iter().cloned().chain(notes(&left)).collect();
+    Ok(Outcome { result: result.clone(), already_completed: true, notes })
 }
 
 /// What is said about files that were left alone.
@@ -371,6 +376,7 @@ impl Run<'_> {
         if block_in_place(|| trainer.evaluate(interrupt))?.is_none() {
             return Err(self.interrupted(trainer, saved_step).await?);
         }
+        trainer.history().check_end(trainer.step())?;
         if saved_step != Some(trainer.step()) {
             self.save(trainer).await?;
         }
@@ -410,11 +416,21 @@ impl Run<'_> {
         Ok(TrainError::Interrupted { checkpoint })
     }
 
+    /// What the result says besides its numbers.
+    fn warnings(&self, trainer: &Trainer) -> Vec<String> {
+        let settings = warnings(&self.config.training, Some(self.total_steps())).into_iter().map(|warning| warning.to_string());
+        let truncation = trainer.prepared().truncation().map(ToString::to_string);
+        let without_t5 = self.folder.is_without_t5().then(|| "the model leaves T5 out: captions were read by CLIP alone, 75 tokens of each".to_owned());
+        settings.chain(truncation).chain(without_t5).chain(trainer.history().worse(trainer.step())).collect()
+    }
+
     /// Writes the results and cleans up.
     async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<(RunResult, LeftAlone), TrainError> {
         self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
-        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, trainer, &pictures, &self.engine)?;
+        let encoders: &[&str] = if self.folder.is_without_t5() { &["CLIP-L", "CLIP-G"] } else { &["CLIP-L", "CLIP-G", "T5"] };
+        let warnings = self.warnings(trainer);
+        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, encoders, warnings, trainer, &pictures, &self.engine)?;
         if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
             let resolution = self.config.training.resolution;
             trainer.model().trim();

@@ -1,5 +1,6 @@
 //! The training job: prepare, step, checkpoint, publish.
 
+pub mod captions;
 pub mod checkpoint;
 pub mod comparison;
 pub mod device;

@@ -65,10 +65,13 @@ fn kohya(params: &[Param], layout: &LoraLayout, lora: &LoraConfig, blocks: usize
 ///
 /// # Errors
 /// If the LoRA has no kohya form, or a number cannot be written.
+#[expect(clippy::too_many_arguments, reason = "each is a part of the run; together they are nothing else")]
 pub fn make(
     config: &TrainConfig,
     dataset: &Dataset,
     checkpoints: &Checkpoints,
+    text_encoders: &[&str],
+    warnings: Vec<String>,
     trainer: &Trainer,
     pictures: &[Picture],
     compute: &Engine,
@@ -108,6 +111,9 @@ pub fn make(
         epochs: trainer.epochs(),
         samples: dataset.samples.len() as u64,
         skipped_samples: dataset.skipped.len(),
+        truncated_captions: trainer.prepared().truncation().map_or(0, |truncation| truncation.captions),
+        text_encoders: text_encoders.iter().map(|&name| name.to_owned()).collect(),
+        warnings,
         loss: LossSummary {
             first: history.losses().next().unwrap_or_default(),
             last: history.losses().next_back().unwrap_or_default(),

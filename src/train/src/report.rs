@@ -103,6 +103,11 @@ impl Reporter {
         shared.progress.skipped_samples = skipped_samples;
     }
 
+    /// So many captions are longer than what the encoders read.
+    pub fn truncated_captions(&self, captions: u64) {
+        self.lock().progress.truncated_captions = Some(captions);
+    }
+
     /// Steps begin, at `step` of `total`.
     pub fn training(&self, step: u64, total: u64) {
         let mut shared = self.lock();

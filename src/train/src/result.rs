@@ -42,6 +42,15 @@ pub struct RunResult {
     /// Bad samples that were left out (`dataset.onBadSample: Skip`).
     #[serde(default)]
     pub skipped_samples: u64,
+    /// Captions that are longer than what the text encoders read.
+    #[serde(default)]
+    pub truncated_captions: u64,
+    /// The text encoders that have read the captions; a model may leave T5 out.
+    #[serde(default)]
+    pub text_encoders: Vec<String>,
+    /// What a person should know about this run besides, a sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// Training loss.
     pub loss: LossSummary,
     /// Loss with fixed noise and timesteps, before and after.

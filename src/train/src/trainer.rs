@@ -43,6 +43,19 @@ pub enum TrainerError {
         /// Its value.
         value: f64,
     },
+    /// The loss is a multiple of what the base model has.
+    #[error(
+        "training diverged: the loss with fixed noise was {start:.4} at the start and is {end:.4} after {step} steps, so the LoRA is worse than none. \
+         Lower training.optimizer.learningRate; nothing is published, and the checkpoints are kept"
+    )]
+    FarAboveStart {
+        /// Updates done.
+        step: u64,
+        /// The loss before the first update.
+        start: f64,
+        /// The loss now.
+        end: f64,
+    },
     /// The checkpoint's LoRA does not fit the model.
     #[error("failed to restore the LoRA")]
     Lora(#[from] LoraError),

@@ -11,6 +11,7 @@ mod memory;
 mod resolve;
 mod shape;
 mod steps;
+mod warnings;
 
 pub use crate::{ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme};
 pub use canonical::canonical_json;
@@ -23,3 +24,4 @@ pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryP
 pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
 pub use shape::{EncoderShape, ModelShape};
 pub use steps::{StepPlan, updates_per_epoch};
+pub use warnings::{Warning, warnings};

@@ -21,11 +21,13 @@ mod clip;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod layers;
+mod lengths;
 mod t5;
 mod tokenizer;
 
 pub use clip::ClipConfig;
 use clip::ClipOutput;
+pub use lengths::{CaptionLength, CaptionLengths};
 pub use t5::T5Config;
 pub use tokenizer::CaptionTokenizer;
 
@@ -183,7 +185,7 @@ pub struct PromptEncoder {
 impl PromptEncoder {
     /// Reads tokenizers and configurations; weights are opened when captions are encoded.
     ///
-    /// `max_sequence_length` is T5's number of tokens S. A model without `text_encoder_3` gets zeros in T5's place.
+    /// `max_sequence_length` is T5's number of tokens S. A model that leaves `text_encoder_3` out gets zeros in T5's place.
     ///
     /// # Errors
     /// If a part is missing, cannot be understood or does not fit the others.
@@ -196,7 +198,7 @@ impl PromptEncoder {
             return Err(TextError::SequenceLength(max_sequence_length));
         }
         let clip: [ClipConfig; 2] = [model.config(Part::TextEncoder)?, model.config(Part::TextEncoder2)?];
-        let t5: Option<T5Config> = if model.has(Part::TextEncoder3) { Some(model.config(Part::TextEncoder3)?) } else { None };
+        let t5: Option<T5Config> = if model.has(Part::TextEncoder3)? { Some(model.config(Part::TextEncoder3)?) } else { None };
         let width = match &t5 {
             Some(t5) => t5.d_model,
             None => model.json::<TransformerConfig>(Part::Transformer, "config.json")?.joint_attention_dim,

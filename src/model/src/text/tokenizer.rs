@@ -183,6 +183,18 @@ impl CaptionTokenizer {
         self.length
     }
 
+    /// How many tokens a caption has, begin and end included: at most [`Self::length`] of T5's, all of CLIP's.
+    ///
+    /// # Errors
+    /// If the tokenizer refuses the caption.
+    pub fn tokens(&self, caption: &str) -> Result<usize, TextError> {
+        let failed = |source| TextError::Tokenizer { path: PathBuf::from(self.part.folder()), source };
+        Ok(match self.kind {
+            Kind::Clip { .. } => self.inner.encode_fast(caption, false).map_err(failed)?.len() + 2,
+            Kind::T5 => self.inner.encode_fast(caption, true).map_err(failed)?.len(),
+        })
+    }
+
     /// The ids of a caption, [`Self::length`] of them.
     ///
     /// # Errors

@@ -77,6 +77,7 @@ fn progress(report: &Progress) -> ProgressStatus {
         peak_memory_mib: report.memory.and_then(|memory| memory.device_peak_bytes.or(memory.host_peak_bytes)).map(|bytes| bytes / (1 << 20)),
         micro_batch: report.micro_batch,
         recomputed_blocks: report.recomputed_blocks,
+        truncated_captions: report.truncated_captions.filter(|captions| *captions > 0),
         summary: format!("{}/{} ({percent}%)", report.step, report.total_steps),
         last_report_time: None,
     }

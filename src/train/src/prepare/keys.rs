@@ -79,6 +79,12 @@ impl Keys {
         cache::prompt_key(caption, &self.encoders, self.tokens)
     }
 
+    /// Of the lengths of all captions of a dataset, in its order.
+    pub fn caption_lengths(&self, dataset: &Dataset) -> Sha256Digest {
+        let captions: Vec<Sha256Digest> = dataset.samples.iter().map(|sample| sha256_parts([sample.caption.as_bytes()])).collect();
+        sha256_parts([&b"caption lengths v1"[..], &self.encoders, &captions.concat()])
+    }
+
     /// What is done to a copy of a sample's picture.
     pub fn transform(&self, dataset: &Dataset, sample: usize, copy: u32) -> Transform {
         let sample = &dataset.samples[sample];

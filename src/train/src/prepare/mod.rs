@@ -4,6 +4,7 @@
 //! transform and the VAE. A sample finds its data by those keys, never by position, so that caption i is trained with
 //! picture i whatever the order. Where everything is known, neither text encoders nor VAE are fetched.
 
+pub(crate) mod captions;
 mod class;
 mod error;
 mod keys;
@@ -24,6 +25,7 @@ pub use keys::{Fingerprints, Keys};
 use loader::Loader;
 pub use prepared::Prepared;
 
+use super::captions::Truncation;
 use super::device;
 use super::environment::JobEnvironment;
 use super::step::LatentScaling;
@@ -35,7 +37,6 @@ use finetune_data::cache::TensorCache;
 use finetune_data::dataset::Dataset;
 use finetune_data::transform::Pixels;
 use finetune_model::ModelDir;
-use finetune_model::layout::Part;
 use finetune_model::text::{PromptEmbedding, PromptEncoder};
 use finetune_model::vae::VaeEncoder;
 use finetune_store::Store;
@@ -87,8 +88,8 @@ pub async fn prepare(
     if prepared.is_ok() || matches!(prepared, Err(PrepareError::Stopped)) {
         cache.flush().await?;
     }
-    let scaling = prepared?;
-    Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, prior, scaling))
+    let (scaling, truncation) = prepared?;
+    Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, prior, scaling, truncation))
 }
 
 struct Preparation<'a> {
@@ -113,10 +114,30 @@ enum Source {
 }
 
 impl Preparation<'_> {
-    async fn all(&self, cache: &mut TensorCache) -> Result<LatentScaling, PrepareError> {
+    async fn all(&self, cache: &mut TensorCache) -> Result<(LatentScaling, Option<Truncation>), PrepareError> {
+        let truncation = self.truncation(cache).await?;
         self.prompts(cache).await?;
         self.class_pictures(cache).await?;
-        self.latents(cache).await
+        Ok((self.latents(cache).await?, truncation))
+    }
+
+    /// Says which captions are cut, before anything expensive is done with them. Lengths are kept with what is prepared.
+    async fn truncation(&self, cache: &mut TensorCache) -> Result<Option<Truncation>, PrepareError> {
+        let with_t5 = !self.folder.is_without_t5();
+        let key = self.keys.caption_lengths(self.dataset);
+        if !cache.contains(&key) {
+            self.fetch(Parts::TOKENIZERS, "fetching the tokenizers").await?;
+            let (clip_limit, lengths) = block_in_place(|| captions::lengths(self.folder, self.dataset))?;
+            captions::keep(cache, key, clip_limit, &lengths)?;
+        }
+        let (clip_limit, lengths) = captions::kept(cache, &key)?;
+        let limit = self.config.training.max_sequence_length;
+        let truncation = Truncation::of(&self.dataset.samples, &lengths, limit, clip_limit, with_t5);
+        if let Some(truncation) = &truncation {
+            tracing::warn!(captions = truncation.captions, longest = truncation.longest, limit = truncation.limit, "{truncation}");
+        }
+        self.environment.reporter.truncated_captions(truncation.as_ref().map_or(0, |truncation| truncation.captions));
+        Ok(truncation)
     }
 
     /// Fetches parts of the model, unless asked to stop meanwhile.
@@ -149,7 +170,7 @@ impl Preparation<'_> {
         }
         self.fetch(Parts::TOKENIZERS | Parts::TEXT_ENCODERS, "fetching the text encoders").await?;
         let model = ModelDir::open(self.folder.folder())?;
-        if !model.has(Part::TextEncoder3) {
+        if self.folder.is_without_t5() {
             // The width of T5's place is the transformer's.
             self.fetch(Parts::TRANSFORMER, "fetching the transformer").await?;
         }

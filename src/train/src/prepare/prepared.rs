@@ -21,6 +21,7 @@ pub struct Prepared {
     /// Of the class prompt, and of each class picture's latents.
     class: Option<(Sha256Digest, Vec<Sha256Digest>)>,
     scaling: LatentScaling,
+    truncation: Option<Truncation>,
 }
 
 impl Prepared {
@@ -31,6 +32,7 @@ impl Prepared {
         repeats: u32,
         prior: Option<&PriorPreservationConfig>,
         scaling: LatentScaling,
+        truncation: Option<Truncation>,
     ) -> Self {
         let samples = 0..dataset.samples.len();
         Self {
@@ -41,12 +43,18 @@ impl Prepared {
             cache,
             repeats,
             scaling,
+            truncation,
         }
     }
 
     /// Number of samples.
     pub fn samples(&self) -> usize {
         self.prompts.len()
+    }
+
+    /// Captions that are cut, if any is.
+    pub fn truncation(&self) -> Option<&Truncation> {
+        self.truncation.as_ref()
     }
 
     /// The VAE's normalisation.
