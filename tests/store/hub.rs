@@ -216,8 +216,9 @@ async fn only_the_needed_files_are_fetched_and_only_once() {
     let folder = model.fetch(Parts::VAE, &counter).await.unwrap();
     let mut finished = counter.finished.lock().unwrap().clone();
     finished.sort_unstable();
-    assert_eq!(finished, ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]);
-    for name in &finished {
+    // The table of contents has been read when the model was opened.
+    assert_eq!(finished, ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]);
+    for name in finished.iter().map(String::as_str).chain(["model_index.json"]) {
         assert!(std::fs::read(folder.join(name)).unwrap() == hub.hub.files[name], "{name}");
     }
     model.fetch(Parts::TRANSFORMER, &NoProgress).await.unwrap();

@@ -15,3 +15,4 @@ mod prior;
 mod resume;
 mod s3;
 mod support;
+mod two_jobs;

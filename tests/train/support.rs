@@ -37,7 +37,12 @@ fn fixtures() -> PathBuf {
 /// The program.
 pub(crate) fn finetune() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_finetune"));
-    command.env("RAYON_NUM_THREADS", "2").env_remove("FINETUNE_FAULT").env("FINETUNE_LOG_FORMAT", "json").env("RUST_LOG", "info");
+    command
+        .env("RAYON_NUM_THREADS", "2")
+        .env_remove("FINETUNE_FAULT")
+        .env_remove("FINETUNE_JOB_UID")
+        .env("FINETUNE_LOG_FORMAT", "json")
+        .env("RUST_LOG", "info");
     command
 }
 
@@ -104,6 +109,11 @@ impl Bench {
         let mut command = self.command(changes);
         command.envs(environment.iter().copied()).stdout(Stdio::null()).stderr(file);
         Running { child: command.spawn().unwrap(), log }
+    }
+
+    /// How many attempts have claimed the output.
+    pub(crate) fn claims(&self) -> usize {
+        self.files("claims").iter().filter(|(path, _)| !path.to_string_lossy().ends_with(".state.json")).count()
     }
 
     pub(crate) fn wipe_cache(&self) {

@@ -18,6 +18,8 @@ pub const FIELD_MANAGER: &str = "finetune-operator";
 pub const JOB_LABEL: &str = "finetune.dev/job";
 /// Label with the FineTuneJob's UID on its Job and pods: a FineTuneJob that is deleted and created again is another one.
 pub const JOB_UID_LABEL: &str = "finetune.dev/job-uid";
+/// Variable in which a trainer finds the UID of its FineTuneJob.
+pub const JOB_UID_VARIABLE: &str = "FINETUNE_JOB_UID";
 /// Annotation on the Job with the number of failures in earlier Jobs of the FineTuneJob: they count against `failurePolicy.maxRetries`.
 pub const FAILED_BEFORE_ANNOTATION: &str = "finetune.dev/failed-before";
 /// Annotation of the Job: `spec.image` as it was when the Job was created, empty for the operator's default.

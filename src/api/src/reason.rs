@@ -33,6 +33,8 @@ closed_enum! {
         Diverged,
         /// The output folder holds the result of another spec or dataset, or any result where `existing: Fail`.
         OutputExists,
+        /// Another job that is at work has the same output folder; the message names it. Nothing of either is lost.
+        OutputInUse,
         /// Asked to end; a checkpoint was saved first. Not a failure: another pod continues.
         Interrupted,
         /// A newer attempt has taken over the output folder; this one stopped and wrote nothing more. Not a failure.
@@ -74,7 +76,7 @@ impl Reason {
             Self::GPUUnavailable => 71,
             Self::Interrupted | Self::Superseded => 75,
             Self::PermissionDenied => 77,
-            Self::InvalidConfig | Self::OutputExists => 78,
+            Self::InvalidConfig | Self::OutputExists | Self::OutputInUse => 78,
             Self::HostOutOfMemory => 137,
             Self::RetriesExhausted | Self::RestartStorm | Self::DeadlineExceeded | Self::StartDeadlineExceeded | Self::TrainerCrashed => 1,
         }

@@ -3,13 +3,15 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
 use super::USAGE;
 use finetune_api::plan::TrainConfig;
-use finetune_api::{FailureReport, Reason, ReportedArtifact, TrainingResult};
+use finetune_api::{FailureReport, JOB_UID_VARIABLE, Reason, ReportedArtifact, TrainingResult};
 use finetune_store::Buckets;
+use finetune_store::claims::{LEASE, Run};
 use finetune_train::environment::JobEnvironment;
 use finetune_train::error::TrainError;
 use finetune_train::interrupt::Interrupt;
@@ -43,8 +45,15 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("failed to start the runtime")?;
     let reporter = Reporter::new();
     let interrupt = Interrupt::default();
-    let environment =
-        JobEnvironment { buckets: place.buckets, cache_dir: place.cache_dir, owner: owner(), interrupt: interrupt.clone(), reporter: reporter.clone() };
+    let environment = JobEnvironment {
+        buckets: place.buckets,
+        cache_dir: place.cache_dir,
+        owner: owner(),
+        run_id: run_id(),
+        claim_lease: claim_lease(),
+        interrupt: interrupt.clone(),
+        reporter: reporter.clone(),
+    };
     let result = runtime.block_on(async {
         interrupt.on_signals().context("failed to listen to signals")?;
         if let Some(address) = place.progress_address {
@@ -119,6 +128,16 @@ pub(super) fn cache_dir(given: Option<PathBuf>, config: &TrainConfig) -> PathBuf
         cache.unwrap_or_else(std::env::temp_dir).join("finetune")
     };
     given.or_else(|| config.model.cache_dir.clone()).unwrap_or_else(home)
+}
+
+/// Which run this is an attempt of: the FineTuneJob's, as the operator tells its pods, else one of this process.
+fn run_id() -> String {
+    std::env::var(JOB_UID_VARIABLE).ok().filter(|uid| !uid.is_empty()).unwrap_or_else(Run::local_id)
+}
+
+/// `FINETUNE_CLAIM_LEASE_SECONDS` changes how long another job at the same output may be silent before it is taken for dead.
+fn claim_lease() -> Duration {
+    std::env::var("FINETUNE_CLAIM_LEASE_SECONDS").ok().and_then(|text| text.parse().ok()).map_or(LEASE, Duration::from_secs)
 }
 
 /// A name for people to see in claims.

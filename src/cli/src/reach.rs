@@ -10,6 +10,7 @@ use finetune_api::FineTuneJob;
 use finetune_api::plan::{self, Facts};
 use finetune_api::validate::Violation;
 use finetune_store::Buckets;
+use finetune_store::claims::LEASE;
 use finetune_train::environment::JobEnvironment;
 use finetune_train::inspect::{self, Inspection};
 use finetune_train::interrupt::Interrupt;
@@ -32,6 +33,8 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
             buckets: buckets.clone(),
             cache_dir: job::cache_dir(None, &config),
             owner: String::new(),
+            run_id: String::new(),
+            claim_lease: LEASE,
             interrupt: Interrupt::default(),
             reporter: Reporter::new(),
         };

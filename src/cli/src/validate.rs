@@ -96,7 +96,8 @@ fn reached(_: &[FineTuneJob], _: &Args) -> anyhow::Result<Reached> {
 #[expect(clippy::print_stdout, reason = "the findings go to stdout")]
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let checked = check(&read(&args.file)?);
-    let Reached { violations: found, good, mut warnings, unchecked } = checked.as_deref().map_or_else(|_| Ok(Reached::default()), |jobs| reached(jobs, args))?;
+    let Reached { violations: found, good, mut warnings, unchecked } =
+        checked.as_deref().map_or_else(|_| Ok(Reached::default()), |jobs| reached(jobs, args))?;
     warnings.splice(0..0, checked.iter().flatten().flat_map(setting_warnings));
     let mut violations = checked.as_ref().err().cloned().unwrap_or_default();
     violations.extend(found);
@@ -104,7 +105,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let jobs: Vec<&str> = checked.iter().flatten().filter_map(|job| job.metadata.name.as_deref()).filter(|name| !bad(name)).collect();
     match args.output {
         OutputFormat::Json => {
-            let findings = json!({"valid": violations.is_empty(), "jobs": jobs, "violations": violations, "checked": good, "warnings": warnings, "unchecked": unchecked});
+            let findings =
+                json!({"valid": violations.is_empty(), "jobs": jobs, "violations": violations, "checked": good, "warnings": warnings, "unchecked": unchecked});
             println!("{}", serde_json::to_string_pretty(&findings)?);
         }
         OutputFormat::Text => {

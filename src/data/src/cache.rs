@@ -340,6 +340,8 @@ impl TensorCache {
         let path = self.dir.join(pack::name_of(&digest));
         match Pack::open(&path, digest, verified) {
             Ok(Some(pack)) => self.packs().add(Arc::new(pack)),
+            // Whole, and no pack: somebody else's file that happens to be named by its digest.
+            Ok(None) if finetune_common::digest::sha256_file(&path).is_ok_and(|found| found == digest) => {}
             Ok(None) => {
                 tracing::warn!(file = %path.display(), "a damaged pack of prepared data is dropped; its entries are made again");
                 let _gone_already_is_fine = std::fs::remove_file(&path);

@@ -123,6 +123,7 @@ impl DatasetError {
                 StoreErrorKind::PermissionDenied => Reason::PermissionDenied,
                 StoreErrorKind::Unavailable => Reason::StorageUnavailable,
                 StoreErrorKind::Superseded => Reason::Superseded,
+                StoreErrorKind::InUse => Reason::OutputInUse,
                 StoreErrorKind::Corrupt | StoreErrorKind::LocalDisk => Reason::TrainerCrashed,
             },
         }

@@ -5,13 +5,22 @@
 //! number is its epoch. It writes only below names that hold the epoch (`step-S/eN/`, `runs/eN/`), and asks [`Claim::check`] before
 //! each manifest and each deletion.
 //!
+//! # Two jobs on one prefix
+//! A claim names the run that it belongs to ([`Run`]). An attempt takes over from attempts of its own run at once. Where the newest claim is
+//! another run's, it asks whether that one lives: a holder writes `claims/NNNNNN.state.json` again and again while it works ([`Claim::keep_alive`]),
+//! and for the last time when it ends. One that goes on working is not disturbed ([`StoreError::InUse`]); one that is about to end is waited for;
+//! one that has been silent for the whole lease is dead. No clocks are compared: what counts is that the object changes while one looks.
+//!
 //! # Guarantees
 //! Epochs are unique and grow. After a newer claim exists, an older attempt publishes no further manifest that passes its
 //! check; one that was frozen between its check and its put writes below its own epoch only, where nobody of a higher epoch
 //! looks for their own work and where readers accept whole, verified manifests only.
 //!
 //! # Caveats
-//! Claims are never deleted: a reused number would break the order. They are a few hundred bytes each.
+//! Claims are never deleted: a reused number would break the order. They are a few hundred bytes each. Claims of versions that did not name the run
+//! are taken over at once, as those versions did with every claim.
+
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +33,51 @@ const FOLDER: &str = "claims";
 /// Largest claim that is read.
 const MAX_CLAIM_BYTES: u64 = 64 << 10;
 
-/// What a claim's object says about its owner. For people; the name alone decides.
+/// How long a holder may be silent before it is taken for dead.
+pub const LEASE: Duration = Duration::from_secs(90);
+/// How often a holder says that it lives.
+const BEAT: Duration = Duration::from_secs(15);
+/// How often a holder looks whether it is about to end, and a waiting attempt whether the holder has said something.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The run that an attempt belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Run {
+    /// `namespace/name` of the job.
+    pub job: String,
+    /// UID of the FineTuneJob; [`Run::local_id`] without a cluster.
+    pub id: String,
+    /// `sha256:<hex>` of what determines the weights.
+    pub spec_hash: String,
+}
+
+/// Beginning of the ids of runs without a cluster.
+const LOCAL: &str = "local-";
+
+impl Run {
+    /// An id for a run of this process.
+    pub fn local_id() -> String {
+        format!("{LOCAL}{:016x}{:016x}", random_bits(), random_bits())
+    }
+
+    /// Whether attempts of `other` are attempts of this run: those of the same FineTuneJob; without a cluster, of the same job and spec.
+    fn is(&self, other: &Self) -> bool {
+        let local = |run: &Self| run.id.starts_with(LOCAL);
+        self.id == other.id || (local(self) && local(other) && (&self.job, &self.spec_hash) == (&other.job, &other.spec_hash))
+    }
+}
+
+/// Who makes an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// The pod or the host: a name for people to see.
+    pub name: String,
+    /// The run; without one, the newest claim is taken over whoever holds it.
+    pub run: Option<Run>,
+}
+
+/// What a claim's object says about its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ClaimRecord {
@@ -32,10 +85,35 @@ pub struct ClaimRecord {
     pub epoch: u64,
     /// Random; tells apart attempts that race for one number.
     pub nonce: String,
-    /// The job, the pod or the host: whatever the caller knows of itself.
+    /// The pod or the host: whatever the caller knows of itself.
     pub owner: String,
+    /// The run; claims of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<Run>,
     /// When the attempt started, by its own clock.
     pub created_at: String,
+}
+
+/// What the holder of a claim is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Activity {
+    /// It works.
+    Working,
+    /// It has been asked to end, and saves what it has.
+    Ending,
+    /// It has ended.
+    Ended,
+}
+
+/// What a holder writes again and again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ClaimState {
+    /// Of the claim: a frozen attempt cannot speak for another's.
+    nonce: String,
+    /// Counts.
+    beat: u64,
+    activity: Activity,
 }
 
 /// An attempt's claim on a prefix.
@@ -46,25 +124,62 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Claims the prefix `store` for a new attempt. `owner` is a name for people to see.
+    /// Claims the prefix `store` for a new attempt, whoever holds it. `owner` is a name for people to see.
     ///
     /// # Errors
     /// Those of listing and creating objects.
     pub async fn acquire(store: &Store, owner: &str) -> Result<Self> {
+        Self::acquire_for(store, &Owner { name: owner.to_owned(), run: None }, LEASE).await
+    }
+
+    /// Claims the prefix `store` for a new attempt of a run, unless another run is at work there. Where another run has not said that it ended,
+    /// this may take as long as `lease`.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] names the run that is at work; those of listing, reading and creating objects.
+    pub async fn acquire_for(store: &Store, owner: &Owner, lease: Duration) -> Result<Self> {
         let nonce = format!("{:016x}{:016x}", random_bits(), random_bits());
         let created_at = jiff::Timestamp::now().to_string();
-        let mut epoch = newest(store, 0).await?.map_or(Ok(1), |newest| next_epoch(store, newest))?;
         loop {
-            let record = ClaimRecord { epoch, nonce: nonce.clone(), owner: owner.to_owned(), created_at: created_at.clone() };
-            let json = serde_json::to_vec(&record).map_err(|error| StoreError::corrupt(store.uri(), error.to_string()))?;
-            match store.create(&key(epoch), json).await? {
+            let newest = newest(store, 0).await?;
+            if let Some(newest) = newest {
+                give_way(store, newest, owner, lease).await?;
+            }
+            let epoch = newest.map_or(Ok(1), |newest| next_epoch(store, newest))?;
+            let record = ClaimRecord { epoch, nonce: nonce.clone(), owner: owner.name.clone(), run: owner.run.clone(), created_at: created_at.clone() };
+            match store.create(&key(epoch), to_json(store, &record)?).await? {
                 Created::Yes => {
                     tracing::info!(prefix = store.uri(), epoch, "claimed");
                     return Ok(Self { store: store.clone(), record });
                 }
-                Created::AlreadyExists => epoch = next_epoch(store, newest(store, epoch - 1).await?.unwrap_or(epoch))?,
+                // Somebody else was faster; who that is decides what follows.
+                Created::AlreadyExists => {}
             }
         }
+    }
+
+    /// Says again and again that the holder works, from a task of its own, until [`KeptAlive::end`]. `ending` is asked whether it is about to end.
+    pub fn keep_alive(&self, ending: impl Fn() -> bool + Send + 'static) -> KeptAlive {
+        let claim = self.clone();
+        let task = tokio::spawn(async move {
+            let mut activity = Activity::Working;
+            for beat in 1.. {
+                if let Err(error) = claim.say(beat, activity).await {
+                    tracing::debug!(%error, epoch = claim.epoch(), "failed to say that the claim's holder lives");
+                }
+                let said = Instant::now();
+                while said.elapsed() < BEAT && (ending() == (activity == Activity::Ending)) {
+                    tokio::time::sleep(LOOK).await;
+                }
+                activity = if ending() { Activity::Ending } else { Activity::Working };
+            }
+        });
+        KeptAlive { claim: self.clone(), task }
+    }
+
+    async fn say(&self, beat: u64, activity: Activity) -> Result<()> {
+        let state = ClaimState { nonce: self.record.nonce.clone(), beat, activity };
+        self.store.put(&state_key(self.epoch()), to_json(&self.store, &state)?).await
     }
 
     /// This attempt's number: unique below the prefix, higher than that of every earlier attempt.
@@ -88,13 +203,93 @@ impl Claim {
     /// [`Claim::is_newest`] as a result.
     ///
     /// # Errors
-    /// [`StoreError::Superseded`] when a higher claim exists; those of listing.
+    /// When a higher claim exists, [`StoreError::Superseded`] if it is of the same run, else [`StoreError::InUse`]; those of listing.
     pub async fn check(&self) -> Result<()> {
-        match newest(&self.store, self.epoch()).await? {
-            None => Ok(()),
-            Some(newest) => Err(StoreError::Superseded { location: self.store.uri().to_owned(), epoch: self.epoch(), newest }),
+        let Some(newest) = newest(&self.store, self.epoch()).await? else { return Ok(()) };
+        if let (Some(own), Some(record)) = (&self.record.run, holder(&self.store, newest).await)
+            && let Some(run) = record.run.as_ref().filter(|run| !own.is(run))
+        {
+            return Err(in_use(&self.store, &record, run));
+        }
+        Err(StoreError::Superseded { location: self.store.uri().to_owned(), epoch: self.epoch(), newest })
+    }
+}
+
+/// Says that a claim's holder lives, until it is dropped.
+#[derive(Debug)]
+pub struct KeptAlive {
+    claim: Claim,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl KeptAlive {
+    /// Says that the holder has ended, so that nobody waits for it.
+    pub async fn end(self) {
+        self.task.abort();
+        // Larger than any that was said: the last word.
+        if let Err(error) = self.claim.say(u64::MAX, Activity::Ended).await {
+            tracing::debug!(%error, epoch = self.claim.epoch(), "failed to say that the claim's holder has ended");
         }
     }
+}
+
+impl Drop for KeptAlive {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The record of a claim that is known to exist; what cannot be read says nothing.
+async fn holder(store: &Store, epoch: u64) -> Option<ClaimRecord> {
+    read(store, epoch).await.ok().flatten()
+}
+
+fn in_use(store: &Store, record: &ClaimRecord, run: &Run) -> StoreError {
+    let holder = format!("job {} ({}, since {}, spec {}, id {})", run.job, record.owner, record.created_at, run.spec_hash, run.id);
+    StoreError::InUse { location: store.uri().to_owned(), holder }
+}
+
+/// Returns when claim `epoch` does not stand in the way of an attempt of `owner`.
+async fn give_way(store: &Store, epoch: u64, owner: &Owner, lease: Duration) -> Result<()> {
+    let (Some(own), Some(record)) = (&owner.run, read(store, epoch).await?) else { return Ok(()) };
+    let Some(run) = record.run.as_ref().filter(|run| !own.is(run)) else { return Ok(()) };
+    let mut last = state(store, &record).await?;
+    let mut silent = Instant::now();
+    let is = |state: &Option<ClaimState>, activity| state.as_ref().is_some_and(|state| state.activity == activity);
+    if !is(&last, Activity::Ended) {
+        tracing::info!(
+            holder = run.job,
+            owner = record.owner,
+            lease = lease.as_secs(),
+            "another job has not said that it left this output: waiting to see whether it lives"
+        );
+    }
+    while !is(&last, Activity::Ended) && silent.elapsed() < lease {
+        tokio::time::sleep(LOOK).await;
+        let now = state(store, &record).await?;
+        if now == last {
+            continue;
+        }
+        if is(&now, Activity::Working) {
+            return Err(in_use(store, &record, run));
+        }
+        (last, silent) = (now, Instant::now());
+    }
+    Ok(())
+}
+
+/// What the holder of a claim has said last.
+async fn state(store: &Store, record: &ClaimRecord) -> Result<Option<ClaimState>> {
+    match store.get_limited(&state_key(record.epoch), MAX_CLAIM_BYTES).await {
+        // What cannot be understood has not been said by this claim's holder.
+        Ok(json) => Ok(serde_json::from_slice::<ClaimState>(&json).ok().filter(|state| state.nonce == record.nonce)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn to_json(store: &Store, value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| StoreError::corrupt(store.uri(), error.to_string()))
 }
 
 /// The record of claim `epoch`, or `None` when there is none.
@@ -129,6 +324,15 @@ fn key(epoch: u64) -> String {
     format!("{FOLDER}/{epoch:06}.json")
 }
 
+fn state_key(epoch: u64) -> String {
+    format!("{FOLDER}/{epoch:06}.state.json")
+}
+
+/// Whether attempts write a key below the claimed prefix.
+pub fn is_own(key: &str) -> bool {
+    epoch_of(key).is_some() || key.strip_suffix(".state.json").is_some_and(|name| epoch_of(&format!("{name}.json")).is_some())
+}
+
 /// The number in a claim's key below the claimed prefix; `None` for any other key.
 pub fn epoch_of(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(FOLDER)?.strip_prefix('/')?.strip_suffix(".json")?;
@@ -153,5 +357,85 @@ mod tests {
         {
             assert_eq!(epoch_of(other), None, "{other}");
         }
+    }
+
+    fn owner(job: &str, id: &str, spec: &str) -> Owner {
+        Owner { name: format!("pod of {job}"), run: Some(Run { job: job.into(), id: id.into(), spec_hash: spec.into() }) }
+    }
+
+    fn place() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().to_str().unwrap(), &crate::StoreOptions::default()).unwrap();
+        (dir, store)
+    }
+
+    const SHORT: Duration = Duration::from_millis(2500);
+
+    /// The next attempt of one's own takes over at once, whatever the first one is doing.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn attempts_of_the_same_run_supersede_each_other() {
+        for (first, second) in [
+            (owner("a/x", "uid-1", "s"), owner("a/x", "uid-1", "s")),
+            (owner("a/x", "local-1", "s"), owner("a/x", "local-2", "s")),
+            (Owner { name: "an earlier version".into(), run: None }, owner("a/x", "uid-1", "s")),
+        ] {
+            let (_dir, store) = place();
+            let old = Claim::acquire_for(&store, &first, LEASE).await.unwrap();
+            let _alive = old.keep_alive(|| false);
+            let new = Claim::acquire_for(&store, &second, LEASE).await.unwrap();
+            assert_eq!(new.epoch(), 2);
+            assert!(matches!(old.check().await.unwrap_err(), StoreError::Superseded { epoch: 1, newest: 2, .. }));
+        }
+    }
+
+    /// Another job, another spec, or the same manifest in another cluster.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_live_claim_of_another_run_is_not_taken_and_its_holder_is_named() {
+        for second in [owner("b/y", "uid-2", "s"), owner("a/x", "uid-2", "s"), owner("a/x", "local-2", "s")] {
+            let (_dir, store) = place();
+            let old = Claim::acquire_for(&store, &owner("a/x", "uid-1", "s"), LEASE).await.unwrap();
+            let _alive = old.keep_alive(|| false);
+            let error = Claim::acquire_for(&store, &second, LEASE).await.unwrap_err();
+            assert!(matches!(error, StoreError::InUse { .. }) && error.to_string().contains("job a/x (pod of a/x"), "{error}");
+            old.check().await.unwrap();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn claims_of_runs_that_ended_or_fell_silent_are_taken() {
+        let (_dir, store) = place();
+        let ended = Claim::acquire_for(&store, &owner("a/x", "uid-1", "s"), LEASE).await.unwrap();
+        ended.keep_alive(|| false).end().await;
+        let begin = Instant::now();
+        let silent = Claim::acquire_for(&store, &owner("b/y", "uid-2", "s"), LEASE).await.unwrap();
+        assert!(begin.elapsed() < LEASE / 2, "nobody waits for one that has ended");
+        drop(silent.keep_alive(|| false));
+        let taken = Claim::acquire_for(&store, &owner("c/z", "uid-3", "s"), SHORT).await.unwrap();
+        assert_eq!(taken.epoch(), 3);
+        // Whoever wakes up learns who has it now.
+        let error = silent.check().await.unwrap_err();
+        assert!(matches!(&error, StoreError::InUse { holder, .. } if holder.contains("c/z")), "{error}");
+    }
+
+    /// A job that is deleted and created again under its name meets its own pod that still saves a checkpoint.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn one_that_is_about_to_end_is_waited_for() {
+        let (_dir, store) = place();
+        let old = Claim::acquire_for(&store, &owner("a/x", "uid-1", "s"), LEASE).await.unwrap();
+        let alive = old.keep_alive(|| true);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            alive.end().await;
+        });
+        let new = Claim::acquire_for(&store, &owner("a/x", "uid-2", "s"), LEASE).await.unwrap();
+        assert_eq!(new.epoch(), 2);
+    }
+
+    #[test]
+    fn records_of_earlier_versions_are_read_and_states_have_names_of_their_own() {
+        let old: ClaimRecord = serde_json::from_str(r#"{"epoch": 1, "nonce": "n", "owner": "pod", "createdAt": "2026-01-01T00:00:00Z"}"#).unwrap();
+        assert_eq!(old.run, None);
+        assert!(is_own("claims/000001.json") && is_own("claims/000001.state.json"));
+        assert!(!is_own("claims/1.state.json") && !is_own("claims/notes.json") && epoch_of("claims/000001.state.json").is_none());
     }
 }

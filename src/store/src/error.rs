@@ -17,6 +17,8 @@ pub enum StoreErrorKind {
     Corrupt,
     /// A newer attempt has taken over; this one must stop and delete nothing.
     Superseded,
+    /// Another run is at work at the same place.
+    InUse,
     /// This machine's own disk failed (full, read-only, ...).
     LocalDisk,
 }
@@ -107,6 +109,14 @@ pub enum StoreError {
         /// The highest epoch found.
         newest: u64,
     },
+    /// Another run holds the prefix.
+    #[error("{location} is in use by {holder}: two jobs cannot share an output.uri; choose another one, or wait until that job has ended")]
+    InUse {
+        /// URI of the claimed prefix.
+        location: String,
+        /// The other run.
+        holder: String,
+    },
     /// A file of this machine.
     #[error("failed to {operation} {}", path.display())]
     LocalDisk {
@@ -130,6 +140,7 @@ impl StoreError {
             Self::Unavailable { .. } => StoreErrorKind::Unavailable,
             Self::Corrupt { .. } => StoreErrorKind::Corrupt,
             Self::Superseded { .. } => StoreErrorKind::Superseded,
+            Self::InUse { .. } => StoreErrorKind::InUse,
             Self::LocalDisk { .. } => StoreErrorKind::LocalDisk,
         }
     }

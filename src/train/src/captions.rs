@@ -51,7 +51,10 @@ impl fmt::Display for Truncation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { captions, of, longest, limit, with_t5, examples } = self;
         let (encoder, verb) = (if *with_t5 { "T5" } else { "CLIP" }, if *captions == 1 { "is" } else { "are" });
-        write!(f, "{captions} of {of} captions {verb} longer than the {limit} tokens that {encoder} reads (the longest has {longest}): their ends are not trained. ")?;
+        write!(
+            f,
+            "{captions} of {of} captions {verb} longer than the {limit} tokens that {encoder} reads (the longest has {longest}): their ends are not trained. "
+        )?;
         match (*with_t5, *longest) {
             (true, 0..=MOST) => write!(f, "training.maxSequenceLength: {longest} would keep all of them; CLIP reads the first 75 tokens always")?,
             (true, _) => write!(f, "training.maxSequenceLength: {MOST} is the most that can be kept; CLIP reads the first 75 tokens always")?,
@@ -85,7 +88,9 @@ mod tests {
         let found = of(&[78, 10, 214, 90, 100], true).unwrap();
         assert_eq!((found.captions, found.of, found.longest), (4, 5, 214));
         let text = found.to_string();
-        for part in ["4 of 5 captions", "77 tokens", "longest has 214", "training.maxSequenceLength: 214 ", "75", "2.png (214), 4.png (100), 3.png (90) and 1 more"] {
+        for part in
+            ["4 of 5 captions", "77 tokens", "longest has 214", "training.maxSequenceLength: 214 ", "75", "2.png (214), 4.png (100), 3.png (90) and 1 more"]
+        {
             assert!(text.contains(part), "{part}: {text}");
         }
         let text = of(&[600, 10, 10, 10, 10], true).unwrap().to_string();

@@ -17,6 +17,10 @@ pub struct JobEnvironment {
     pub cache_dir: PathBuf,
     /// A name for people to see in claims: the pod or the host.
     pub owner: String,
+    /// Which run this is an attempt of: the UID of the FineTuneJob, or [`finetune_store::claims::Run::local_id`].
+    pub run_id: String,
+    /// How long another job at the same output may be silent before it is taken for dead.
+    pub claim_lease: Duration,
     /// The wish to stop.
     pub interrupt: Interrupt,
     /// Somebody to tell.

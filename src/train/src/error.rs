@@ -156,6 +156,7 @@ fn store_reason(error: &StoreError) -> Reason {
         StoreErrorKind::PermissionDenied => Reason::PermissionDenied,
         StoreErrorKind::Unavailable => Reason::StorageUnavailable,
         StoreErrorKind::Superseded => Reason::Superseded,
+        StoreErrorKind::InUse => Reason::OutputInUse,
         StoreErrorKind::Corrupt | StoreErrorKind::LocalDisk => Reason::TrainerCrashed,
     }
 }

@@ -37,12 +37,7 @@ pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Insp
 }
 
 /// The captions against the model's own tokenizers: a few megabytes.
-async fn truncation(
-    config: &TrainConfig,
-    dataset: &Dataset,
-    folder: &ModelFolder,
-    environment: &JobEnvironment,
-) -> Result<Option<Truncation>, PrepareError> {
+async fn truncation(config: &TrainConfig, dataset: &Dataset, folder: &ModelFolder, environment: &JobEnvironment) -> Result<Option<Truncation>, PrepareError> {
     folder.fetch(Parts::TOKENIZERS, &environment.reporter).await?;
     let (clip_limit, lengths) = tokio::task::block_in_place(|| captions::lengths(folder, dataset))?;
     Ok(Truncation::of(&dataset.samples, &lengths, config.training.max_sequence_length, clip_limit, !folder.is_without_t5()))

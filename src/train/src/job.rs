@@ -36,7 +36,7 @@ use finetune_model::layout::Part;
 use finetune_model::lora::LoraLayout;
 use finetune_model::mmdit::{Mmdit, MmditConfig};
 use finetune_model::weights::Weights;
-use finetune_store::claims::Claim;
+use finetune_store::claims::{self, Claim, KeptAlive, Owner};
 use finetune_store::model_source::{ModelFolder, Parts};
 use finetune_store::{Store, StoreErrorKind};
 
@@ -69,7 +69,8 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let store = environment.open(&config.checkpoint.uri, config)?;
 
     let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
-    if let (Decision::Compare, publish::Found::SameSpec(result)) = (publish::decide(output.uri(), config.output.existing, &found, None)?, &found) {
+    let decide = |found: &publish::Found, digests: Option<&Digests>| publish::decide(output.uri(), config.output.existing, found, &environment.run_id, digests);
+    if let (Decision::Compare, publish::Found::SameSpec(result)) = (decide(&found, None)?, &found) {
         return reuse(config, environment, &output, store, &found, result).await;
     }
     // What is done already needs no GPU.
@@ -77,17 +78,29 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let budget = device::limit_memory(&engine);
     let Sources { dataset, folder, digests } = sources(config, environment).await?;
 
-    let claim = Claim::acquire(&output, &environment.owner).await?;
-    let identity = identity(config, &output, digests);
-    let checkpoints = match config.resume.policy {
-        ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
-        ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
+    let (claim, alive) = claim(config, environment, &output).await?;
+    let attempt = async {
+        // Whoever was at work there has finished meanwhile.
+        let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
+        if let (Decision::Compare, publish::Found::SameSpec(result)) = (decide(&found, None)?, &found) {
+            decide(&found, Some(&digests))?;
+            publish::repair(&output, result).await?;
+            return Ok(((**result).clone(), LeftAlone::default()));
+        }
+        let identity = identity(config, environment, &output, digests);
+        let checkpoints = match config.resume.policy {
+            ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
+            ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
+        };
+        let held_out = held_out(config, environment).await?;
+        let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints };
+        let (mut trainer, model) = run.load().await?;
+        run.train(&mut trainer, &model).await?;
+        run.publish(&output, &trainer, &model).await
     };
-    let held_out = held_out(config, environment).await?;
-    let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints };
-    let (mut trainer, model) = run.load().await?;
-    run.train(&mut trainer, &model).await?;
-    let (result, left) = run.publish(&output, &trainer, &model).await?;
+    let ended: Result<_, TrainError> = attempt.await;
+    alive.end().await;
+    let (result, left) = ended?;
     let notes = result.warnings.iter().cloned().chain(notes(&left)).collect();
     Ok(Outcome { result, already_completed: false, notes })
 }
@@ -102,7 +115,7 @@ async fn reuse(
     result: &RunResult,
 ) -> Result<Outcome, TrainError> {
     let Sources { digests, .. } = sources(config, environment).await?;
-    publish::decide(output.uri(), config.output.existing, found, Some(&digests))?;
+    publish::decide(output.uri(), config.output.existing, found, &environment.run_id, Some(&digests))?;
     publish::repair(output, result).await?;
     let left = delete_leftovers(config, environment, output, store, digests).await.unwrap_or_else(|error| {
         tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
@@ -121,23 +134,30 @@ fn notes(left: &LeftAlone) -> Vec<String> {
     vec![format!("left alone: {left}")]
 }
 
-fn identity(config: &TrainConfig, output: &Store, digests: Digests) -> Identity {
-    Identity::new(config.spec_hash.clone(), digests, output.uri().to_owned())
+fn identity(config: &TrainConfig, environment: &JobEnvironment, output: &Store, digests: Digests) -> Identity {
+    Identity::new(config.spec_hash.clone(), digests, output.uri().to_owned(), environment.run_id.clone())
+}
+
+/// Claims the output for this attempt, and says that it lives.
+async fn claim(config: &TrainConfig, environment: &JobEnvironment, output: &Store) -> Result<(Claim, KeptAlive), TrainError> {
+    let run = claims::Run { job: config.job.clone(), id: environment.run_id.clone(), spec_hash: config.spec_hash.clone() };
+    let owner = Owner { name: environment.owner.clone(), run: Some(run) };
+    let claim = unless_interrupted(environment, async { Ok(Claim::acquire_for(output, &owner, environment.claim_lease).await?) }).await?;
+    let interrupt = environment.interrupt.clone();
+    let alive = claim.keep_alive(move || interrupt.requested());
+    Ok((claim, alive))
 }
 
 /// Deletes what a run that was killed after publishing has left.
-async fn delete_leftovers(
-    config: &TrainConfig,
-    environment: &JobEnvironment,
-    output: &Store,
-    store: Store,
-    digests: Digests,
-) -> Result<LeftAlone, TrainError> {
+async fn delete_leftovers(config: &TrainConfig, environment: &JobEnvironment, output: &Store, store: Store, digests: Digests) -> Result<LeftAlone, TrainError> {
     if config.checkpoint.keep_after_success || !Identity::is_at(&store).await? {
         return Ok(LeftAlone::default());
     }
-    let claim = Claim::acquire(output, &environment.owner).await?;
-    Ok(Checkpoints::open(store, claim, identity(config, output, digests)).await?.delete_all().await?)
+    let (claim, alive) = claim(config, environment, output).await?;
+    let deleted = async { Checkpoints::open(store, claim, identity(config, environment, output, digests)).await?.delete_all().await };
+    let left = deleted.await;
+    alive.end().await;
+    Ok(left?)
 }
 
 /// What a run reads.
@@ -246,9 +266,6 @@ impl Run<'_> {
     }
 
     async fn snapshot(&self) -> Result<Option<Snapshot>, TrainError> {
-        if self.config.resume.policy == ResumePolicy::Never {
-            return Ok(None);
-        }
         match self.checkpoints.latest().await? {
             Some((place, snapshot)) => {
                 tracing::info!(step = place.step, attempt = place.attempt, "resuming from a checkpoint");

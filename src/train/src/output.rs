@@ -102,6 +102,7 @@ pub fn make(
     let result = RunResult {
         version: VERSION,
         job: config.job.clone(),
+        job_uid: checkpoints.run().map(str::to_owned),
         spec_hash: config.spec_hash.clone(),
         dataset_digest: dataset.digest.clone(),
         model_digest: Some(checkpoints.digests().model.clone()),

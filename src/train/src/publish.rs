@@ -87,7 +87,7 @@ pub async fn look(output: &Store, checkpoints: &str, spec_hash: &str) -> Result<
 fn foreign(objects: &[ObjectInfo], checkpoints: Option<&str>) -> Vec<String> {
     let newest = objects.iter().filter_map(|object| claims::epoch_of(&object.key)).max().unwrap_or_default();
     let ours = |key: &str| {
-        claims::epoch_of(key).is_some()
+        claims::is_own(key)
             || attempt_of(key).is_some_and(|attempt| attempt <= newest)
             || is_default_checkpoint(key)
             || checkpoints.is_some_and(|checkpoints| key.starts_with(checkpoints))
@@ -107,14 +107,18 @@ fn is_default_checkpoint(key: &str) -> bool {
     folder.is_some_and(|(folder, _)| folder.len() == 16 && folder.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
 }
 
-/// Whether to train, given what was found and the digests of dataset and model (where they are known already).
+/// Whether to train, given what was found and the digests of dataset and model (where they are known already). A result of the run `own` itself
+/// was published by an attempt that could not say so any more: whatever the policy says about existing results, it is this job's own.
 ///
 /// # Errors
 /// [`PublishError::OutputExists`].
-pub fn decide(output: &str, policy: ExistingOutput, found: &Found, digests: Option<&Digests>) -> Result<Decision, PublishError> {
+pub fn decide(output: &str, policy: ExistingOutput, found: &Found, own: &str, digests: Option<&Digests>) -> Result<Decision, PublishError> {
     let exists = |what: String| Err(PublishError::OutputExists { uri: output.to_owned(), what });
     match (policy, found) {
         (_, Found::Foreign) => Err(PublishError::ForeignResult { uri: output.to_owned() }),
+        (ExistingOutput::Fail | ExistingOutput::Overwrite, Found::SameSpec(result)) if result.is_of(own) => {
+            Ok(if digests.is_some() { Decision::Reuse } else { Decision::Compare })
+        }
         (_, Found::Nothing) | (ExistingOutput::Overwrite, _) => Ok(Decision::Train),
         (_, Found::Other(what)) => exists(what.clone()),
         (ExistingOutput::Fail, Found::SameSpec(result)) => exists(format!("the result of a run of the same spec ({})", result.completed)),
@@ -172,7 +176,7 @@ pub async fn publish(
         match (policy, same) {
             _ if found == Found::Foreign => return Err(PublishError::ForeignResult { uri: output.uri().to_owned() }),
             // Another attempt of this very run was first.
-            (ExistingOutput::ReuseIfComplete | ExistingOutput::Fail, Some(theirs)) => {
+            (_, Some(theirs)) if policy != ExistingOutput::Overwrite || result.job_uid.as_ref().is_some_and(|own| theirs.is_of(own)) => {
                 repair(output, theirs).await?;
                 return Ok((**theirs).clone());
             }
@@ -180,7 +184,7 @@ pub async fn publish(
                 checkpoints.ensure_newest().await?;
                 output.delete(result::FILE_NAME).await?;
             }
-            (_, None) => {
+            (_, _) => {
                 let what = if let Found::Other(what) = found { what } else { "the result of another run".to_owned() };
                 return Err(PublishError::OutputExists { uri: output.uri().to_owned(), what });
             }

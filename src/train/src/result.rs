@@ -22,6 +22,9 @@ pub struct RunResult {
     pub version: u32,
     /// The job's name.
     pub job: String,
+    /// UID of the FineTuneJob, or `local-…` for a run without a cluster; results of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_uid: Option<String>,
     /// `sha256:<hex>` of what determines the weights.
     pub spec_hash: String,
     /// `sha256:<hex>` of metadata and pictures.
@@ -92,6 +95,11 @@ pub struct Difference {
 }
 
 impl RunResult {
+    /// Whether an attempt of the run with this id has made it.
+    pub fn is_of(&self, run: &str) -> bool {
+        self.job_uid.as_deref() == Some(run)
+    }
+
     /// What differs between dataset and model of this result and those of now. A result that does not tell its model is taken to be of this one.
     pub fn differs_in(&self, now: &Digests) -> Option<Difference> {
         let model = self.model_digest.as_ref().unwrap_or(&now.model);

@@ -14,7 +14,7 @@ use super::{affinity, labels, paths};
 use crate::settings::{PodIds, Settings};
 use crate::validate::ValidatedJob;
 use finetune_api::plan::MODEL_CREDENTIALS_PREFIX;
-use finetune_api::{ConfigMapKeyRef, PROGRESS_PORT, ResourceAmounts, StorageSpec, TRAINER_CONTAINER};
+use finetune_api::{ConfigMapKeyRef, JOB_UID_VARIABLE, PROGRESS_PORT, ResourceAmounts, StorageSpec, TRAINER_CONTAINER};
 
 /// How long the pod stays bound to a node that does not answer.
 const LOST_NODE_SECONDS: i64 = 60;
@@ -128,6 +128,7 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
         field("POD_NAMESPACE", "metadata.namespace"),
         field("POD_UID", "metadata.uid"),
         field("NODE_NAME", "spec.nodeName"),
+        plain(JOB_UID_VARIABLE, job.uid.clone()),
         plain("FINETUNE_CACHE_DIR", if job.spec.model.cache.is_some() { paths::CACHE_DIR } else { paths::WORK_DIR }.to_owned()),
         plain("FINETUNE_TERMINATION_LOG", paths::TERMINATION_MESSAGE.to_owned()),
         plain("FINETUNE_LOG_FORMAT", "json".to_owned()),

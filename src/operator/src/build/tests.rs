@@ -114,6 +114,8 @@ fn the_pod_passes_the_restricted_level_without_token_and_with_a_read_only_root()
     for (name, path) in [("POD_UID", "metadata.uid"), ("POD_NAME", "metadata.name"), ("NODE_NAME", "spec.nodeName"), ("POD_NAMESPACE", "metadata.namespace")] {
         assert_eq!(env(&job, name).unwrap()["valueFrom"]["fieldRef"]["fieldPath"], path);
     }
+    let uid = job["metadata"]["ownerReferences"][0]["uid"].as_str().unwrap();
+    assert_eq!(env(&job, finetune_api::JOB_UID_VARIABLE).unwrap()["value"], uid, "the claims name the job by it");
 }
 
 #[test]

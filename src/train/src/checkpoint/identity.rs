@@ -37,6 +37,10 @@ pub struct Identity {
     pub(super) model_digest: Option<String>,
     /// Where the results go.
     pub(super) output: String,
+    /// The run that began: UID of the FineTuneJob, or `local-…` without a cluster; absent in version 1. What `resume.policy: Never` means by
+    /// another job's checkpoints; nothing else is decided by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) run: Option<String>,
 }
 
 fn one() -> u32 {
@@ -104,10 +108,15 @@ pub enum IdentityError {
 }
 
 impl Identity {
-    /// Of the run of a spec, by its hash, on this dataset and model, whose results go to `output`.
-    pub fn new(spec_hash: String, digests: Digests, output: String) -> Self {
+    /// Of the run of a spec, by its hash, on this dataset and model, whose results go to `output`; `run` is its id.
+    pub fn new(spec_hash: String, digests: Digests, output: String, run: String) -> Self {
         let Digests { dataset, model } = digests;
-        Self { version: VERSION, spec_hash, dataset_digest: dataset, model_digest: Some(model), output }
+        Self { version: VERSION, spec_hash, dataset_digest: dataset, model_digest: Some(model), output, run: Some(run) }
+    }
+
+    /// Whether the same run wrote `other`.
+    pub(super) fn is_of_the_same_run(&self, other: &Self) -> bool {
+        self.run.is_some() && self.run == other.run
     }
 
     /// What the run is made from.
@@ -179,7 +188,7 @@ mod tests {
     #[test]
     fn a_changed_dataset_and_a_foreign_run_are_told_apart() {
         let digests = Digests { dataset: "b".into(), model: "m".into() };
-        let ours = Identity::new("a".into(), digests, "s3://x/y/".into());
+        let ours = Identity::new("a".into(), digests, "s3://x/y/".into(), "uid".into());
         let compare = |theirs: Identity| ours.compare(&theirs, "u");
         assert_eq!(compare(ours.clone()), Ok(()));
         assert!(matches!(compare(Identity { dataset_digest: "c".into(), ..ours.clone() }), Err(IdentityError::DatasetChanged { .. })));
@@ -193,7 +202,7 @@ mod tests {
     fn files_of_neighbouring_versions_are_read() {
         let old: Identity = serde_json::from_str(r#"{"specHash": "a", "datasetDigest": "b", "output": "s3://x/y/"}"#).unwrap();
         assert_eq!((old.version, &old.model_digest), (1, &None));
-        let ours = Identity::new("a".into(), Digests { dataset: "b".into(), model: "m".into() }, "s3://x/y/".into());
+        let ours = Identity::new("a".into(), Digests { dataset: "b".into(), model: "m".into() }, "s3://x/y/".into(), "uid".into());
         assert_eq!(ours.compare(&old, "u"), Ok(()));
         let mut later = serde_json::to_value(&ours).unwrap();
         later["more"] = serde_json::json!({"x": 1});

@@ -35,7 +35,7 @@ impl fmt::Display for LeftAlone {
 }
 
 /// The first three keys, and how many more there are.
-pub fn some_of(keys: &[String]) -> String {
+pub(crate) fn some_of(keys: &[String]) -> String {
     let first = keys[..keys.len().min(3)].join(", ");
     if keys.len() > 3 { format!("{first} and {} more", keys.len() - 3) } else { first }
 }

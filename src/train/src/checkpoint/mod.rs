@@ -113,8 +113,8 @@ impl Checkpoints {
         Ok(this)
     }
 
-    /// As [`Checkpoints::open`], after deleting what this run has written there before, also on another dataset, but for prepared data, which
-    /// is keyed by content and stays right: `resume.policy: Never`.
+    /// As [`Checkpoints::open`], after deleting what earlier jobs of this spec have written there, also on another dataset, but for prepared data,
+    /// which is keyed by content and stays right: `resume.policy: Never`. Attempts of one job go on from each other's checkpoints.
     ///
     /// # Errors
     /// As [`Checkpoints::open`]; if this attempt has been superseded, or the store fails.
@@ -125,6 +125,11 @@ impl Checkpoints {
             return Ok(this);
         };
         this.identity.compare_spec_and_output(&theirs, this.store.uri())?;
+        // An earlier attempt of this very job has begun anew: its work counts.
+        if this.identity.is_of_the_same_run(&theirs) {
+            this.identity.compare(&theirs, this.store.uri())?;
+            return Ok(this);
+        }
         let Inventory { own, .. } = this.inventory().await?;
         this.delete(own.iter().filter(|key| !matches!(Key::parse(key), Some(Key::Prepared | Key::Identity))).collect()).await?;
         this.ensure_newest().await?;
@@ -167,6 +172,11 @@ impl Checkpoints {
     /// What the run is made from.
     pub fn digests(&self) -> &Digests {
         &self.digests
+    }
+
+    /// The run's id.
+    pub fn run(&self) -> Option<&str> {
+        self.identity.run.as_deref()
     }
 
     /// This attempt's number.
@@ -225,7 +235,10 @@ impl Checkpoints {
             return Err("its manifest names another place".to_owned());
         }
         let Identity { spec_hash, dataset_digest, model_digest, .. } = &self.identity;
-        if label.spec_hash != *spec_hash || label.dataset_digest != *dataset_digest || label.model_digest.is_some_and(|digest| Some(&digest) != model_digest.as_ref()) {
+        if label.spec_hash != *spec_hash
+            || label.dataset_digest != *dataset_digest
+            || label.model_digest.is_some_and(|digest| Some(&digest) != model_digest.as_ref())
+        {
             return Err("it belongs to another spec, dataset or base model".to_owned());
         }
         let snapshot = Snapshot::decode(&verified.files.into_iter().collect()).map_err(|e| format!("it cannot be read: {e}"))?;

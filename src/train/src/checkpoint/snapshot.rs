@@ -13,9 +13,9 @@ use finetune_data::sampler::Position;
 /// The masters.
 pub const LORA_FILE: &str = "lora.safetensors";
 /// The optimizer's state.
-pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+pub(super) const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Everything small.
-pub const STATE_FILE: &str = "state.json";
+pub(super) const STATE_FILE: &str = "state.json";
 /// What was measured.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 

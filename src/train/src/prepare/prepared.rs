@@ -3,6 +3,7 @@
 use candle_core::{Device, Tensor};
 
 use super::{Keys, PreparedError};
+use crate::captions::Truncation;
 use crate::step::{Example, LatentScaling};
 use finetune_api::plan::PriorPreservationConfig;
 use finetune_common::digest::Sha256Digest;
