@@ -25,7 +25,9 @@ fn main() {
     let store = Store::open(dir.path().to_str().unwrap(), &StoreOptions::default()).unwrap();
     let config = DatasetConfig {
         uri: String::new(),
-        metadata_file: "metadata.jsonl".into(),
+        caption: None,
+        metadata_file: None,
+        image_column: None,
         caption_column: "caption".into(),
         repeats: 1,
         expected_digest: None,

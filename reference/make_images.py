@@ -19,9 +19,10 @@ import zlib
 import numpy as np
 import PIL
 import skimage
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 from safetensors.numpy import save_file
 
+ENDINGS = (".jpg", ".png", ".webp", ".bmp", ".gif", ".tif")
 HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tests", "golden", "images")
 PHOTOS = os.path.join(os.path.dirname(skimage.__file__), "data")
 
@@ -57,6 +58,79 @@ def resampled(source, name, sampling, size):
     data[at + 5:at + 9] = struct.pack(">HH", size[1], size[0])
     data[at + 11] = sampling
     open(os.path.join(HERE, name), "wb").write(data)
+
+
+def in_text(exif_bytes):
+    """EXIF as ImageMagick keeps it in a text chunk: name, length and hexadecimal digits."""
+    digits = exif_bytes.hex()
+    lines = [digits[i:i + 72] for i in range(0, len(digits), 72)]
+    return "\n".join(["", "exif", f"{len(exif_bytes):8}", *lines, ""])
+
+
+def text_profiles(picture):
+    text = in_text(exif(6).tobytes())
+    for name, packed in (("profile-in-text.png", False), ("profile-in-packed-text.png", True)):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Raw profile type exif", text, zip=packed)
+        picture.save(os.path.join(HERE, name), pnginfo=info)
+    info = PngImagePlugin.PngInfo()
+    info.add(b"tEXt", b"Raw profile type exif\0" + text.encode("latin-1"), after_idat=True)
+    picture.save(os.path.join(HERE, "profile-in-text-at-the-end.png"), pnginfo=info)
+
+
+def without_tables(source, name):
+    """Drops the Huffman tables, as motion JPEG does: the standard's are meant."""
+    data = open(os.path.join(HERE, source), "rb").read()
+    at, out = 2, data[:2]
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
+        out += b"" if data[at + 1] == 0xC4 else data[at:end]
+        at = end
+    open(os.path.join(HERE, name), "wb").write(out + data[at:])
+
+
+def bmp(name, size, bits, palette, rows, compression=0, masks=b""):
+    """A BMP file of a kind that Pillow cannot write."""
+    body = b"".join(row + b"\0" * (-len(row) % 4) for row in rows) if compression in (0, 3) else b"".join(rows)
+    offset = 54 + len(masks) + len(palette)
+    head = struct.pack("<2sIHHI", b"BM", offset + len(body), 0, 0, offset)
+    info = struct.pack("<IiiHHIIiiII", 40, *size, 1, bits, compression, len(body), 2835, 2835, len(palette) // 4, 0)
+    open(os.path.join(HERE, name), "wb").write(head + info + masks + palette + body)
+
+
+def other_formats(cat, cup, woman):
+    """BMP, GIF and TIFF; of animations and documents the first picture counts. What is in refused/ would get other bytes than Pillow's."""
+    os.makedirs(os.path.join(HERE, "refused"), exist_ok=True)
+    save = lambda im, name, **kw: im.save(os.path.join(HERE, name), **kw)
+    small = cat.resize((37, 25))
+    save(small, "rgb.bmp")
+    save(small.quantize(60), "palette.bmp")
+    save(small.convert("L"), "grey.bmp")
+    save(small.convert("1"), "one-bit.bmp")
+    alpha = small.copy(); alpha.putalpha(Image.linear_gradient("L").resize(small.size))
+    save(alpha, "alpha.bmp")
+    rng = np.random.default_rng(3)
+    bmp("refused/555.bmp", (13, 9), 16, b"", [rng.integers(0, 1 << 15, 13, dtype="<u2").tobytes() for _ in range(9)])
+    bmp("refused/565.bmp", (13, 9), 16, b"", [rng.integers(0, 1 << 16, 13, dtype="<u2").tobytes() for _ in range(9)], 3, struct.pack("<III", 0xF800, 0x7E0, 0x1F))
+    bmp("top-down.bmp", (13, -9), 24, b"", [rng.integers(0, 256, 39, dtype="u1").tobytes() for _ in range(9)])
+    grey = b"".join(bytes([i, i // 2, 255 - i, 0]) for i in range(256))
+    bmp("rle8.bmp", (12, 4), 8, grey, [bytes([12, 9 * (r + 1), 0, 0]) for r in range(3)] + [bytes([0, 5, 1, 2, 3, 4, 5, 0, 7, 200, 0, 1])], 1)
+    save(small.quantize(50), "palette.gif")
+    transparent = small.quantize(20)
+    save(transparent, "transparent.gif", transparency=4)
+    frames = [im.resize((41, 27)).quantize(30) for im in (cat, cup, woman)]
+    frames[0].save(os.path.join(HERE, "animation.gif"), save_all=True, append_images=frames[1:], duration=80, loop=0)
+    for name, compression in (("raw", "raw"), ("lzw", "tiff_lzw"), ("deflate", "tiff_adobe_deflate"), ("packbits", "packbits")):
+        save(small, f"{name}.tif", compression=compression)
+    save(small.convert("L"), "grey.tif", compression="tiff_lzw")
+    save(alpha, "alpha.tif", compression="tiff_lzw")
+    save(small.convert("1"), "one-bit.tif")
+    save(small.quantize(40), "refused/palette.tif")
+    save(small.convert("CMYK"), "refused/cmyk.tif")
+    save(small.rotate(90, expand=True), "orientation-6.tif", tiffinfo={274: 6})
+    pages = [im.resize((30, 20)) for im in (cup, cat)]
+    pages[0].save(os.path.join(HERE, "two-pages.tif"), save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    save(small, "refused/jpeg.tif", compression="jpeg", quality=90)
 
 
 def pictures():
@@ -103,6 +177,11 @@ def pictures():
     png16(os.path.join(HERE, "rgb-16bit.png"), wide)
     png16(os.path.join(HERE, "rgba-16bit.png"), np.concatenate([wide, wide[..., :1]], -1))
     png16(os.path.join(HERE, "grey-alpha-16bit.png"), wide[..., :2])
+    text_profiles(cat.resize((31, 20)))
+    save(cup.resize((63, 42)), "with-tables.jpg", quality=85)
+    without_tables("with-tables.jpg", "standard-tables.jpg")
+    os.remove(os.path.join(HERE, "with-tables.jpg"))
+    other_formats(cat, cup, woman)
 
 
 def resized(w, h, R):
@@ -111,12 +190,12 @@ def resized(w, h, R):
 
 def main():
     for f in os.listdir(HERE):
-        if f.endswith((".jpg", ".png", ".webp")):
+        if f.endswith(ENDINGS):
             os.remove(os.path.join(HERE, f))
     pictures()
     rng = random.Random(1)
     cases, tensors = {}, {}
-    for name in sorted(f for f in os.listdir(HERE) if f.endswith((".jpg", ".png", ".webp"))):
+    for name in sorted(f for f in os.listdir(HERE) if f.endswith(ENDINGS)):
         im = ImageOps.exif_transpose(Image.open(os.path.join(HERE, name))).convert("RGB")
         case = {"size": im.size, "sha256": hashlib.sha256(im.tobytes()).hexdigest(), "transforms": []}
         for R in (24, 64):

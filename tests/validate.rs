@@ -80,6 +80,25 @@ fn what_is_wrong_with_dataset_and_model_is_said_at_once() {
     assert_eq!((code, texts(&findings, "checked").len()), (0, 0), "{findings}");
 }
 
+/// The pictures of `validation.datasetUri` are looked at as the dataset's are.
+#[test]
+fn a_broken_picture_among_the_held_out_ones_is_named() {
+    let bucket = tempfile::tempdir().unwrap();
+    copy_of_the_bucket(bucket.path());
+    let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
+    let job: Value = finetune_common::yaml::documents(&text).unwrap().remove(0);
+    let held_out = bucket.path().join(job["spec"]["validation"]["datasetUri"].as_str().unwrap().strip_prefix("s3://quickstart/").unwrap());
+    let picture = fs::read_dir(&held_out).unwrap().map(|entry| entry.unwrap().path()).find(|path| path.extension().is_some_and(|e| e == "png")).unwrap();
+    fs::write(&picture, "<!DOCTYPE html><title>Not found</title>").unwrap();
+    let (code, findings) = validate(&Path::new(QUICKSTART).join("job.yaml"), &["--bucket", &format!("s3://quickstart={}", bucket.path().display())]);
+    assert_eq!(code, i32::from(finetune_api::Reason::InvalidConfig.exit_code()), "{findings}");
+    let violation = &findings["violations"][0];
+    assert_eq!(violation["path"], "spec.validation.datasetUri", "{findings}");
+    for part in [picture.file_name().unwrap().to_str().unwrap(), "an HTML page"] {
+        assert!(violation["message"].as_str().unwrap().contains(part), "{findings}");
+    }
+}
+
 #[test]
 fn a_store_that_does_not_answer_is_no_mistake_of_the_manifest() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

@@ -6,20 +6,32 @@ use serde::{Deserialize, Serialize};
 
 use super::defaults::default_values;
 
-/// The dataset: a folder with pictures and a `metadata.jsonl`.
+/// The dataset: a folder with pictures and their captions.
+///
+/// A picture's caption is that of its line in a metadata file, else the text of the `.txt` beside it, else `caption`.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.imageColumn) || self.imageColumn != self.captionColumn").message("imageColumn and captionColumn must differ"))]
 pub struct DatasetSpec {
     /// The folder; ends with "/".
     #[schemars(length(max = 1024))]
     #[x_kube(validation = Rule::new(super::storage::URI_RULE).message(super::storage::URI_MESSAGE))]
     #[x_kube(validation = Rule::new("self.endsWith('/')").message("must end with \"/\", as it is a folder"))]
     pub uri: String,
-    /// File in that folder with one JSON object per line: `{"file_name": "image_01.png", "caption": "..."}`.
-    #[serde(default = "metadata_file")]
+    /// Caption of every picture that has none of its own: of all of them, where the folder has neither a metadata file nor `.txt` files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 4096), regex(pattern = r"\S"))]
+    pub caption: Option<String>,
+    /// Name of the metadata file, in that folder and in those below: a JSON object per line, `{"file_name": "image_01.png", "caption": "..."}`,
+    /// or a table where it ends with ".csv". By default `metadata.jsonl` and `metadata.csv` are looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255), regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"))]
-    pub metadata_file: String,
-    /// Key of the caption in each line.
+    pub metadata_file: Option<String>,
+    /// Key (or column) of the picture's path in the metadata file, relative to that file. By default `file_name`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128))]
+    pub image_column: Option<String>,
+    /// Key (or column) of the caption in the metadata file: a text, or a list of texts of which each epoch draws one.
     #[serde(default = "caption_column")]
     #[schemars(length(min = 1, max = 128))]
     #[x_kube(validation = Rule::new("self != 'file_name'").message("is the picture's name and cannot be the caption"))]
@@ -28,7 +40,7 @@ pub struct DatasetSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 100_000))]
     pub repeats: u32,
-    /// Pins the dataset: digest of the metadata file and of every picture, as in `status.datasetDigest`. A difference fails the job with `DatasetChanged`.
+    /// Pins the dataset: digest of its captions and of every picture, as in `status.datasetDigest`. A difference fails the job with `DatasetChanged`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 71), regex(pattern = r"^sha256:[0-9a-f]{64}$"))]
     pub expected_digest: Option<String>,
@@ -48,7 +60,6 @@ pub enum OnBadSample {
 }
 
 default_values! {
-    metadata_file: String = "metadata.jsonl".to_owned();
     caption_column: String = "caption".to_owned();
     one: u32 = 1;
 }

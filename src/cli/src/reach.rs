@@ -38,14 +38,23 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
             interrupt: Interrupt::default(),
             reporter: Reporter::new(),
         };
-        let Inspection { dataset, model, truncation } = runtime.block_on(inspect::inspect(&config, &environment));
+        let Inspection { dataset, held_out, model, truncation } = runtime.block_on(inspect::inspect(&config, &environment));
         let violation = |path: &str, message| Violation { document: index + 1, object: Some(name.clone()), path: path.to_owned(), message };
-        match dataset {
-            Ok(dataset) => reached.good.push(format!("{name}: the dataset has {} usable pictures", dataset.samples.len())),
-            Err(error) if inspect::dataset_is_unreachable(&error) => {
-                reached.unchecked.push(format!("{name}: the dataset was not checked: {}", job::chain(&error)));
+        let datasets = [("the dataset", "spec.dataset", Some(dataset)), ("the held-out dataset", "spec.validation.datasetUri", held_out)];
+        for (what, path, found) in datasets.into_iter().filter_map(|(what, path, found)| found.map(|found| (what, path, found))) {
+            match found {
+                Ok(dataset) => {
+                    reached.good.push(format!("{name}: {what} has {} usable pictures; {}", dataset.samples.len(), dataset.sources));
+                    reached.warnings.extend(dataset.notices.iter().map(|notice| format!("{name}: {what}: {notice}")));
+                    if !dataset.skipped.is_empty() {
+                        reached.warnings.push(format!("{name}: {what}: left out, as dataset.onBadSample is Skip: {}", dataset.skipped));
+                    }
+                }
+                Err(error) if inspect::dataset_is_unreachable(&error) => {
+                    reached.unchecked.push(format!("{name}: {what} was not checked: {}", job::chain(&error)));
+                }
+                Err(error) => reached.violations.push(violation(path, job::chain(&error))),
             }
-            Err(error) => reached.violations.push(violation("spec.dataset", job::chain(&error))),
         }
         match model {
             _ if claim => reached.unchecked.push(format!("{name}: the model was not checked: its volume is the cluster's")),

@@ -37,6 +37,8 @@ pub enum Purpose {
     PriorPictures = 12,
     /// Jitter of retries.
     Jitter = 13,
+    /// Which of several captions of a picture.
+    Caption = 14,
 }
 
 const M0: u32 = 0xD251_1F53;

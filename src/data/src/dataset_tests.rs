@@ -1,7 +1,8 @@
 use std::path::Path;
-use std::sync::Mutex;
 
 use super::*;
+use finetune_api::plan::{DatasetConfig, OnBadSample};
+use finetune_common::digest;
 use finetune_store::StoreOptions;
 
 /// A PNG whose pixels follow from `seed`.
@@ -15,7 +16,9 @@ fn png(width: u32, height: u32, seed: u8) -> Vec<u8> {
 fn config(on_bad_sample: OnBadSample) -> DatasetConfig {
     DatasetConfig {
         uri: String::new(),
-        metadata_file: "metadata.jsonl".into(),
+        caption: None,
+        metadata_file: None,
+        image_column: None,
         caption_column: "caption".into(),
         repeats: 1,
         expected_digest: None,
@@ -43,9 +46,9 @@ async fn samples_are_sorted_by_name_with_digest_and_upright_size() {
     let metadata = row("z.png", "last") + &row("sub/b.png", "middle") + &row("a.PNG", "first");
     let store = write(dir.path(), &[("metadata.jsonl", metadata.as_bytes()), ("z.png", &c), ("sub/b.png", &b), ("a.PNG", &a), ("notes.txt", b"x")]);
     let dataset = Dataset::scan(&store, &config(OnBadSample::Fail)).await.unwrap();
-    let got: Vec<_> = dataset.samples.iter().map(|s| (s.file_name.as_str(), s.caption.as_str(), s.size, s.image_digest)).collect();
+    let got: Vec<_> = dataset.samples.iter().map(|s| (s.file_name.as_str(), s.captions[0].as_str(), s.size, s.image_digest)).collect();
     assert_eq!(got, [("a.PNG", "first", (6, 4), sha256(&a)), ("sub/b.png", "middle", (5, 7), sha256(&b)), ("z.png", "last", (3, 3), sha256(&c))]);
-    assert_eq!(dataset.metadata_digest, digest::to_text(&sha256(metadata.as_bytes())));
+    assert_eq!(dataset.metadata_digest, Some(digest::to_text(&sha256(metadata.as_bytes()))));
     let picture = Dataset::load(&store, &dataset.samples[1]).await.unwrap();
     assert_eq!((picture.width, picture.height, &picture.data[..3]), (5, 7, &[2, 0, 0][..]));
 }
@@ -103,12 +106,12 @@ async fn all_problems_are_reported_at_once() {
         "line 2: not a JSON object: key must be a string at column 2",
         "line 3: \"gone.png\": the file does not exist",
         "line 4: \"cut.png\": not a usable picture: failed to decode PNG",
-        "line 5: \"text.png\": not a usable picture: not a PNG, JPEG or WebP file",
+        "line 5: \"text.png\": not a usable picture: not a PNG, JPEG, WebP, BMP, GIF or TIFF file, but text",
         "line 6: \"good.png\": already named on line 1",
         "line 7: \"../out.png\": the path must stay in the dataset's folder: it has a segment \"..\"",
         "line 8: \"bomb.png\": not a usable picture: 65536x65536 pixels are more than the limit of 100000000 pixels and 32768 a side",
         "line 9: \"blank.png\": \"caption\" is empty",
-        "\"stray.jpg\": no line of the metadata file names this picture",
+        "\"stray.jpg\": no caption: no line of the metadata file names the picture",
     ];
     assert_eq!(got.len(), want.len(), "{got:#?}");
     for (got, want) in got.iter().zip(want) {
@@ -154,22 +157,142 @@ async fn a_picture_that_changes_after_the_scan_is_refused() {
     assert_eq!(Dataset::load(&store, &dataset.samples[0]).await.unwrap_err().reason(), Reason::DatasetChanged);
 }
 
+/// Names, captions and where they come from; with `caption` as `dataset.caption`.
+async fn captions(store: &Store, caption: Option<&str>) -> Result<(Vec<(String, Vec<String>)>, String, Vec<String>), DatasetError> {
+    let dataset = Dataset::scan(store, &DatasetConfig { caption: caption.map(str::to_owned), ..config(OnBadSample::Fail) }).await?;
+    let samples = dataset.samples.into_iter().map(|sample| (sample.file_name, sample.captions)).collect();
+    Ok((samples, dataset.sources.to_string(), dataset.notices.iter().map(ToString::to_string).collect()))
+}
+
+fn pairs(of: &[(&str, &str)]) -> Vec<(String, Vec<String>)> {
+    of.iter().map(|(name, caption)| ((*name).to_owned(), vec![(*caption).to_owned()])).collect()
+}
+
 #[tokio::test]
-async fn a_visitor_sees_each_usable_picture_once() {
-    #[derive(Default)]
-    struct Seen(Mutex<Vec<(String, Sha256Digest, u32)>>);
-    impl Visitor for Seen {
-        fn picture(&self, file_name: &str, digest: &Sha256Digest, picture: &RgbImage) {
-            self.0.lock().unwrap().push((file_name.to_owned(), *digest, picture.width));
-        }
-    }
+async fn a_picture_takes_its_line_then_its_text_file_then_the_jobs_caption() {
     let dir = tempfile::tempdir().unwrap();
-    let (a, b) = (png(4, 4, 1), png(8, 4, 2));
-    let metadata = row("a.png", "a") + &row("b.png", "b") + &row("c.png", "c");
-    let store = write(dir.path(), &[("metadata.jsonl", metadata.as_bytes()), ("a.png", &a), ("b.png", &b), ("c.png", b"no")]);
-    let seen = Arc::new(Seen::default());
-    Dataset::scan_with(&store, &config(OnBadSample::Skip), ScanOptions { parallel: 2, ..ScanOptions::default() }, seen.clone()).await.unwrap();
-    let mut seen = seen.0.lock().unwrap().clone();
-    seen.sort();
-    assert_eq!(seen, [("a.png".to_owned(), sha256(&a), 4), ("b.png".to_owned(), sha256(&b), 8)]);
+    let picture = png(4, 4, 1);
+    let metadata =
+        row("line.png", "from the line") + "{\"file_name\": \"empty.png\", \"caption\": \"\"}\n{\"file_name\": \"sub/null.png\", \"caption\": null}\n";
+    let store = write(
+        dir.path(),
+        &[
+            ("metadata.jsonl", metadata.as_bytes()),
+            ("line.png", &picture),
+            ("line.txt", b"not read"),
+            ("empty.png", &picture),
+            ("empty.txt", "\u{feff} from the text \r\n".as_bytes()),
+            ("sub/null.png", &picture),
+            ("stray.png", &picture),
+            ("notes.txt", b"hello"),
+        ],
+    );
+    let (samples, sources, notices) = captions(&store, Some("of the job")).await.unwrap();
+    assert_eq!(samples, pairs(&[("empty.png", "from the text"), ("line.png", "from the line"), ("stray.png", "of the job"), ("sub/null.png", "of the job")]));
+    assert_eq!(sources, "captions: 1 from metadata.jsonl, 1 from .txt, 2 from dataset.caption");
+    assert_eq!(
+        notices,
+        [
+            "1 text file is without a picture of the same name: \"notes.txt\"",
+            "1 caption file is not read, as the pictures have captions in a metadata file or a .txt: \"line.txt\""
+        ]
+    );
+    let DatasetError::Problems { problems, .. } = captions(&store, None).await.unwrap_err() else { panic!("not refused") };
+    let listed: Vec<String> = problems.listed().iter().map(ToString::to_string).collect();
+    assert_eq!(listed[0], "line 3: \"sub/null.png\": \"caption\" must be a string, not null");
+    assert!(listed[1].starts_with("\"stray.png\": no caption: no line of the metadata file"), "{listed:?}");
+    assert_eq!(listed.len(), 2);
+}
+
+#[tokio::test]
+async fn folders_without_metadata_are_datasets() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = png(4, 4, 1);
+    // DreamBooth's: one prompt for all.
+    let store = write(&dir.path().join("a"), &[("1.png", &picture), ("sub/2.jpg", &picture)]);
+    let (samples, sources, _) = captions(&store, Some("a photo of sks dog")).await.unwrap();
+    assert_eq!(samples, pairs(&[("1.png", "a photo of sks dog"), ("sub/2.jpg", "a photo of sks dog")]));
+    assert_eq!(sources, "captions: 2 from dataset.caption");
+    // Text files, also of several lines; and one that is missing.
+    let store =
+        write(&dir.path().join("b"), &[("1.png", &picture), ("1.txt", b"one"), ("2.PNG", &picture), ("2.caption", b"two\nlines\n"), ("3.png", &picture)]);
+    let DatasetError::Problems { problems, .. } = captions(&store, None).await.unwrap_err() else { panic!("not refused") };
+    assert_eq!(problems.to_string(), "1 problem\n  \"3.png\": no caption: no .txt stands beside the picture, and dataset.caption is not set");
+    let (samples, sources, notices) = captions(&store, Some("else")).await.unwrap();
+    assert_eq!(samples, pairs(&[("1.png", "one"), ("2.PNG", "two\nlines"), ("3.png", "else")]));
+    assert_eq!(sources, "captions: 2 from .txt, 1 from dataset.caption");
+    assert!(notices[0].contains("1 caption file has several lines; each file is one caption: \"2.PNG\""), "{notices:?}");
+    // Text files that are no text.
+    for (text, part) in [(&b"caf\xe9"[..], "not UTF-8"), (b"\xff\xfea\0b\0", "UTF-16"), (b" \n", "it is empty")] {
+        let store = write(&dir.path().join("b"), &[("1.txt", text), ("3.txt", b"three")]);
+        let error = captions(&store, None).await.unwrap_err().to_string();
+        assert!(error.contains("\"1.png\": the caption file \"1.txt\" is not usable") && error.contains(part), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_layouts_of_imagefolder_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = png(4, 4, 1);
+    let files: [(&str, &[u8]); 7] = [
+        ("train/a/metadata.csv", b"file_name,caption\n1.png,one\n"),
+        ("train/a/1.png", &picture),
+        ("train/b/metadata.jsonl", br#"{"file_name": "2.png", "caption": ["two", "zwei"]}"#),
+        ("train/b/2.png", &picture),
+        ("test/metadata.csv", b"file_name,caption\n3.png,three\n"),
+        ("test/3.png", &picture),
+        ("README.md", b"x"),
+    ];
+    let store = write(dir.path(), &files);
+    let (samples, sources, notices) = captions(&store, None).await.unwrap();
+    assert_eq!(samples, [("train/a/1.png".to_owned(), vec!["one".to_owned()]), ("train/b/2.png".to_owned(), vec!["two".to_owned(), "zwei".to_owned()])]);
+    assert_eq!(sources, "captions: 1 from train/a/metadata.csv, 1 from train/b/metadata.jsonl (1 picture has several: one is drawn each epoch)");
+    assert_eq!(notices, ["train/ is trained, other splits are left alone: test/ (1 picture)"]);
+    // Problems say in which file.
+    let store = write(dir.path(), &[("train/a/metadata.csv", b"file_name,caption\n1.png,one\n9.png,x\n")]);
+    let error = captions(&store, None).await.unwrap_err().to_string();
+    assert!(error.contains("\"train/a/metadata.csv\" line 3: \"train/a/9.png\": the file does not exist"), "{error}");
+    let store = write(dir.path(), &[("train/a/metadata.jsonl", b"")]);
+    let error = captions(&store, None).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::InvalidDataset);
+    assert!(error.to_string().contains("set dataset.metadataFile"), "{error}");
+}
+
+#[tokio::test]
+async fn caption_files_are_part_of_the_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = png(4, 4, 1);
+    let digest = async |files: &[(&str, &[u8])]| {
+        let store = write(dir.path(), files);
+        let dataset = Dataset::scan(&store, &config(OnBadSample::Fail)).await.unwrap();
+        assert_eq!(dataset.metadata_digest, None);
+        dataset.digest
+    };
+    let base = digest(&[("a.png", &picture), ("a.txt", b"one"), ("b.png", &picture), ("b.txt", b"two")]).await;
+    assert_ne!(digest(&[("b.txt", b"three")]).await, base);
+    assert_ne!(digest(&[("a.txt", b"two"), ("b.txt", b"one")]).await, base);
+    assert_eq!(digest(&[("a.txt", b"one"), ("b.txt", b"two\n"), ("note.md", b"x")]).await, base);
+}
+
+#[tokio::test]
+async fn a_caption_that_stands_in_for_another_key_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = png(4, 4, 1);
+    let store = write(dir.path(), &[("a.png", &picture), ("metadata.jsonl", br#"{"file_name": "a.png", "text": "its own"}"#)]);
+    let (samples, _, notices) = captions(&store, Some("of the job")).await.unwrap();
+    assert_eq!(samples, pairs(&[("a.png", "of the job")]));
+    assert!(notices[0].contains("set dataset.captionColumn: text"), "{notices:?}");
+}
+
+#[tokio::test]
+async fn pictures_with_transparent_parts_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let encode = |alpha: u8| {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        ::image::RgbaImage::from_pixel(3, 3, ::image::Rgba([1, 2, 3, alpha])).write_to(&mut bytes, ::image::ImageFormat::Png).unwrap();
+        bytes.into_inner()
+    };
+    let store = write(dir.path(), &[("a.png", &encode(0)), ("b.png", &encode(255)), ("c.png", &encode(254)), ("d.png", &png(3, 3, 1))]);
+    let (_, _, notices) = captions(&store, Some("x")).await.unwrap();
+    assert!(notices.len() == 1 && notices[0].starts_with("2 pictures have transparent parts") && notices[0].ends_with("\"a.png\", \"c.png\""), "{notices:?}");
 }

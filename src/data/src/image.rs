@@ -1,13 +1,14 @@
-//! Pictures from files: PNG, JPEG and WebP to upright 8-bit RGB, as `ImageOps.exif_transpose(image).convert("RGB")` of Pillow.
+//! Pictures from files: PNG, JPEG, WebP, BMP, GIF and TIFF to upright 8-bit RGB, as `ImageOps.exif_transpose(image).convert("RGB")` of Pillow.
 
 use std::io::Cursor;
 
-use image::codecs::{png::PngDecoder, webp::WebPDecoder};
+use image::codecs::{bmp::BmpDecoder, gif::GifDecoder, png::PngDecoder, tiff::TiffDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat};
+use image::{ColorType, DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat};
 
 use super::jpeg::JpegDecoder;
 pub use super::jpeg::JpegError;
+use super::{png_exif, sniff, tiff};
 
 /// What a file may ask for before it is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +29,9 @@ impl Default for ImageLimits {
 /// Why a file gives no picture.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// Not one of the three formats.
-    #[error("not a PNG, JPEG or WebP file")]
-    UnknownFormat,
+    /// No format that is read.
+    #[error("not a PNG, JPEG, WebP, BMP, GIF or TIFF file, but {0}")]
+    UnknownFormat(&'static str),
     /// Larger than the limits allow.
     #[error("{width}x{height} pixels are more than the limit of {max_pixels} pixels and {max_side} a side")]
     TooLarge {
@@ -46,6 +47,9 @@ pub enum ImageError {
     /// The file is shorter than it says.
     #[error("the file is truncated")]
     Truncated,
+    /// Colours whose conversion is not that of the reference.
+    #[error("{0} is not read: convert the file to PNG")]
+    Color(&'static str),
     /// No pixels.
     #[error("the picture has no pixels")]
     Empty,
@@ -77,19 +81,31 @@ pub struct RgbImage {
 /// Decodes a file's bytes, turns the picture upright and drops alpha.
 ///
 /// # Errors
-/// If the bytes are not a whole PNG, JPEG or WebP file within the limits. Dimensions are checked before pixels are decoded.
+/// If the bytes are not a whole file of one of the formats, within the limits. Dimensions are checked before pixels are decoded.
 pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError> {
+    decode_seen(bytes, limits).map(|(picture, _)| picture)
+}
+
+/// As [`decode`], and whether the picture has transparent parts.
+pub(super) fn decode_seen(bytes: &[u8], limits: &ImageLimits) -> Result<(RgbImage, bool), ImageError> {
     match image::guess_format(bytes) {
         Ok(ImageFormat::Png) => {
             let bounds = image_limits(limits);
-            read(PngDecoder::with_limits(Cursor::new(bytes), bounds), "PNG", limits)
+            read(PngDecoder::with_limits(Cursor::new(bytes), bounds), "PNG", limits, png_exif::raw_profile(bytes))
         }
-        Ok(ImageFormat::Jpeg) => read_jpeg(bytes, limits),
+        Ok(ImageFormat::Jpeg) => Ok((read_jpeg(bytes, limits)?, false)),
         Ok(ImageFormat::WebP) => {
             check_riff_size(bytes)?;
-            read(WebPDecoder::new(Cursor::new(bytes)), "WebP", limits)
+            read(WebPDecoder::new(Cursor::new(bytes)), "WebP", limits, None)
         }
-        _ => Err(ImageError::UnknownFormat),
+        // Bits per pixel; scaled to 8 bits they would not be Pillow's.
+        Ok(ImageFormat::Bmp) if bytes.get(28..30) == Some(&[16, 0]) => Err(ImageError::Color("a BMP file of 16 bits per pixel")),
+        Ok(ImageFormat::Bmp) => read(BmpDecoder::new(Cursor::new(bytes)), "BMP", limits, None),
+        Ok(ImageFormat::Gif) => read(GifDecoder::new(Cursor::new(bytes)), "GIF", limits, None),
+        // JPEG, in its old and its new form: decoded by other arithmetic than libjpeg-turbo's.
+        Ok(ImageFormat::Tiff) if matches!(tiff::compression(bytes), Some(6 | 7)) => Err(ImageError::Color("a TIFF file with JPEG inside")),
+        Ok(ImageFormat::Tiff) => read(TiffDecoder::new(Cursor::new(bytes)), "TIFF", limits, None),
+        _ => Err(ImageError::UnknownFormat(sniff::what(bytes))),
     }
 }
 
@@ -103,7 +119,10 @@ pub fn probe(bytes: &[u8], limits: &ImageLimits) -> Result<(u32, u32), ImageErro
         Ok(ImageFormat::Png) => PngDecoder::with_limits(Cursor::new(bytes), image_limits(limits)).map_err(failed("PNG"))?.dimensions(),
         Ok(ImageFormat::Jpeg) => JpegDecoder::new(bytes)?.dimensions(),
         Ok(ImageFormat::WebP) => WebPDecoder::new(Cursor::new(bytes)).map_err(failed("WebP"))?.dimensions(),
-        _ => return Err(ImageError::UnknownFormat),
+        Ok(ImageFormat::Bmp) => BmpDecoder::new(Cursor::new(bytes)).map_err(failed("BMP"))?.dimensions(),
+        Ok(ImageFormat::Gif) => GifDecoder::new(Cursor::new(bytes)).map_err(failed("GIF"))?.dimensions(),
+        Ok(ImageFormat::Tiff) => TiffDecoder::new(Cursor::new(bytes)).map_err(failed("TIFF"))?.dimensions(),
+        _ => return Err(ImageError::UnknownFormat(sniff::what(bytes))),
     };
     check_size(size, limits)?;
     Ok(size)
@@ -135,32 +154,57 @@ fn read_jpeg(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError>
     let decoder = JpegDecoder::new(bytes)?;
     let (width, height) = decoder.dimensions();
     check_size((width, height), limits)?;
-    let orientation = orientation(decoder.metadata().exif, decoder.metadata().xmp);
+    let orientation = orientation(decoder.metadata().exif, decoder.metadata().xmp).unwrap_or(Orientation::NoTransforms);
     Ok(upright(RgbImage { width, height, data: decoder.decode()? }, orientation))
 }
 
-fn read<D: ImageDecoder>(decoder: image::ImageResult<D>, format: &'static str, limits: &ImageLimits) -> Result<RgbImage, ImageError> {
+fn read<D: ImageDecoder>(
+    decoder: image::ImageResult<D>,
+    format: &'static str,
+    limits: &ImageLimits,
+    text_exif: Option<Vec<u8>>,
+) -> Result<(RgbImage, bool), ImageError> {
     let failed = |source| ImageError::Decode { format, source };
     let mut decoder = decoder.map_err(failed)?;
     let (width, height) = decoder.dimensions();
     check_size((width, height), limits)?;
     decoder.set_limits(image_limits(limits)).map_err(failed)?;
     // Metadata that cannot be read is no reason to refuse a picture.
-    let exif = decoder.exif_metadata().ok().flatten();
+    let exif = decoder.exif_metadata().ok().flatten().or(text_exif);
     let xmp = decoder.xmp_metadata().ok().flatten();
-    let orientation = orientation(exif.as_deref(), xmp.as_deref());
+    // TIFF has a tag of its own.
+    let orientation = orientation(exif.as_deref(), xmp.as_deref()).or_else(|| decoder.orientation().ok()).unwrap_or(Orientation::NoTransforms);
     let color = decoder.color_type();
+    if matches!(color, ColorType::Rgb32F | ColorType::Rgba32F) {
+        return Err(ImageError::Color("a TIFF file of floating-point samples"));
+    }
+    if matches!(decoder.original_color_type(), ExtendedColorType::Cmyk8 | ExtendedColorType::Cmyk16) {
+        return Err(ImageError::Color("a TIFF file in CMYK"));
+    }
     let mut raw = vec![0; decoder.total_bytes() as usize];
     decoder.read_image(&mut raw).map_err(failed)?;
+    let transparent = is_transparent(&raw, color);
     let data = to_rgb8(raw, color);
-    Ok(upright(RgbImage { width, height, data }, orientation))
+    Ok((upright(RgbImage { width, height, data }, orientation), transparent))
+}
+
+/// Whether any pixel is not opaque.
+fn is_transparent(raw: &[u8], color: ColorType) -> bool {
+    let (stride, alpha) = match color {
+        ColorType::La8 => (2, 1..2),
+        ColorType::Rgba8 => (4, 3..4),
+        ColorType::La16 => (4, 2..4),
+        ColorType::Rgba16 => (8, 6..8),
+        _ => return false,
+    };
+    raw.chunks_exact(stride).any(|pixel| pixel[alpha.clone()].iter().any(|byte| *byte != 0xFF))
 }
 
 /// The EXIF orientation, or else XMP's.
-fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Orientation {
+fn orientation(exif: Option<&[u8]>, xmp: Option<&[u8]>) -> Option<Orientation> {
     // Some WebP files keep JPEG's prefix.
     let exif = exif.map(|chunk| chunk.strip_prefix(b"Exif\0\0").unwrap_or(chunk));
-    exif.and_then(Orientation::from_exif_chunk).or_else(|| xmp.and_then(xmp_orientation)).unwrap_or(Orientation::NoTransforms)
+    exif.and_then(Orientation::from_exif_chunk).or_else(|| xmp.and_then(xmp_orientation))
 }
 
 /// `tiff:Orientation="6"` or `<tiff:Orientation>6<`.

@@ -142,9 +142,19 @@ fn cut_files_are_errors_wherever_they_are_cut() {
 fn damaged_files_never_panic() {
     let mut stream = finetune_common::rng::Stream::new(3, finetune_common::rng::Purpose::Noise, 0, 0);
     let limits = ImageLimits { max_pixels: 200_000, max_side: 2000 };
-    for name in
-        ["progressive-420.jpg", "progressive-444.jpg", "restart-420.jpg", "baseline-422.jpg", "cmyk.jpg", "grey-progressive.jpg", "alpha.png", "lossy.webp"]
-    {
+    for name in [
+        "progressive-420.jpg",
+        "progressive-444.jpg",
+        "restart-420.jpg",
+        "baseline-422.jpg",
+        "cmyk.jpg",
+        "grey-progressive.jpg",
+        "alpha.png",
+        "lossy.webp",
+        "rle8.bmp",
+        "animation.gif",
+        "lzw.tif",
+    ] {
         let bytes = read(name);
         for _ in 0..150 {
             let mut damaged = bytes.clone();
@@ -159,15 +169,30 @@ fn damaged_files_never_panic() {
 
 #[test]
 fn limits_hold_before_pixels_are_decoded() {
-    for name in ["progressive-420.jpg", "lossless.webp", "palette.png"] {
+    for name in ["progressive-420.jpg", "lossless.webp", "palette.png", "rgb.bmp", "palette.gif", "lzw.tif"] {
         let bytes = read(name);
         for limits in [ImageLimits { max_pixels: 1000, max_side: 1000 }, ImageLimits { max_pixels: 1 << 20, max_side: 40 }] {
             assert!(matches!(decode(&bytes, &limits), Err(ImageError::TooLarge { .. })), "{name}");
             assert!(matches!(probe(&bytes, &limits), Err(ImageError::TooLarge { .. })), "{name}");
         }
     }
-    for bytes in [&b""[..], b"GIF89a", b"<svg/>", b"\x89PNG"] {
+    for bytes in [&b""[..], b"GIF89a", b"<svg/>", b"\x89PNG", b"BM", b"II*\0\x08\0\0\0"] {
         assert!(decode(bytes, &ImageLimits::default()).is_err());
+    }
+}
+
+/// Files whose bytes would not be Pillow's.
+#[test]
+fn what_would_get_other_bytes_is_refused() {
+    for (name, part) in [
+        ("555.bmp", "16 bits per pixel"),
+        ("565.bmp", "16 bits per pixel"),
+        ("jpeg.tif", "JPEG inside"),
+        ("cmyk.tif", "CMYK"),
+        ("palette.tif", "failed to decode TIFF"),
+    ] {
+        let error = decode(&read(&format!("refused/{name}")), &ImageLimits::default()).unwrap_err().to_string();
+        assert!(error.contains(part), "{name}: {error}");
     }
 }
 

@@ -1,12 +1,18 @@
 //! Datasets, image transforms, the sampler and the content-addressed cache.
 
 pub mod cache;
+pub mod captions;
 pub mod dataset;
 pub mod image;
 mod jpeg;
+mod layout;
 pub mod metadata;
 mod pack;
+mod png_exif;
 pub mod problems;
 mod resample;
 pub mod sampler;
+mod scan;
+mod sniff;
+mod tiff;
 pub mod transform;

@@ -83,6 +83,13 @@ pub struct Item {
     pub class: Option<ClassItem>,
 }
 
+impl Item {
+    /// Which of a picture's captions it is trained with in this epoch, of as many as there are.
+    pub fn caption(&self, seed: u64, epoch: u64, captions: usize) -> usize {
+        if captions < 2 { 0 } else { Stream::new(seed, Purpose::Caption, epoch, self.ordinal).below(captions as u64) as usize }
+    }
+}
+
 /// A class picture of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClassItem {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use finetune_data::dataset::Sample;
+use finetune_data::dataset::Dataset;
 use finetune_model::text::CaptionLength;
 
 /// The most tokens that `training.maxSequenceLength` can be.
@@ -28,22 +28,22 @@ pub struct Truncation {
 }
 
 impl Truncation {
-    /// Of the captions of `samples`, whose `lengths` are in the same order; none if every caption is read to its end. `limit` is
+    /// Of the captions of `dataset`, whose `lengths` are in the same order; none if every caption is read to its end. `limit` is
     /// `training.maxSequenceLength`, `clip_limit` what CLIP reads; without T5 that is all.
-    pub fn of(samples: &[Sample], lengths: &[CaptionLength], limit: u32, clip_limit: u32, with_t5: bool) -> Option<Self> {
+    pub fn of(dataset: &Dataset, lengths: &[CaptionLength], limit: u32, clip_limit: u32, with_t5: bool) -> Option<Self> {
         let limit = if with_t5 { limit } else { clip_limit };
-        let mut cut: Vec<(String, u32)> = samples
-            .iter()
+        let mut cut: Vec<(String, u32)> = dataset
+            .captions()
             .zip(lengths)
-            .map(|(sample, length)| (&sample.file_name, if with_t5 { length.t5 } else { length.clip }))
+            .map(|((name, _), length)| (name, if with_t5 { length.t5 } else { length.clip }))
             .filter(|(_, tokens)| *tokens > limit)
-            .map(|(name, tokens)| (name.clone(), tokens))
+            .map(|(name, tokens)| (name.to_owned(), tokens))
             .collect();
         cut.sort_by(|(a, long), (b, longer)| longer.cmp(long).then_with(|| a.cmp(b)));
         let longest = cut.first()?.1;
         let captions = cut.len() as u64;
         cut.truncate(NAMED);
-        Some(Self { captions, of: samples.len() as u64, longest, limit, with_t5, examples: cut })
+        Some(Self { captions, of: lengths.len() as u64, longest, limit, with_t5, examples: cut })
     }
 }
 
@@ -69,11 +69,22 @@ impl fmt::Display for Truncation {
 
 #[cfg(test)]
 mod tests {
+    use finetune_data::captions::Sources;
+    use finetune_data::dataset::Sample;
+    use finetune_data::problems::Problems;
+
     use super::*;
 
-    fn samples(count: usize) -> Vec<Sample> {
-        let sample = |i| Sample { file_name: format!("{i}.png"), caption: String::new(), image_digest: [0; 32], size: (1, 1) };
-        (0..count).map(sample).collect()
+    fn dataset(pictures: usize) -> Dataset {
+        let sample = |i| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [0; 32], size: (1, 1) };
+        Dataset {
+            samples: (0..pictures).map(sample).collect(),
+            digest: String::new(),
+            metadata_digest: None,
+            skipped: Problems::default(),
+            sources: Sources::default(),
+            notices: Vec::new(),
+        }
     }
 
     fn lengths(tokens: &[u32]) -> Vec<CaptionLength> {
@@ -82,8 +93,8 @@ mod tests {
 
     #[test]
     fn long_captions_are_counted_and_the_setting_that_fits_is_named() {
-        let samples = samples(5);
-        let of = |tokens: &[u32], with_t5| Truncation::of(&samples, &lengths(tokens), 77, 77, with_t5);
+        let dataset = dataset(5);
+        let of = |tokens: &[u32], with_t5| Truncation::of(&dataset, &lengths(tokens), 77, 77, with_t5);
         assert_eq!(of(&[77, 10, 5, 77, 20], true), None);
         let found = of(&[78, 10, 214, 90, 100], true).unwrap();
         assert_eq!((found.captions, found.of, found.longest), (4, 5, 214));

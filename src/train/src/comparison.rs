@@ -35,20 +35,22 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Reads the first pictures of the folder at `store`, by file name. `dataset` tells its form.
+    /// Reads the first pictures of the folder at `store`, by file name, each with its (first) caption. `dataset` gives its form.
     ///
     /// # Errors
     /// If the folder is not a dataset; every problem is listed.
     pub async fn load(store: &Store, dataset: &DatasetConfig, resolution: u32) -> Result<Self, DatasetError> {
         let config = DatasetConfig { uri: store.uri().to_owned(), repeats: 1, expected_digest: None, ..dataset.clone() };
-        let mut samples = Dataset::scan(store, &config).await?.samples;
+        let found = Dataset::scan(store, &config).await?;
+        found.log();
+        let mut samples = found.samples;
         samples.truncate(MAX_PICTURES);
         let mut held_out = Self { captions: Vec::new(), truth: Vec::new() };
         for sample in samples {
             let picture = Dataset::load(store, &sample).await?;
             let pixels = Transform::center(sample.size, resolution).apply(&picture);
             held_out.truth.push(to_picture(&pixels.data, resolution));
-            held_out.captions.push(sample.caption);
+            held_out.captions.extend(sample.captions.into_iter().next());
         }
         Ok(held_out)
     }

@@ -18,6 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Inspection {
     /// The dataset, every picture decoded once.
     pub dataset: Result<Dataset, DatasetError>,
+    /// The held-out pictures, where the job has any.
+    pub held_out: Option<Result<Dataset, DatasetError>>,
     /// Whether the model has all parts that a run fetches.
     pub model: Result<(), ModelSourceError>,
     /// Captions that are cut, where dataset and model are as they should be.
@@ -27,30 +29,34 @@ pub struct Inspection {
 /// Looks at the dataset and the model of `config`. Nothing is written but, in the cache folder, a list of the model's files, its
 /// `model_index.json` and its tokenizers.
 pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Inspection {
-    let dataset = dataset(config, environment).await;
+    let held_out = match config.validation.as_ref().and_then(|validation| validation.dataset_uri.as_ref()) {
+        Some(uri) => Some(dataset(config, uri, environment).await),
+        None => None,
+    };
+    let dataset = dataset(config, &config.dataset.uri, environment).await;
     let folder = model(config, environment).await;
     let truncation = match (&dataset, &folder) {
         (Ok(dataset), Ok(folder)) => Some(truncation(config, dataset, folder, environment).await),
         _ => None,
     };
-    Inspection { dataset, model: folder.map(|_| ()), truncation }
+    Inspection { dataset, held_out, model: folder.map(|_| ()), truncation }
 }
 
 /// The captions against the model's own tokenizers: a few megabytes.
 async fn truncation(config: &TrainConfig, dataset: &Dataset, folder: &ModelFolder, environment: &JobEnvironment) -> Result<Option<Truncation>, PrepareError> {
     folder.fetch(Parts::TOKENIZERS, &environment.reporter).await?;
     let (clip_limit, lengths) = tokio::task::block_in_place(|| captions::lengths(folder, dataset))?;
-    Ok(Truncation::of(&dataset.samples, &lengths, config.training.max_sequence_length, clip_limit, !folder.is_without_t5()))
+    Ok(Truncation::of(dataset, &lengths, config.training.max_sequence_length, clip_limit, !folder.is_without_t5()))
 }
 
 fn impatient(policy: &RetryPolicy) -> RetryPolicy {
     RetryPolicy { max_retries: 1, total: policy.total.min(PATIENCE), connect_timeout: policy.connect_timeout.min(PATIENCE), ..policy.clone() }
 }
 
-async fn dataset(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
+async fn dataset(config: &TrainConfig, uri: &str, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
     let mut options = environment.store_options(config);
     options.retry = impatient(&options.retry);
-    Dataset::scan(&Store::open(&config.dataset.uri, &options)?, &config.dataset).await
+    Dataset::scan(&Store::open(uri, &options)?, &config.dataset).await
 }
 
 async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<ModelFolder, ModelSourceError> {
@@ -69,10 +75,11 @@ fn is_unreachable(kind: StoreErrorKind) -> bool {
 /// Whether the dataset could not be looked at, rather than being bad.
 pub fn dataset_is_unreachable(error: &DatasetError) -> bool {
     match error {
-        DatasetError::Store(source) | DatasetError::NoMetadata { source: Some(source), .. } => is_unreachable(source.kind()),
+        DatasetError::Store(source) => is_unreachable(source.kind()),
         DatasetError::Worker(_) => true,
         DatasetError::Problems { .. }
-        | DatasetError::NoMetadata { source: None, .. }
+        | DatasetError::NoMetadata { .. }
+        | DatasetError::Ambiguous { .. }
         | DatasetError::NoSamples { .. }
         | DatasetError::Changed { .. }
         | DatasetError::Image { .. } => false,

@@ -188,8 +188,9 @@ async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Data
     environment.reporter.stage(Stage::DownloadingDataset, "reading the dataset", 0);
     let store = environment.open(&config.dataset.uri, config)?;
     let dataset = unless_interrupted(environment, async { Ok(Dataset::scan(&store, &config.dataset).await?) }).await?;
+    dataset.log();
     match &config.dataset.expected_digest {
-        Some(expected) if *expected != dataset.digest && *expected != dataset.metadata_digest => {
+        Some(expected) if *expected != dataset.digest && Some(expected) != dataset.metadata_digest.as_ref() => {
             Err(TrainError::DatasetChanged { expected: expected.clone(), found: dataset.digest })
         }
         _ => Ok(dataset),

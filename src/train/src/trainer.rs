@@ -243,7 +243,7 @@ impl Trainer {
             let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
             let (mut loss, mut prior_loss) = (0.0, 0.0);
             for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
-                let (examples, ordinals) = self.inputs(items)?;
+                let (examples, ordinals) = self.inputs(batch.epoch, items)?;
                 let coefficients = step::coefficients(items.len(), weight, *prior_weight);
                 let examples: Vec<&Example> = examples.iter().collect();
                 let micro = MicroBatch { device, objective, examples: &examples, ordinals: &ordinals, epoch: batch.epoch, coefficients: &coefficients };
@@ -283,8 +283,9 @@ impl Trainer {
     }
 
     /// The data of a batch's items, after them those of their class pictures, and the names of their random numbers.
-    fn inputs(&self, items: &[Item]) -> Result<(Vec<Example>, Vec<u64>), PreparedError> {
-        let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy)?, item.ordinal)));
+    fn inputs(&self, epoch: u64, items: &[Item]) -> Result<(Vec<Example>, Vec<u64>), PreparedError> {
+        let caption = |item: &Item| item.caption(self.settings.objective.seed, epoch, self.prepared.captions(item.sample));
+        let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy, caption(item))?, item.ordinal)));
         let class = items.iter().filter_map(|item| item.class).map(|class| Ok((self.prepared.class_example(class.index)?, class.ordinal)));
         own.chain(class).collect()
     }
@@ -299,7 +300,7 @@ impl Trainer {
         }
         self.model.trim();
         let samples = super::evaluate::subset(self.prepared.samples());
-        let examples: Vec<(usize, Example)> = samples.into_iter().map(|s| Ok((s, self.prepared.example(s, 0)?))).collect::<Result<_, PreparedError>>()?;
+        let examples: Vec<(usize, Example)> = samples.into_iter().map(|s| Ok((s, self.prepared.example(s, 0, 0)?))).collect::<Result<_, PreparedError>>()?;
         let Settings { objective, device, plan, .. } = &self.settings;
         let loss = super::evaluate::evaluate(&self.model, objective, device, &examples, plan.micro_batch as usize, || !interrupt.requested())?;
         if let Some(loss) = loss {

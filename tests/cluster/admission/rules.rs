@@ -77,6 +77,12 @@ fn cases() -> Vec<Case> {
             json!({"objectStore": null, "persistentVolumeClaim": {"claimName": "weights"}}),
         ),
         case("spec.dataset.captionColumn", "is the picture's name", json!("file_name"), json!("text")),
+        case(
+            "spec.dataset",
+            "imageColumn and captionColumn must differ",
+            json!({"imageColumn": "text", "captionColumn": "text"}),
+            json!({"imageColumn": "image", "captionColumn": "text"}),
+        ),
         case("spec.training", "set maxSteps or epochs, not both", json!({"maxSteps": 10, "epochs": 1}), json!({"epochs": 1})),
         case("spec.training.maxGradNorm", "must be at least 0", json!("-0.5"), json!("0")),
         case("spec.training.flowMatching.logitMean", "must be between -10 and 10", json!("10.5"), json!("-10")),

@@ -82,8 +82,15 @@ pub enum ModelSource {
 pub struct DatasetConfig {
     /// The folder, with a "/" at the end.
     pub uri: String,
-    /// File in it with a JSON object per line.
-    pub metadata_file: String,
+    /// Caption of pictures without one of their own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caption: Option<String>,
+    /// Name of the metadata file; none: those that are usual.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata_file: Option<String>,
+    /// Key of the picture's path; none: the usual one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_column: Option<String>,
     /// Key of the caption.
     pub caption_column: String,
     /// How often each picture occurs in an epoch.

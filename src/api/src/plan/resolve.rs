@@ -113,7 +113,9 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let mut reader = Reader::default();
     let dataset = DatasetConfig {
         uri: spec.dataset.uri.clone(),
+        caption: spec.dataset.caption.clone(),
         metadata_file: spec.dataset.metadata_file.clone(),
+        image_column: spec.dataset.image_column.clone(),
         caption_column: spec.dataset.caption_column.clone(),
         repeats: spec.dataset.repeats,
         expected_digest: spec.dataset.expected_digest.clone(),

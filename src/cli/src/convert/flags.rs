@@ -52,7 +52,7 @@ const PRIOR: &str = "only with --with_prior_preservation";
 /// Every flag.
 pub(super) const FLAGS: &[Flag] = &[
     field("dataset_name", "dataset.uri", "its last part, in the bucket; --instance_data_dir alike"),
-    field("instance_data_dir", "dataset.uri", "its last part, in the bucket; needs a metadata.jsonl"),
+    field("instance_data_dir", "dataset.uri", "its last part, in the bucket; captions as in docs/concepts/dataset.md"),
     field("pretrained_model_name_or_path", "model.source", "huggingFace where --revision is a commit, else a folder in the bucket"),
     field("revision", "model.source.huggingFace.revision", "a commit of 40 hexadecimal digits"),
     field("output_dir", "output.uri", "its last part, in the bucket"),
@@ -110,8 +110,8 @@ pub(super) const FLAGS: &[Flag] = &[
     field("checkpointing_steps", "checkpoint.everySteps", ""),
     field("checkpoints_total_limit", "checkpoint.keepLast", ""),
     field("resume_from_checkpoint", "resume.policy", "latest is Auto, the default; a folder of the script cannot be read"),
-    dropped("instance_prompt", "every picture has a caption of its own in metadata.jsonl"),
-    dropped("image_column", "metadata.jsonl names each picture by file_name"),
+    field("instance_prompt", "dataset.caption", "the caption of pictures without one of their own"),
+    dropped("image_column", "a folder names its pictures by file_name; another key with dataset.imageColumn"),
     dropped("dataset_config_name", "datasets are folders in a bucket"),
     dropped("cache_dir", "model.cache names a volume that keeps downloads"),
     dropped("variant", "one variant of the weights is chosen by what the folder holds"),

@@ -162,7 +162,8 @@ impl Job {
         ensure!(!(self.has("dataset_name") && self.has("instance_data_dir")), "give --dataset_name or --instance_data_dir, not both");
         let model = self.text("pretrained_model_name_or_path").context("--pretrained_model_name_or_path is needed")?.to_owned();
         let dataset_uri = format!("{bucket}/datasets/{}/", key(last_part(&dataset)));
-        self.remarks.push(format!("copy the folder {dataset:?} with its metadata.jsonl to {dataset_uri}"));
+        let captions = if self.has("instance_prompt") { "" } else { " with its captions (metadata.jsonl, metadata.csv or a .txt for each picture)" };
+        self.remarks.push(format!("copy the folder {dataset:?}{captions} to {dataset_uri}"));
         self.set("dataset.uri", dataset_uri);
         let is_commit = |text: &str| text.len() == 40 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         match self.text("revision").map(str::to_owned) {
@@ -322,6 +323,16 @@ impl Job {
     fn the_rest(&mut self) -> anyhow::Result<()> {
         if let Some(column) = self.text("caption_column").map(str::to_owned) {
             self.set("dataset.captionColumn", column);
+        }
+        if let Some(prompt) = self.text("instance_prompt").map(str::to_owned) {
+            self.set("dataset.caption", prompt);
+            if !self.has("caption_column") {
+                self.remarks.push(
+                    "--instance_prompt is the caption of pictures without one of their own: leave metadata files and .txt files out of the folder \
+                     if all are to have it"
+                        .to_owned(),
+                );
+            }
         }
         self.set_whole("repeats", "dataset.repeats")?;
         if let Some(prompt) = self.text("validation_prompt").map(str::to_owned) {

@@ -87,6 +87,15 @@ fn flags_that_depend_on_others_do() {
 }
 
 #[test]
+fn a_prompt_for_all_pictures_is_their_caption() {
+    let args = ["--instance_data_dir", "dog", "--pretrained_model_name_or_path", "m", "--instance_prompt", "a photo of sks dog"].map(str::to_owned);
+    let found = convert(&args, &Place { name: None, namespace: None, bucket: "s3://team-a".to_owned() }).unwrap();
+    assert_eq!(found.manifest["spec"]["dataset"], json!({"uri": "s3://team-a/datasets/dog/", "caption": "a photo of sks dog"}));
+    validate::check(&yaml::to_string(&found.manifest).unwrap()).unwrap();
+    assert!(found.remarks.iter().any(|remark| remark == "copy the folder \"dog\" to s3://team-a/datasets/dog/"), "{:?}", found.remarks);
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (line, message) in [
         ("--dataset_name d", "--pretrained_model_name_or_path is needed"),

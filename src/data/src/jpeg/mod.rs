@@ -10,6 +10,7 @@ mod header;
 mod huffman;
 mod idct;
 mod scan;
+mod standard;
 
 use header::{Frame, Reader, Segment};
 
@@ -72,6 +73,9 @@ impl<'a> JpegDecoder<'a> {
                     scans += 1;
                     if scans > MAX_SCANS {
                         return Err(JpegError::Unsupported("more than 500 scans"));
+                    }
+                    if !self.frame.progressive {
+                        self.reader.tables.fill_in_standard()?;
                     }
                     let consumed = planes.decode_scan(&self.frame, &header, &self.reader.tables, self.reader.rest())?;
                     self.reader.skip(consumed);

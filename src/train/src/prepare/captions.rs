@@ -19,7 +19,7 @@ const NAME: &str = "tokens";
 /// If a tokenizer is missing or cannot be used.
 pub(crate) fn lengths(folder: &ModelFolder, dataset: &Dataset) -> Result<(u32, Vec<CaptionLength>), PrepareError> {
     let tokenizers = CaptionLengths::open(&ModelDir::open(folder.folder())?, !folder.is_without_t5())?;
-    let lengths = dataset.samples.iter().map(|sample| tokenizers.of(&sample.caption)).collect::<Result<_, _>>()?;
+    let lengths = dataset.captions().map(|(_, caption)| tokenizers.of(caption)).collect::<Result<_, _>>()?;
     Ok((tokenizers.clip_limit(), lengths))
 }
 

@@ -81,7 +81,7 @@ impl Keys {
 
     /// Of the lengths of all captions of a dataset, in its order.
     pub fn caption_lengths(&self, dataset: &Dataset) -> Sha256Digest {
-        let captions: Vec<Sha256Digest> = dataset.samples.iter().map(|sample| sha256_parts([sample.caption.as_bytes()])).collect();
+        let captions: Vec<Sha256Digest> = dataset.captions().map(|(_, caption)| sha256_parts([caption.as_bytes()])).collect();
         sha256_parts([&b"caption lengths v1"[..], &self.encoders, &captions.concat()])
     }
 

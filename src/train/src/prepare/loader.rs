@@ -84,7 +84,7 @@ mod tests {
         let dataset = Dataset::scan(&store, &config.dataset).await.unwrap();
         let loader = Loader::new(&store);
         let transform = Transform { resolution: 16, flip: false, top: 0, left: 0 };
-        let loading: BTreeMap<String, Loading> = dataset.samples.iter().map(|s| (s.caption.clone(), loader.load(s.clone(), transform))).collect();
+        let loading: BTreeMap<String, Loading> = dataset.samples.iter().map(|s| (s.captions[0].clone(), loader.load(s.clone(), transform))).collect();
         for (caption, loading) in loading {
             let pixels = loading.wait().await.unwrap();
             let red = f32::from(caption.parse::<u8>().unwrap() * 20) / 127.5 - 1.0;

@@ -132,7 +132,7 @@ impl Preparation<'_> {
         }
         let (clip_limit, lengths) = captions::kept(cache, &key)?;
         let limit = self.config.training.max_sequence_length;
-        let truncation = Truncation::of(&self.dataset.samples, &lengths, limit, clip_limit, with_t5);
+        let truncation = Truncation::of(self.dataset, &lengths, limit, clip_limit, with_t5);
         if let Some(truncation) = &truncation {
             tracing::warn!(captions = truncation.captions, longest = truncation.longest, limit = truncation.limit, "{truncation}");
         }
@@ -159,7 +159,7 @@ impl Preparation<'_> {
     fn captions(&self) -> BTreeSet<String> {
         let validation = self.config.validation.iter().flat_map(|v| v.prompts.iter().cloned().chain([String::new()]));
         let class = self.config.training.prior_preservation.iter().flat_map(|prior| [prior.class_prompt.clone(), String::new()]);
-        self.dataset.samples.iter().map(|s| s.caption.clone()).chain(self.held_out.iter().cloned()).chain(validation).chain(class).collect()
+        self.dataset.captions().map(|(_, caption)| caption.to_owned()).chain(self.held_out.iter().cloned()).chain(validation).chain(class).collect()
     }
 
     async fn prompts(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {

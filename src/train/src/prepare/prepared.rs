@@ -14,8 +14,8 @@ use finetune_data::dataset::Dataset;
 pub struct Prepared {
     cache: TensorCache,
     keys: Keys,
-    /// Of each sample's caption.
-    prompts: Vec<Sha256Digest>,
+    /// Of each sample's captions.
+    prompts: Vec<Vec<Sha256Digest>>,
     /// Of each copy of each sample's picture: `[sample · repeats + copy]`.
     latents: Vec<Sha256Digest>,
     repeats: u32,
@@ -37,7 +37,7 @@ impl Prepared {
     ) -> Self {
         let samples = 0..dataset.samples.len();
         Self {
-            prompts: dataset.samples.iter().map(|s| keys.prompt(&s.caption)).collect(),
+            prompts: dataset.samples.iter().map(|s| s.captions.iter().map(|caption| keys.prompt(caption)).collect()).collect(),
             latents: samples.flat_map(|sample| (0..repeats).map(move |copy| (sample, copy))).map(|(s, c)| keys.latents(dataset, s, c)).collect(),
             class: prior.map(|prior| (keys.prompt(&prior.class_prompt), (0..prior.images).filter_map(|i| keys.class_latents(i)).collect())),
             keys: keys.clone(),
@@ -63,13 +63,18 @@ impl Prepared {
         self.scaling
     }
 
-    /// The data of one copy of a sample: the latents of its picture and the embedding of its caption.
+    /// How many captions a sample has.
+    pub fn captions(&self, sample: usize) -> usize {
+        self.prompts.get(sample).map_or(0, Vec::len)
+    }
+
+    /// The data of one copy of a sample: the latents of its picture and the embedding of one of its captions.
     ///
     /// # Errors
     /// If the cache has lost or damaged it.
-    pub fn example(&self, sample: usize, copy: u32) -> Result<Example, PreparedError> {
+    pub fn example(&self, sample: usize, copy: u32, caption: usize) -> Result<Example, PreparedError> {
         let latents = self.latents.get(sample * self.repeats as usize + copy as usize);
-        self.find(latents, self.prompts.get(sample), "the latents or caption of sample", sample)
+        self.find(latents, self.prompts.get(sample).and_then(|prompts| prompts.get(caption)), "the latents or caption of sample", sample)
     }
 
     /// The data of a class picture: its latents and the embedding of the class prompt.
