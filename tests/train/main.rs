@@ -17,3 +17,4 @@ mod resume;
 mod s3;
 mod support;
 mod two_jobs;
+mod warnings;
