@@ -47,9 +47,9 @@ use super::{
     .message("checkpoint.uri and dataset.uri must not contain each other"))]
 #[x_kube(validation = Rule::new("!has(self.checkpoint.uri) || !self.output.uri.startsWith(self.checkpoint.uri)")
     .message("checkpoint.uri must not be output.uri or contain it; a folder of its own below output.uri is fine"))]
-#[x_kube(validation = Rule::new("!has(self.validation) || !has(self.validation.datasetUri) || !([self.output.uri] + (has(self.checkpoint.uri) ? [self.checkpoint.uri] : [])).exists(uri, uri.startsWith(self.validation.datasetUri) || self.validation.datasetUri.startsWith(uri))")
+#[x_kube(validation = Rule::new("!has(self.validation) || !has(self.validation.datasetUri) || (!self.output.uri.startsWith(self.validation.datasetUri) && !self.validation.datasetUri.startsWith(self.output.uri) && (!has(self.checkpoint.uri) || (!self.checkpoint.uri.startsWith(self.validation.datasetUri) && !self.validation.datasetUri.startsWith(self.checkpoint.uri))))")
     .message("validation.datasetUri must not contain output.uri or checkpoint.uri, or lie in one of them"))]
-#[x_kube(validation = Rule::new("!has(self.model.source.objectStore) || has(self.model.source.objectStore.storage) || !([self.output.uri] + (has(self.checkpoint.uri) ? [self.checkpoint.uri] : [])).exists(uri, uri.startsWith(self.model.source.objectStore.uri) || self.model.source.objectStore.uri.startsWith(uri))")
+#[x_kube(validation = Rule::new("!has(self.model.source.objectStore) || has(self.model.source.objectStore.storage) || (!self.output.uri.startsWith(self.model.source.objectStore.uri) && !self.model.source.objectStore.uri.startsWith(self.output.uri) && (!has(self.checkpoint.uri) || (!self.checkpoint.uri.startsWith(self.model.source.objectStore.uri) && !self.model.source.objectStore.uri.startsWith(self.checkpoint.uri))))")
     .message("model.source.objectStore.uri must not contain output.uri or checkpoint.uri, or lie in one of them"))]
 #[x_kube(validation = Rule::new("!has(self.workloadPriorityClassName) || has(self.queueName)").message("workloadPriorityClassName needs queueName"))]
 #[x_kube(validation = Rule::new("has(self.validation) == has(oldSelf.validation)").message("validation is immutable: create a job with a new name").reason(Reason::FieldValueForbidden))]
