@@ -51,7 +51,7 @@ pub use spec::{FineTuneJob, FineTuneJobSpec};
 pub use status::{
     ArtifactStatus, Attempt, AttemptCause, AttemptCounts, CheckpointStatus, FailureStatus, FineTuneJobStatus, JobRef, Phase, ProgressStatus, QueueStatus,
 };
-pub use storage::{ConfigMapKeyRef, CredentialsSpec, LocalRef, StorageSpec};
+pub use storage::{AddressingStyle, ConfigMapKeyRef, CredentialsSpec, LocalRef, StorageSpec};
 pub use text::clean;
 pub use training::{
     FlowMatchingSpec, GradientCheckpointing, LearningRateScheduleSpec, LoraSpec, OptimizerKind, OptimizerSpec, Precision, PriorPreservationSpec, ProdigySpec,

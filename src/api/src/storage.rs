@@ -14,6 +14,8 @@ pub(super) const URI_MESSAGE: &str = "must be s3://BUCKET/PATH, gs://BUCKET/PATH
 /// How trainer pods reach the buckets. What is absent comes from the operator's defaults.
 #[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.addressingStyle) || self.addressingStyle != 'VirtualHost' || !has(self.endpoint) || !self.endpoint.matches('^https?://([0-9.]+|\\\\[.*)(:[0-9]+)?(/|$)')")
+    .message("addressingStyle VirtualHost needs an endpoint with a host name: no bucket can stand before an IP address"))]
 pub struct StorageSpec {
     /// URL of an S3-compatible server; the provider's own where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -21,6 +23,10 @@ pub struct StorageSpec {
     #[x_kube(validation = Rule::new("self.matches('^https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^@?#]*)?$') || self.matches('^https?://\\\\[[0-9a-fA-F:]+\\\\](:[0-9]+)?(/[^@?#]*)?$')")
         .message("must be an http:// or https:// URL without user, query or fragment"))]
     pub endpoint: Option<String>,
+    /// Where the bucket's name goes in the addresses of an S3 server: `Path` is `ENDPOINT/BUCKET/KEY`, `VirtualHost` puts it in front of the
+    /// endpoint's host, which is written without it. Path where absent; servers of Google and Azure have one style only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub addressing_style: Option<AddressingStyle>,
     /// Region of the bucket.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9-]+$"))]
@@ -32,6 +38,15 @@ pub struct StorageSpec {
     /// one of `spec.storage`, requests are then not signed: credentials of one server are never sent to another.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials: Option<CredentialsSpec>,
+}
+
+/// Where the bucket's name goes in the addresses of an S3 server.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum AddressingStyle {
+    /// `ENDPOINT/BUCKET/KEY`.
+    Path,
+    /// `BUCKET.ENDPOINT/KEY`.
+    VirtualHost,
 }
 
 /// A key of a ConfigMap in the job's namespace.

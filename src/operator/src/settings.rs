@@ -202,6 +202,7 @@ impl Settings {
             if job.endpoint.is_some() && job.endpoint != self.default_storage.endpoint { StorageSpec::default() } else { self.default_storage.clone() };
         StorageSpec {
             endpoint: job.endpoint.or(defaults.endpoint),
+            addressing_style: job.addressing_style.or(defaults.addressing_style),
             region: job.region.or(defaults.region),
             ca_bundle_config_map_ref: job.ca_bundle_config_map_ref.or(defaults.ca_bundle_config_map_ref),
             credentials: job.credentials.or(defaults.credentials),

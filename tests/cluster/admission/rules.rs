@@ -90,6 +90,7 @@ fn cases() -> Vec<Case> {
         case("spec.training.flowMatching.modeScale", "must be between -1 and 1.7519", json!("1.76"), json!("-1")),
         case("spec.training.optimizer", "prodigy needs type Prodigy", json!({"prodigy": {}}), json!({"prodigy": {}, "type": "Prodigy"})),
         case("spec.training.optimizer.learningRate", POSITIVE_TO_ONE, json!("0.0"), json!("1")),
+        case("spec.training.lora.dropout", LESS_THAN_ONE, json!("1"), json!("5e-4")),
         case("spec.training.optimizer.beta1", LESS_THAN_ONE, json!("1.0"), json!("0")),
         case("spec.training.optimizer.beta2", LESS_THAN_ONE, json!("1.0"), json!("0.5")),
         case("spec.training.optimizer.weightDecay", "must be between 0 and 1", json!("-0.1"), json!("1")),
@@ -128,6 +129,18 @@ fn cases() -> Vec<Case> {
             json!({"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "kueue.x-k8s.io/podset-preferred-topology": "rack", "karpenter.sh/do-not-disrupt": "true"}),
         ),
         case("spec.podTemplate.annotations", "an annotation's key is NAME or DOMAIN/NAME", json!({"a/b/c": "y"}), json!({"example.com/x": "any text: {}"})),
+        case(
+            "spec.storage",
+            "addressingStyle VirtualHost needs an endpoint with a host name",
+            json!({"endpoint": "https://10.0.0.1:9000", "addressingStyle": "VirtualHost"}),
+            json!({"endpoint": "https://10.example.com", "addressingStyle": "VirtualHost"}),
+        ),
+        case(
+            "spec.model.source.objectStore.storage",
+            "addressingStyle VirtualHost needs an endpoint with a host name",
+            json!({"endpoint": "http://[fd00::1]:9000", "addressingStyle": "VirtualHost"}),
+            json!({"endpoint": "http://[fd00::1]:9000", "addressingStyle": "Path"}),
+        ),
         case("spec.storage.endpoint", "must be an http:// or https:// URL", json!("https://user:secret@s3.example.com"), json!("http://[fd00::1]:9000")),
         Case {
             rule: "spec.model.source.objectStore.storage.endpoint",

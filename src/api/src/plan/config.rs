@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme};
+use super::{
+    AddressingStyle, ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme,
+};
 
 /// Everything that a training run needs to know. Written by [`super::resolve`], read by `finetune train --config`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -314,6 +316,9 @@ pub struct StorageConfig {
     /// URL of an S3-compatible server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
+    /// Where a bucket's name goes in the server's addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addressing_style: Option<AddressingStyle>,
     /// Region.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,

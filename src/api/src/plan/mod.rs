@@ -13,7 +13,9 @@ mod shape;
 mod steps;
 mod warnings;
 
-pub use crate::{ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme};
+pub use crate::{
+    AddressingStyle, ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme,
+};
 pub use canonical::canonical_json;
 pub use config::{
     CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,

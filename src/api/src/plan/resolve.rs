@@ -328,6 +328,7 @@ fn storage(spec: Option<&crate::StorageSpec>, facts: &Facts) -> Option<StorageCo
     let defaults = if spec.endpoint.is_some() { StorageConfig::default() } else { defaults };
     Some(StorageConfig {
         endpoint: spec.endpoint.clone().or(defaults.endpoint),
+        addressing_style: spec.addressing_style.or(defaults.addressing_style),
         region: spec.region.clone().or(defaults.region),
         ca_bundle: if spec.ca_bundle_config_map_ref.is_some() { facts.ca_bundle.clone() } else { defaults.ca_bundle },
         credentials_prefix: None,
@@ -343,6 +344,7 @@ fn model_source(spec: &FineTuneJobSpec, facts: &Facts, reader: &mut Reader) -> O
             sha256_manifest: store.sha256_manifest.clone(),
             storage: store.storage.as_ref().map(|storage| StorageConfig {
                 endpoint: storage.endpoint.clone(),
+                addressing_style: storage.addressing_style,
                 region: storage.region.clone(),
                 ca_bundle: storage.ca_bundle_config_map_ref.as_ref().and(facts.model_ca_bundle.clone()),
                 credentials_prefix: storage.credentials.as_ref().and_then(|c| c.secret_ref.as_ref()).map(|_| MODEL_CREDENTIALS_PREFIX.to_owned()),
@@ -484,7 +486,7 @@ mod tests {
     #[test]
     fn storage_comes_from_the_spec_then_from_the_operator() {
         let defaults =
-            StorageConfig { endpoint: Some("http://default".into()), region: Some("here".into()), ca_bundle: Some("/ca".into()), credentials_prefix: None };
+            StorageConfig { endpoint: Some("http://default".into()), region: Some("here".into()), ca_bundle: Some("/ca".into()), ..StorageConfig::default() };
         let facts = Facts { storage: Some(defaults.clone()), ca_bundle: Some("/own".into()), ..Facts::default() };
         let storage = |change| resolve(&spec(change), "n", "j", &facts).unwrap().config.storage.unwrap();
         assert_eq!(storage(json!({})), defaults);
