@@ -4,14 +4,20 @@ use std::fs;
 use std::path::Path;
 
 use assert_cmd::Command;
+use finetune_testing::servers;
 use serde_json::Value;
 
 const QUICKSTART: &str = "examples/quickstart";
 
 /// Runs `finetune validate --output json` and returns its exit code and findings.
 fn validate(manifest: &Path, arguments: &[&str]) -> (i32, Value) {
+    validate_with(manifest, arguments, &[])
+}
+
+/// The same with further variables.
+fn validate_with(manifest: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (i32, Value) {
     let mut command = Command::cargo_bin("finetune").unwrap();
-    command.env_remove("AWS_ENDPOINT_URL").env("AWS_ACCESS_KEY_ID", "id").env("AWS_SECRET_ACCESS_KEY", "secret");
+    command.envs(environment.iter().copied()).env_remove("AWS_ENDPOINT_URL").env("AWS_ACCESS_KEY_ID", "id").env("AWS_SECRET_ACCESS_KEY", "secret");
     let output = command.arg("validate").arg(manifest).args(["--output", "json"]).args(arguments).output().unwrap();
     let findings = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     (output.status.code().unwrap(), findings)
@@ -97,6 +103,38 @@ fn a_broken_picture_among_the_held_out_ones_is_named() {
     for part in [picture.file_name().unwrap().to_str().unwrap(), "an HTML page"] {
         assert!(violation["message"].as_str().unwrap().contains(part), "{findings}");
     }
+}
+
+/// The server is asked as a proxy, so that names which nobody resolves come to it as they are.
+#[test]
+fn the_bucket_goes_in_front_of_the_endpoints_host_where_the_job_says_so() {
+    let server = servers::gofakes3();
+    let port = server.endpoint.rsplit(':').next().unwrap().parse().unwrap();
+    let dataset = Path::new(QUICKSTART).join("bucket/datasets/robi");
+    for entry in fs::read_dir(&dataset).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        assert_eq!(servers::http(port, "PUT", &format!("/{}/robi/{name}", servers::BUCKET), &[], &fs::read(&path).unwrap()), Some(200));
+    }
+    let text = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
+    let mut job: Value = finetune_common::yaml::documents(&text).unwrap().remove(0);
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = folder.path().join("job.yaml");
+    let mut check = |style: Value, variable: &str| {
+        job["spec"]["dataset"]["uri"] = format!("s3://{}/robi/", servers::BUCKET).into();
+        job["spec"]["storage"] = serde_json::json!({"endpoint": format!("http://{}", servers::VIRTUAL_HOST), "region": "x", "addressingStyle": style});
+        fs::write(&manifest, finetune_common::yaml::to_string(&job).unwrap()).unwrap();
+        let proxy = server.endpoint.as_str();
+        let environment = [("http_proxy", proxy), ("no_proxy", ""), ("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", variable)];
+        let (code, findings) = validate_with(&manifest, &["--bucket", "s3://quickstart=examples/quickstart/bucket"], &environment);
+        (code, findings.to_string())
+    };
+    for (style, variable) in [("VirtualHost", "false"), ("VirtualHost", "true"), ("Path", "true")] {
+        let (code, findings) = check(style.into(), variable);
+        assert!(code == 0 && findings.contains("38 usable pictures"), "{style}, {variable}: {findings}");
+    }
+    let (code, findings) = check(Value::Null, "true");
+    assert!(code == 78 && findings.contains("AWS_VIRTUAL_HOSTED_STYLE_REQUEST"), "{findings}");
 }
 
 #[test]

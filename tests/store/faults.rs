@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use finetune_store::claims::Claim;
-use finetune_store::{Created, Environment, NoProgress, RetryPolicy, Store, StoreErrorKind, StoreOptions};
+use finetune_store::{Created, Environment, NoProgress, RetryPolicy, Store, StoreErrorKind};
 
 use super::objects::shown;
 use super::proxy::{Fault, Proxy};
@@ -197,7 +197,8 @@ async fn final_answers_are_not_retried() {
         ("401 Unauthorized", StoreErrorKind::PermissionDenied),
         ("404 Not Found", StoreErrorKind::NotFound),
         ("301 Moved Permanently", StoreErrorKind::InvalidLocation),
-        ("501 Not Implemented", StoreErrorKind::Unavailable),
+        ("501 Not Implemented", StoreErrorKind::InvalidLocation),
+        ("405 Method Not Allowed", StoreErrorKind::InvalidLocation),
     ] {
         let before = proxy.connections.load(Ordering::SeqCst);
         proxy.next([Fault::Answer(answer)]);
@@ -210,14 +211,17 @@ async fn final_answers_are_not_retried() {
 async fn an_encrypted_endpoint_needs_its_authority_and_is_never_downgraded() {
     let server = servers::seaweedfs();
     let mut place = Place::server_at(server, server.encrypted_endpoint.clone().unwrap());
-    place.options.retry = RetryPolicy { max_retries: 1, ..patient() };
     // Variables of other tools that switch checks off have no say.
     let mut environment = server.environment.clone();
     environment.extend(["AWS_ALLOW_HTTP", "AWS_ALLOW_INVALID_CERTIFICATES"].map(|name| (name.to_owned(), "true".to_owned())));
     place.options.environment = Environment::from_pairs(environment);
+    // No further attempt helps: the way out is named at once.
     let error = place.store("encrypted").get("x").await.unwrap_err();
-    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
-    assert!(shown(&error).contains("certificate"), "{}", shown(&error));
+    assert_eq!(error.kind(), StoreErrorKind::InvalidLocation);
+    for part in ["certificate", "storage.caBundleConfigMapRef", "AWS_CA_BUNDLE"] {
+        assert!(shown(&error).contains(part), "{}", shown(&error));
+    }
+    assert!(!shown(&error).contains("attempts"), "{}", shown(&error));
 
     let authority = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls/ca.pem");
     place.options.ca_bundle = Some(authority.clone());
@@ -235,6 +239,7 @@ async fn an_encrypted_endpoint_needs_its_authority_and_is_never_downgraded() {
     assert_eq!(Store::open("s3://bucket/", &place.options).unwrap_err().kind(), StoreErrorKind::LocalDisk);
     // An encrypted endpoint where nobody speaks TLS is not spoken to without it.
     let plain = Place::server_at(server, server.endpoint.replace("http://", "https://"));
-    let options = StoreOptions { retry: RetryPolicy { max_retries: 1, ..patient() }, ..plain.options };
-    assert_eq!(Store::open("s3://bucket/x/", &options).unwrap().get("x").await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+    let error = plain.store("plain").get("x").await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::InvalidLocation);
+    assert!(shown(&error).contains("speaks TLS") && !shown(&error).contains("attempts"), "{}", shown(&error));
 }

@@ -5,6 +5,7 @@
 mod faults;
 mod hub;
 mod objects;
+mod peculiar;
 mod proxy;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

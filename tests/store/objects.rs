@@ -1,4 +1,4 @@
-//! The same tests on a directory, SeaweedFS (S3), Azurite (Azure) and fake-gcs-server (Google).
+//! The same tests on a directory, SeaweedFS and gofakes3 (S3), Azurite (Azure) and fake-gcs-server (Google).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,6 +17,9 @@ macro_rules! on_every_store {
         }
         mod s3 {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)] async fn $test() { super::$test(super::Place::server(super::servers::seaweedfs())).await })*
+        }
+        mod gofakes3 {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)] async fn $test() { super::$test(super::Place::server(super::servers::gofakes3())).await })*
         }
         mod azure {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)] async fn $test() { super::$test(super::Place::server(super::servers::azurite())).await })*

@@ -12,6 +12,10 @@ use tokio::net::{TcpListener, TcpStream};
 pub(crate) enum Fault {
     /// The request is read and answered by the proxy with this status line and these headers.
     Answer(&'static str),
+    /// The same with a body.
+    Document(&'static str, String),
+    /// The request is carried out and its answer passed on with another status line: a server that has its own mind about codes.
+    Restate(&'static str),
     /// The request is read, then the connection is reset.
     Reset,
     /// The request is read and never answered.
@@ -82,6 +86,17 @@ async fn serve(mut client: TcpStream, upstream: &str, fault: Option<Fault>) -> s
     match fault {
         Some(Fault::Answer(head)) => {
             client.write_all(format!("HTTP/1.1 {head}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").as_bytes()).await?;
+            client.shutdown().await
+        }
+        Some(Fault::Document(head, body)) => {
+            client.write_all(format!("HTTP/1.1 {head}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()).as_bytes()).await?;
+            client.shutdown().await
+        }
+        Some(Fault::Restate(status)) => {
+            let answer = forward(&request, upstream).await?;
+            let rest = answer.iter().position(|byte| *byte == b'\r').unwrap_or(answer.len());
+            client.write_all(format!("HTTP/1.1 {status}").as_bytes()).await?;
+            client.write_all(&answer[rest..]).await?;
             client.shutdown().await
         }
         Some(Fault::Reset) => client.set_zero_linger(),

@@ -127,7 +127,7 @@ impl Claim {
     /// Claims the prefix `store` for a new attempt, whoever holds it. `owner` is a name for people to see.
     ///
     /// # Errors
-    /// Those of listing and creating objects.
+    /// Those of listing and creating objects; [`StoreError::Unusable`] where the server would let two attempts have one claim.
     pub async fn acquire(store: &Store, owner: &str) -> Result<Self> {
         Self::acquire_for(store, &Owner { name: owner.to_owned(), run: None }, LEASE).await
     }
@@ -147,8 +147,10 @@ impl Claim {
             }
             let epoch = newest.map_or(Ok(1), |newest| next_epoch(store, newest))?;
             let record = ClaimRecord { epoch, nonce: nonce.clone(), owner: owner.name.clone(), run: owner.run.clone(), created_at: created_at.clone() };
-            match store.create(&key(epoch), to_json(store, &record)?).await? {
+            let json = to_json(store, &record)?;
+            match store.create(&key(epoch), json.clone()).await? {
                 Created::Yes => {
+                    store.check_creates_are_conditional(&key(epoch), json).await?;
                     tracing::info!(prefix = store.uri(), epoch, "claimed");
                     return Ok(Self { store: store.clone(), record });
                 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 /// The classes of failure that callers tell apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StoreErrorKind {
-    /// The location, endpoint, key or a `--bucket` mapping is malformed, or the region is wrong: nothing helps but another spec.
+    /// The location, endpoint, key or a `--bucket` mapping is malformed, the region is wrong, or the server does not do what is needed:
+    /// nothing helps but another spec.
     InvalidLocation,
     /// The object, bucket or directory does not exist.
     NotFound,
@@ -91,6 +92,17 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
+    /// The server, or the connection to it, does not do what is needed, and will not at the next attempt either.
+    #[error("failed to {operation} {location}: the server cannot be used as it is set up")]
+    Unusable {
+        /// What was tried.
+        operation: &'static str,
+        /// URI of the object or prefix.
+        location: String,
+        /// What is missing, and what to do.
+        #[source]
+        source: Cause,
+    },
     /// Content that is not what it should be.
     #[error("{location} is damaged: {problem}")]
     Corrupt {
@@ -134,7 +146,7 @@ impl StoreError {
     /// The class of this failure.
     pub fn kind(&self) -> StoreErrorKind {
         match self {
-            Self::InvalidLocation { .. } | Self::InvalidKey { .. } | Self::Setup { .. } => StoreErrorKind::InvalidLocation,
+            Self::InvalidLocation { .. } | Self::InvalidKey { .. } | Self::Setup { .. } | Self::Unusable { .. } => StoreErrorKind::InvalidLocation,
             Self::NotFound { .. } => StoreErrorKind::NotFound,
             Self::PermissionDenied { .. } => StoreErrorKind::PermissionDenied,
             Self::Unavailable { .. } => StoreErrorKind::Unavailable,

@@ -4,6 +4,9 @@
 //! that was certainly refused from one that may have been carried out. So its requests go through [`RetryingService`], which
 //! answers with success or with a [`HttpFailure`] that `object_store` hands up unchanged.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,8 +14,10 @@ use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use object_store::ClientOptions;
 use object_store::client::{HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService, ReqwestConnector};
+use quick_xml::escape::unescape;
 
 use super::env::Secrets;
+use super::listing;
 use super::retry::{Attempts, RetryPolicy};
 
 /// Why a request failed for good. Holds no address and no secret.
@@ -24,6 +29,9 @@ pub(super) enum HttpFailure {
     /// No answer.
     #[error("{message}{}", spent(*.attempts, *.elapsed))]
     Transport { message: String, attempts: u32, elapsed: Duration },
+    /// The server, or the connection to it, cannot be used as it is set up: no further attempt helps.
+    #[error("{message}")]
+    Unusable { message: String },
     /// The environment has no credentials, and there is no metadata service to ask.
     #[error("no credentials: set them in the environment or run with a workload identity (asking the metadata service: {message})")]
     NoCredentials { message: String },
@@ -47,7 +55,7 @@ impl HttpFailure {
         match self {
             Self::Status { status, code, .. } => is_transient(*status, code),
             Self::Transport { .. } => true,
-            Self::NoCredentials { .. } => false,
+            Self::Unusable { .. } | Self::NoCredentials { .. } => false,
         }
     }
 }
@@ -68,12 +76,15 @@ pub(super) fn retry_after(headers: &object_store::HeaderMap) -> Option<Duration>
 pub(super) struct RetryingConnector {
     pub(super) policy: RetryPolicy,
     pub(super) secrets: Secrets,
+    /// The variable that names a file of further certificate authorities.
+    pub(super) ca_variable: &'static str,
 }
 
 impl HttpConnector for RetryingConnector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(RetryingService { inner, policy: self.policy.clone(), secrets: self.secrets.clone() }))
+        let (policy, secrets) = (self.policy.clone(), self.secrets.clone());
+        Ok(HttpClient::new(RetryingService { inner, policy, secrets, ca_variable: self.ca_variable, left_out: Mutex::default() }))
     }
 }
 
@@ -82,6 +93,9 @@ struct RetryingService {
     inner: HttpClient,
     policy: RetryPolicy,
     secrets: Secrets,
+    ca_variable: &'static str,
+    /// Keys that were left out of listings and named, so that each is named once.
+    left_out: Mutex<HashSet<String>>,
 }
 
 impl HttpService for RetryingService {
@@ -98,7 +112,8 @@ impl HttpService for RetryingService {
 }
 
 impl RetryingService {
-    async fn send(&self, request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
+    async fn send(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpFailure> {
+        spell_spaces_plainly(&mut request);
         let metadata_service = request.uri().host().is_some_and(is_metadata_service);
         let mut policy = self.policy.clone();
         if metadata_service {
@@ -113,7 +128,7 @@ impl RetryingService {
         loop {
             let answer = tokio::time::timeout(attempts.remaining(), self.inner.execute(request.clone())).await;
             let (failure, asked) = match answer {
-                Ok(Ok(response)) if response.status().is_success() => match self.hidden_failure(&request, response, &attempts).await {
+                Ok(Ok(response)) if response.status().is_success() => match self.checked(&request, response, &attempts).await {
                     Ok(response) => return Ok(response),
                     Err(failure) => (failure, None),
                 },
@@ -134,12 +149,50 @@ impl RetryingService {
         }
     }
 
-    /// S3 completes an upload with status 200 before it knows the outcome, which may be an error in the body.
-    async fn hidden_failure(&self, request: &HttpRequest, response: HttpResponse, attempts: &Attempts) -> Result<HttpResponse, HttpFailure> {
-        let completion = request.method().as_str() == "POST" && request.uri().query().is_some_and(|query| query.contains("uploadId="));
-        if !completion {
-            return Ok(response);
+    /// An answer of success, made what `object_store` expects, or the failure that it hides.
+    async fn checked(&self, request: &HttpRequest, response: HttpResponse, attempts: &Attempts) -> Result<HttpResponse, HttpFailure> {
+        let (method, query) = (request.method().as_str(), request.uri().query().unwrap_or_default());
+        if method == "POST" && query.contains("uploadId=") {
+            return self.hidden_failure(response, attempts).await;
         }
+        if method == "GET"
+            && let Some(dialect) = listing::dialect(query)
+        {
+            return self.readable_listing(&dialect, query, response, attempts).await;
+        }
+        match request.headers().get("range").and_then(|range| range.to_str().ok()) {
+            Some(range) if response.status().as_u16() == 200 => as_partial(range, response),
+            _ => Ok(response),
+        }
+    }
+
+    /// A page of a listing without the keys that no path can hold, which are named in the log.
+    async fn readable_listing(
+        &self,
+        dialect: &listing::Dialect,
+        query: &str,
+        response: HttpResponse,
+        attempts: &Attempts,
+    ) -> Result<HttpResponse, HttpFailure> {
+        let (parts, body) = response.into_parts();
+        let body = body.bytes().await.map_err(|error| self.transport_failure(&error, attempts))?;
+        let page = listing::page(dialect, query, &body).map_err(|message| HttpFailure::Unusable { message })?;
+        let mut named = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        let new: Vec<String> = page.left_out.into_iter().filter(|key| named.insert(key.clone())).collect();
+        drop(named);
+        if !new.is_empty() {
+            let first = new.iter().take(10).map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ");
+            tracing::warn!(
+                count = new.len(),
+                first,
+                "objects were left out of a listing: \"//\", \".\", \"..\" and control characters cannot be in a name here"
+            );
+        }
+        Ok(HttpResponse::from_parts(parts, page.body.into_bytes().into()))
+    }
+
+    /// S3 completes an upload with status 200 before it knows the outcome, which may be an error in the body.
+    async fn hidden_failure(&self, response: HttpResponse, attempts: &Attempts) -> Result<HttpResponse, HttpFailure> {
         let (parts, body) = response.into_parts();
         let body = body.bytes().await.map_err(|error| self.transport_failure(&error, attempts))?;
         let text = String::from_utf8_lossy(&body);
@@ -173,8 +226,57 @@ impl RetryingService {
     }
 
     fn transport_failure(&self, error: &HttpError, attempts: &Attempts) -> HttpFailure {
+        // After the handshake a broken record is the network's fault, and another attempt may do.
+        if error.kind() == HttpErrorKind::Connect
+            && let Some(tls) = tls_failure(error)
+        {
+            let authority = format!("if a private authority signed its certificate, give that in storage.caBundleConfigMapRef or {}", self.ca_variable);
+            let way_out = match tls {
+                rustls::Error::InvalidCertificate(_) => authority,
+                _ => format!("check that the endpoint's port speaks TLS, and write http:// where it does not; {authority}"),
+            };
+            return HttpFailure::Unusable { message: format!("no encrypted connection to the server: {}; {way_out}", self.secrets.redact(&tls.to_string())) };
+        }
         HttpFailure::Transport { message: self.secrets.redact(&chain(error)), attempts: attempts.made(), elapsed: attempts.elapsed() }
     }
+}
+
+/// Writes the spaces in a listing's query as `%20`.
+fn spell_spaces_plainly(request: &mut HttpRequest) {
+    let text = request.uri().to_string();
+    let plain = text.split_once('?').filter(|(_, query)| listing::dialect(query).is_some());
+    if let Some(uri) = plain.and_then(|(address, query)| format!("{address}?{}", listing::with_plain_spaces(query)).parse().ok()) {
+        *request.uri_mut() = uri;
+    }
+}
+
+/// The answer 200 to a request for `range`, as the 206 that it should be, if its `Content-Range` says that it holds just that part.
+fn as_partial(range: &str, mut response: HttpResponse) -> Result<HttpResponse, HttpFailure> {
+    let said = response.headers().get("content-range").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let start = range.strip_prefix("bytes=").and_then(|range| range.split('-').next()).unwrap_or_default();
+    // object_store compares the whole range and the size.
+    if said.strip_prefix("bytes ").and_then(|said| said.split_once('-')).is_some_and(|(from, _)| from == start) {
+        *response.status_mut() = reqwest::StatusCode::PARTIAL_CONTENT;
+        return Ok(response);
+    }
+    let said = if said.is_empty() { "without Content-Range".to_owned() } else { format!("with Content-Range: {said}") };
+    Err(HttpFailure::Unusable { message: format!("the server answered a request for a range ({range}) with 200, {said}: it does not serve parts of objects") })
+}
+
+/// The TLS library's error among the causes of `error`.
+fn tls_failure<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
+    while let Some(current) = next {
+        if let Some(found) = current.downcast_ref() {
+            return Some(found);
+        }
+        // What an I/O error wraps is not its source.
+        next = match current.downcast_ref::<std::io::Error>() {
+            Some(io) => io.get_ref().map(|inner| inner as &(dyn std::error::Error + 'static)),
+            None => current.source(),
+        };
+    }
+    None
 }
 
 fn is_metadata_service(host: &str) -> bool {
@@ -203,12 +305,8 @@ fn explain(body: &str) -> (String, String) {
         let message = error.as_str().map_or_else(|| text("message"), str::to_owned);
         return (text("status"), message);
     }
-    let element = |name: &str| {
-        let start = body.find(&format!("<{name}>"))? + name.len() + 2;
-        let end = body[start..].find("</")?;
-        Some(body[start..start + end].to_owned())
-    };
-    (element("Code").unwrap_or_default(), element("Message").unwrap_or_default())
+    let text = |name: &str| listing::element(body, name).map(|text| unescape(text).map_or_else(|_| text.to_owned(), Cow::into_owned)).unwrap_or_default();
+    (text("Code"), text("Message"))
 }
 
 /// An error and its causes in one line; a cause whose text its parent repeats is left out.
@@ -237,6 +335,8 @@ mod tests {
         let google = r#"{"error": {"code": 403, "message": "no access", "status": "PERMISSION_DENIED"}}"#;
         assert_eq!(explain(google), ("PERMISSION_DENIED".into(), "no access".into()));
         assert_eq!(explain(r#"{"error": "Repository not found"}"#), (String::new(), "Repository not found".into()));
+        let escaped = "<Error><Code>AccessDenied</Code><Message>the server&#39;s time &amp; yours</Message></Error>";
+        assert_eq!(explain(escaped).1, "the server's time & yours");
         assert_eq!(explain("<html>oops"), (String::new(), String::new()));
     }
 

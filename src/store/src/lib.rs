@@ -8,11 +8,13 @@
 
 mod backend;
 pub mod claims;
+mod create;
 mod download;
 mod env;
 mod error;
 pub mod fault;
 mod http;
+mod listing;
 pub mod manifest;
 pub mod model_source;
 mod placeholder;
@@ -21,6 +23,7 @@ mod retry;
 mod upload;
 mod uri;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,9 +31,9 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, TryFutureExt as _, TryStreamExt as _};
 use object_store::path::Path as ObjectPath;
-use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
+use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _};
 
 pub use env::Environment;
 pub use error::{Cause, Result, StoreError, StoreErrorKind};
@@ -44,6 +47,8 @@ pub use uri::{Buckets, Location, Scheme, check_key, same_server};
 pub struct StoreOptions {
     /// Address of the server, for other providers than the scheme's own; `http://` only when written so.
     pub endpoint: Option<String>,
+    /// Where a bucket's name goes in the addresses of S3; the path where absent.
+    pub addressing_style: Option<AddressingStyle>,
     /// Region of the buckets (S3).
     pub region: Option<String>,
     /// PEM file of certificate authorities, in addition to the system's.
@@ -54,6 +59,15 @@ pub struct StoreOptions {
     pub environment: Environment,
     /// Bounds of retrying.
     pub retry: RetryPolicy,
+}
+
+/// Where the bucket's name goes in the addresses of an S3 server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressingStyle {
+    /// `ENDPOINT/BUCKET/KEY`.
+    Path,
+    /// `BUCKET.ENDPOINT/KEY`; the endpoint is written without the bucket's name.
+    VirtualHost,
 }
 
 /// What a store knows about an object.
@@ -209,8 +223,16 @@ impl Store {
     /// All kinds but [`StoreErrorKind::NotFound`].
     pub async fn head(&self, key: &str) -> Result<Option<ObjectInfo>> {
         let path = self.path(key)?;
+        let look_up = async |backend: &Arc<dyn ObjectStore>| match backend.head(&path).await {
+            // An answer to HEAD has no body that could say why.
+            Err(error) if backend::is_unexplained(&error) => {
+                let options = GetOptions { range: Some((0..1).into()), ..GetOptions::default() };
+                backend.get_opts(&path, options).await.map(|found| found.meta)
+            }
+            result => result,
+        };
         let result = match self.backend() {
-            Ok(backend) => backend.head(&path).await.map_err(|error| self.failed(&error, "look up", key)),
+            Ok(backend) => look_up(backend).await.map_err(|error| self.failed(&error, "look up", key)),
             Err(error) => Err(error),
         };
         match result {
@@ -244,7 +266,13 @@ impl Store {
                 Some(after) => backend.list_with_offset(Some(&path), after),
                 None => backend.list(Some(&path)),
             };
-            stream.try_collect::<Vec<ObjectMeta>>().boxed()
+            // A server whose pages come round again would be read for ever.
+            let each_once = |(mut found, mut keys): (Vec<ObjectMeta>, HashSet<ObjectPath>), meta: ObjectMeta| {
+                let again = !keys.insert(meta.location.clone());
+                found.push(meta);
+                std::future::ready(if again { Err(backend::endless_listing()) } else { Ok((found, keys)) })
+            };
+            stream.try_fold(Default::default(), each_once).map_ok(|(found, _)| found).boxed()
         };
         let found = self.with_whole_bodies(read).await.map_err(|error| self.failed(&error, "list", prefix))?;
         let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
@@ -273,45 +301,6 @@ impl Store {
     /// See [`StoreErrorKind`]; [`StoreErrorKind::LocalDisk`] when the file cannot be read or changes its size meanwhile.
     pub async fn put_file(&self, key: &str, file: &Path) -> Result<()> {
         upload::put(self, key, upload::Source::open(file)?).await
-    }
-
-    /// Writes an object only if there is none. Of any number of concurrent creators one gets [`Created::Yes`].
-    ///
-    /// When an answer is lost, the object is read back and compared: so `data` must differ between creators (hold a random
-    /// name, say) where it matters who won.
-    ///
-    /// # Errors
-    /// See [`StoreErrorKind`].
-    pub async fn create(&self, key: &str, data: impl Into<Bytes>) -> Result<Created> {
-        let data = data.into();
-        let path = self.path(key)?;
-        let backend = self.backend_for_writing()?;
-        let mut attempts = retry::Attempts::new(&self.connection.retry);
-        // An earlier attempt of ours may have been carried out although its answer was an error.
-        let mut doubtful = false;
-        loop {
-            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-            let Err(error) = backend.put_opts(&path, data.clone().into(), options).await else { return Ok(Created::Yes) };
-            if backend::is_conflict(&error) {
-                if doubtful {
-                    match self.get(key).await {
-                        Ok(found) => return Ok(if found == data { Created::Yes } else { Created::AlreadyExists }),
-                        Err(error) if error.is_not_found() => {}
-                        Err(error) => return Err(error),
-                    }
-                } else if self.head(key).await?.is_some() {
-                    return Ok(Created::AlreadyExists);
-                }
-                // A conflict without an object: another writer's create is under way, or was undone.
-            } else if backend::is_doubtful(&error) {
-                doubtful = true;
-            } else {
-                return Err(self.failed(&error, "create", key));
-            }
-            let Some(delay) = attempts.next_delay(None) else { return Err(self.failed(&error, "create", key)) };
-            tracing::warn!(object = %self.uri_of(key), attempt = attempts.made(), "retrying a conditional create");
-            tokio::time::sleep(delay).await;
-        }
     }
 
     /// Removes an object; one that does not exist is fine.

@@ -163,6 +163,11 @@ impl Buckets {
         self.directories.get(&(scheme, bucket.to_owned())).map(PathBuf::as_path)
     }
 
+    /// The buckets that have a directory.
+    pub fn names(&self) -> impl Iterator<Item = (Scheme, &str)> {
+        self.directories.keys().map(|(scheme, bucket)| (*scheme, bucket.as_str()))
+    }
+
     /// True when no bucket is mapped.
     pub fn is_empty(&self) -> bool {
         self.directories.is_empty()

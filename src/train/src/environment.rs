@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::interrupt::Interrupt;
 use super::report::Reporter;
 use finetune_api::plan::{ModelConfig, ModelSource, StorageConfig, TrainConfig};
-use finetune_store::{Buckets, Environment, RetryPolicy, StoreError, StoreOptions, model_source};
+use finetune_store::{AddressingStyle, Buckets, Environment, RetryPolicy, StoreError, StoreOptions, model_source};
 
 /// What a run has besides its configuration.
 #[derive(Clone)]
@@ -36,19 +36,7 @@ impl JobEnvironment {
 
     /// Where the model is, and how that is reached.
     pub fn model_source(&self, config: &TrainConfig) -> (model_source::ModelSource, StoreOptions) {
-        let ModelConfig { source, cache_dir: _ } = &config.model;
-        match source {
-            ModelSource::HuggingFace { repo, revision } => {
-                (model_source::ModelSource::HuggingFace { repo: repo.clone(), revision: revision.clone() }, self.store_options(config))
-            }
-            ModelSource::Directory { path } => (model_source::ModelSource::Directory(path.clone()), self.store_options(config)),
-            ModelSource::ObjectStore { uri, sha256_manifest, storage } => {
-                let own = config.storage.clone().unwrap_or_default();
-                let storage = storage.as_ref().unwrap_or(&own);
-                let source = model_source::ModelSource::ObjectStore { uri: uri.clone(), sha256_manifest: sha256_manifest.clone() };
-                (source, options(storage, credentials(storage, &own, variables()), &self.buckets))
-            }
-        }
+        model_source(config, &self.buckets)
     }
 
     /// Opens a prefix of the run's own stores.
@@ -60,6 +48,21 @@ impl JobEnvironment {
     }
 }
 
+/// Where a run's model is, and how that is reached.
+pub fn model_source(config: &TrainConfig, buckets: &Buckets) -> (model_source::ModelSource, StoreOptions) {
+    let ModelConfig { source, cache_dir: _ } = &config.model;
+    let own = config.storage.clone().unwrap_or_default();
+    let of = |storage: &StorageConfig| options(storage, credentials(storage, &own, variables()), buckets);
+    match source {
+        ModelSource::HuggingFace { repo, revision } => (model_source::ModelSource::HuggingFace { repo: repo.clone(), revision: revision.clone() }, of(&own)),
+        ModelSource::Directory { path } => (model_source::ModelSource::Directory(path.clone()), of(&own)),
+        ModelSource::ObjectStore { uri, sha256_manifest, storage } => {
+            let source = model_source::ModelSource::ObjectStore { uri: uri.clone(), sha256_manifest: sha256_manifest.clone() };
+            (source, of(storage.as_ref().unwrap_or(&own)))
+        }
+    }
+}
+
 /// Bounds of retrying; `FINETUNE_STORAGE_RETRY_SECONDS` changes how long a request is tried before the run gives up.
 fn retry() -> RetryPolicy {
     let seconds = std::env::var("FINETUNE_STORAGE_RETRY_SECONDS").ok().and_then(|text| text.parse().ok());
@@ -68,8 +71,12 @@ fn retry() -> RetryPolicy {
 }
 
 fn options(storage: &StorageConfig, environment: Environment, buckets: &Buckets) -> StoreOptions {
-    let StorageConfig { endpoint, region, ca_bundle, credentials_prefix: _ } = storage.clone();
-    StoreOptions { endpoint, region, ca_bundle, buckets: buckets.clone(), environment, retry: retry() }
+    let StorageConfig { endpoint, addressing_style, region, ca_bundle, credentials_prefix: _ } = storage.clone();
+    let addressing_style = addressing_style.map(|style| match style {
+        finetune_api::AddressingStyle::Path => AddressingStyle::Path,
+        finetune_api::AddressingStyle::VirtualHost => AddressingStyle::VirtualHost,
+    });
+    StoreOptions { endpoint, addressing_style, region, ca_bundle, buckets: buckets.clone(), environment, retry: retry() }
 }
 
 /// The process's variables; those that are not UTF-8 are nobody's credentials.

@@ -19,6 +19,8 @@ pub const BUCKET: &str = "bucket";
 const START_LIMIT: Duration = Duration::from_mins(2);
 /// Versions pinned in `tests/testbed/install-servers`.
 const WEED: &str = "weed-4.48";
+const GOFAKES3: &str = "gofakes3-1.2.0";
+const NANIO: &str = "nanio-0.1.7";
 const AZURITE: &str = "azurite-3.37.0";
 const FAKE_GCS_SERVER: &str = "fake-gcs-server-1.56.1-2";
 
@@ -86,6 +88,54 @@ pub fn seaweedfs() -> &'static Server {
             endpoint: format!("http://127.0.0.1:{}", ports[6]),
             encrypted_endpoint: Some(format!("https://127.0.0.1:{}", ports[8])),
             environment: pairs(&[("AWS_ACCESS_KEY_ID", "adminaccess"), ("AWS_SECRET_ACCESS_KEY", "adminsecret-0123456789"), ("AWS_REGION", "us-east-1")]),
+            _keeper: Mutex::new(keeper),
+        }
+    })
+}
+
+/// Host below which [`gofakes3`] knows its buckets, for those who ask it as their proxy.
+pub const VIRTUAL_HOST: &str = "s3.test";
+
+/// gofakes3, which speaks the S3 protocol in both styles of addresses, takes any key, and checks no signature.
+pub fn gofakes3() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let (keeper, ports) = start("gofakes3", GOFAKES3, 1, |_, ports| {
+            let host = format!("127.0.0.1:{}", ports[0]);
+            ["-host", &host, "-backend", "memory", "-initialbucket", BUCKET, "-hostbucketbase", VIRTUAL_HOST].map(String::from).to_vec()
+        });
+        until("gofakes3 answers", || http(ports[0], "GET", &format!("/{BUCKET}/"), &[], b"") == Some(200));
+        Server {
+            scheme: "s3",
+            endpoint: format!("http://127.0.0.1:{}", ports[0]),
+            encrypted_endpoint: None,
+            environment: pairs(&[("AWS_ACCESS_KEY_ID", "anybody"), ("AWS_SECRET_ACCESS_KEY", "anything-0123456789"), ("AWS_REGION", "us-east-1")]),
+            _keeper: Mutex::new(keeper),
+        }
+    })
+}
+
+/// nanio, which speaks the S3 protocol, checks signatures to the letter, and ignores the condition of conditional creates.
+pub fn nanio() -> &'static Server {
+    const KEY: &str = "nanioaccess";
+    const SECRET: &str = "naniosecret-0123456789";
+
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let (keeper, ports) = start("nanio", NANIO, 1, |folder, ports| {
+            let (options, data) = (folder.join("options.toml"), folder.join("data"));
+            std::fs::write(&options, format!("[[users]]\naccess_key = {KEY:?}\nsecret_key = {SECRET:?}\n")).expect("the options can be written");
+            // A bucket is a folder.
+            std::fs::create_dir_all(data.join(BUCKET)).expect("the bucket can be made");
+            let (options, data, port) = (options.display().to_string(), data.display().to_string(), ports[0].to_string());
+            ["serve", "--options", &options, "--data-dir", &data, "--host", "127.0.0.1", "--port", &port, "--no-access-log"].map(String::from).to_vec()
+        });
+        until("nanio answers", || http(ports[0], "GET", &format!("/{BUCKET}/"), &[], b"") == Some(403));
+        Server {
+            scheme: "s3",
+            endpoint: format!("http://127.0.0.1:{}", ports[0]),
+            encrypted_endpoint: None,
+            environment: pairs(&[("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_REGION", "us-east-1")]),
             _keeper: Mutex::new(keeper),
         }
     })
@@ -217,7 +267,7 @@ fn until(what: &str, attempt: impl Fn() -> bool) {
 }
 
 /// Status of one HTTP/1.1 request; `None` without an answer.
-fn http(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<u16> {
+pub fn http(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<u16> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
     write!(stream, "{method} {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\ncontent-length: {}\r\n", body.len()).ok()?;
