@@ -385,3 +385,39 @@ async fn a_mirror_behind_a_private_authority_is_reached_with_its_certificates() 
     // The variable is the hub's own and wins.
     assert_eq!(kind(Some(&authority), Some("/no/such/bundle.pem")).await.0, StoreErrorKind::LocalDisk);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_hubs_own_tools_have_downloaded_is_used_if_it_is_whole() {
+    let running = Running::start(Behaviour::default()).await;
+    let (own, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let snapshot = own.path().join("models--maker--sd3-diffusers/snapshots").join(REVISION);
+    let blobs = own.path().join("models--maker--sd3-diffusers/blobs");
+    std::fs::create_dir_all(&blobs).unwrap();
+    for (name, content) in files() {
+        // One file is missing, one cut off, one damaged.
+        let content = match name.as_str() {
+            "vae/config.json" => continue,
+            "transformer/diffusion_pytorch_model-00001-of-00002.safetensors" => content[1..].to_vec(),
+            "transformer/diffusion_pytorch_model-00002-of-00002.safetensors" => vec![0; content.len()],
+            _ => content,
+        };
+        let (blob, link) = (blobs.join(name.replace('/', "-")), snapshot.join(&name));
+        std::fs::write(&blob, content).unwrap();
+        std::fs::create_dir_all(link.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(blob, link).unwrap();
+    }
+    let mut options = running.options(None);
+    let own_cache = own.path().display().to_string();
+    options.environment = Environment::from_pairs([("HF_ENDPOINT", running.endpoint.as_str()), ("HF_HUB_CACHE", own_cache.as_str())]);
+    let source = ModelSource::HuggingFace { repo: "maker/sd3-diffusers".into(), revision: REVISION.into() };
+    let folder = ModelFolder::open(&source, &options, cache.path()).await.unwrap().fetch(Parts::TRANSFORMER | Parts::VAE, &NoProgress).await.unwrap();
+    for (name, content) in files() {
+        let path = folder.join(&name);
+        assert!(!path.exists() || std::fs::read(&path).unwrap() == content, "{name}");
+    }
+    let asked: Vec<String> = running.hub.requests.lock().unwrap().iter().map(|seen| seen.path.clone()).filter(|path| path.contains("/resolve/")).collect();
+    let mut asked: Vec<&str> = asked.iter().filter_map(|path| path.rsplit('/').next()).collect();
+    asked.sort_unstable();
+    let shards = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"];
+    assert_eq!(asked, ["config.json", shards[0], shards[1]], "the others come from the cache");
+}

@@ -2,10 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Variables whose names start like this are kept.
 const PREFIXES: [&str; 4] = ["AWS_", "GOOGLE_", "AZURE_", "HF_"];
+
+/// The variable with the hub's access token.
+const HUB_TOKEN: &str = "HF_TOKEN";
+/// The variable that names the folder of the hub's own tools.
+const HUB_HOME: &str = "HF_HOME";
 
 /// Environment variables for storage and the model hub, captured once. `Debug` shows names only.
 ///
@@ -16,9 +22,33 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// The process's variables `AWS_*`, `GOOGLE_*`, `AZURE_*` and `HF_*`. Values that are not UTF-8 or are empty are left out.
+    /// The process's variables `AWS_*`, `GOOGLE_*`, `AZURE_*` and `HF_*`. Values that are not UTF-8 or are empty are left out. Without
+    /// `HF_TOKEN` the token is that of a login with the hub's own tools.
     pub fn process() -> Self {
-        Self::from_pairs(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))
+        Self::of_user(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))))
+    }
+
+    /// The variables of a user, with what the hub's own tools find without variables: its folder, and the token of a login.
+    pub fn of_user(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        let mut all: BTreeMap<String, String> = pairs.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+        let cache = all.get("XDG_CACHE_HOME").cloned().or_else(|| Some(format!("{}/.cache", all.get("HOME")?)));
+        if let Some(cache) = cache {
+            all.entry(HUB_HOME.to_owned()).or_insert(format!("{cache}/huggingface"));
+        }
+        if !all.contains_key(HUB_TOKEN)
+            && let Some(file) = all.get("HF_TOKEN_PATH").cloned().or_else(|| Some(format!("{}/token", all.get(HUB_HOME)?)))
+            && let Ok(token) = std::fs::read_to_string(&file)
+        {
+            tracing::debug!(file, "using the hub's access token of a login");
+            all.insert(HUB_TOKEN.to_owned(), token.trim().to_owned());
+        }
+        Self::from_pairs(all)
+    }
+
+    /// Where the hub's own tools keep what they have downloaded.
+    pub(super) fn hub_cache(&self) -> Option<PathBuf> {
+        let home = || self.get(HUB_HOME).map(|home| Path::new(home).join("hub"));
+        self.get("HF_HUB_CACHE").map(PathBuf::from).or_else(home)
     }
 
     /// An environment of the given variables; unrelated names are left out.
@@ -145,6 +175,33 @@ mod tests {
             ("HF_TOKEN", "hf_abcdefgh"),
             ("PATH", "/bin"),
         ])
+    }
+
+    #[test]
+    fn token_and_cache_are_found_where_the_hubs_tools_keep_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().display().to_string();
+        for (path, token) in [(".cache/huggingface/token", "hf_of_home"), ("xdg/huggingface/token", "hf_of_xdg"), ("hf/token", "hf_of_hf"), ("t", "hf_of_path")]
+        {
+            let path = folder.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, format!("{token}\n")).unwrap();
+        }
+        let mut pairs = vec![("HOME".to_owned(), root.clone())];
+        for (name, value, token, cache) in [
+            ("PATH", "/bin".to_owned(), "hf_of_home", format!("{root}/.cache/huggingface/hub")),
+            ("XDG_CACHE_HOME", format!("{root}/xdg"), "hf_of_xdg", format!("{root}/xdg/huggingface/hub")),
+            ("HF_HOME", format!("{root}/hf"), "hf_of_hf", format!("{root}/hf/hub")),
+            ("HF_TOKEN_PATH", format!("{root}/t"), "hf_of_path", format!("{root}/hf/hub")),
+            ("HF_TOKEN", "hf_of_variable".to_owned(), "hf_of_variable", format!("{root}/hf/hub")),
+            ("HF_HUB_CACHE", "/models".to_owned(), "hf_of_variable", "/models".to_owned()),
+        ] {
+            pairs.push((name.to_owned(), value));
+            let found = Environment::of_user(pairs.clone());
+            assert_eq!((found.get(HUB_TOKEN), found.hub_cache()), (Some(token), Some(PathBuf::from(cache))), "{name}");
+            assert_eq!(found.secrets().redact(&format!("Bearer {token}")), "Bearer ***");
+        }
+        assert_eq!(Environment::of_user([("HOME".to_owned(), "/no/such".to_owned())]).get(HUB_TOKEN), None);
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn credentials(storage: &StorageConfig, own: &StorageConfig, variables: impl Ite
         return Environment::from_pairs(variables.filter_map(|(name, value)| Some((name.strip_prefix(prefix.as_str())?.to_owned(), value))));
     }
     if finetune_store::same_server(storage.endpoint.as_deref(), own.endpoint.as_deref()) {
-        return Environment::from_pairs(variables);
+        return Environment::of_user(variables);
     }
     let (identity, unsigned) = match &storage.endpoint {
         None => (&WORKLOAD_IDENTITY[..], &[][..]),

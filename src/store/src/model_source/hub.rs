@@ -3,7 +3,7 @@
 //! The access token goes to the hub's own origin only: redirects are followed by hand, and a request to any other host (where
 //! large files live) carries no credentials.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_RANGE, HeaderMap, LOCATION, RANGE};
 use url::Url;
 
+use super::hub_cache;
 use super::select::RemoteFile;
 use crate::download::{Identity, Opened, Remote};
 use crate::env::Secrets;
@@ -56,6 +57,8 @@ struct Shared {
     token: Option<String>,
     secrets: Secrets,
     retry: RetryPolicy,
+    /// The commit's folder in the cache of the hub's own tools.
+    snapshot: Option<PathBuf>,
 }
 
 impl Hub {
@@ -91,6 +94,7 @@ impl Hub {
             token: options.environment.get("HF_TOKEN").map(|token| token.trim().to_owned()),
             secrets,
             retry: options.retry.clone(),
+            snapshot: options.environment.hub_cache().map(|cache| hub_cache::snapshot(&cache, repo, revision)),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -98,6 +102,11 @@ impl Hub {
     /// Name of the repository at its commit, for people.
     pub(super) fn location(&self) -> String {
         format!("{}/{} at commit {}", self.shared.endpoint.as_str().trim_end_matches('/'), self.shared.repo, self.shared.revision)
+    }
+
+    /// The commit's folder in the cache of the hub's own tools, which may not be there.
+    pub(super) fn snapshot(&self) -> Option<&Path> {
+        self.shared.snapshot.as_deref()
     }
 
     pub(super) fn retry(&self) -> &RetryPolicy {

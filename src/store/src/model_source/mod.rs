@@ -5,6 +5,7 @@
 //! where it is.
 
 mod hub;
+mod hub_cache;
 mod index;
 mod select;
 
@@ -245,7 +246,13 @@ impl ModelFolder {
             // A complete file has its name; its size is checked against cut-off copies by other tools.
             _ if std::fs::metadata(&dest).is_ok_and(|found| found.len() == file.size) => Ok(()),
             Origin::Bucket(store) => Ok(store.download_verified(&file.path, &dest, sha256, progress).await?),
-            Origin::Hub(hub) => Ok(download::fetch(&HubFile { hub, file }, &dest, sha256, hub.retry(), progress).await?),
+            Origin::Hub(hub) => {
+                let linked = match hub.snapshot() {
+                    Some(snapshot) => hub_cache::link(snapshot, file, &dest, &self.digests).await?,
+                    None => false,
+                };
+                if linked { Ok(()) } else { Ok(download::fetch(&HubFile { hub, file }, &dest, sha256, hub.retry(), progress).await?) }
+            }
         }
     }
 
