@@ -1,10 +1,13 @@
-//! SIGTERM and SIGINT: asks a run to stop at the next safe place.
+//! SIGTERM, SIGHUP and SIGINT: asks a run to stop at the next safe place.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
+
+/// Exit code of a process that SIGINT has ended, as shells report it.
+const ENDED_BY_SIGINT: i32 = 130;
 
 /// A request to stop, shared by whoever asks and whoever obeys.
 #[derive(Debug, Clone, Default)]
@@ -41,20 +44,27 @@ impl Interrupt {
         }
     }
 
-    /// Lets SIGTERM and SIGINT ask to stop. Must be called within a runtime.
+    /// Lets SIGTERM, SIGHUP (a closed terminal) and SIGINT ask to stop. A second SIGINT ends the process at once: who presses
+    /// Ctrl-C twice does not want to wait. Must be called within a runtime.
     ///
     /// # Errors
     /// If the system refuses the handlers.
     pub fn on_signals(&self) -> std::io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
+        // nohup lets a run outlive its terminal by having SIGHUP ignored: a handler would undo that.
+        let mut hangup = if is_hangup_ignored() { None } else { Some(signal(SignalKind::hangup())?) };
         let mut interrupt = signal(SignalKind::interrupt())?;
         let stop = self.clone();
         tokio::spawn(async move {
             loop {
                 let name = tokio::select! {
                     _ = terminate.recv() => "SIGTERM",
+                    () = next(&mut hangup) => "SIGHUP",
                     _ = interrupt.recv() => "SIGINT",
                 };
+                if name == "SIGINT" && stop.requested() {
+                    end_at_once();
+                }
                 if !stop.requested() {
                     tracing::warn!(signal = name, "stopping at the next safe place; the run can be resumed");
                 }
@@ -65,9 +75,41 @@ impl Interrupt {
     }
 }
 
+/// The next signal of a stream; never where there is none.
+async fn next(signals: &mut Option<Signal>) {
+    match signals {
+        Some(signals) => drop(signals.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether the process was started with SIGHUP ignored.
+fn is_hangup_ignored() -> bool {
+    std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores_hangup(&status))
+}
+
+/// Bit 0 of the mask is signal 1, SIGHUP.
+fn ignores_hangup(status: &str) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 == 1)
+}
+
+#[expect(clippy::exit, reason = "a pass at work cannot be cancelled, and nobody wants to wait for its end any longer")]
+fn end_at_once() -> ! {
+    tracing::warn!("ended by a second SIGINT; what came after the last checkpoint is lost");
+    std::process::exit(ENDED_BY_SIGINT)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nohup_is_recognised() {
+        assert!(ignores_hangup("Name:\tfinetune\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n"));
+        assert!(!ignores_hangup("Name:\tfinetune\nSigIgn:\t0000000000001000\n"));
+        assert!(!ignores_hangup(""));
+    }
 
     #[tokio::test]
     async fn waiting_ends_with_the_request_even_if_it_came_first() {

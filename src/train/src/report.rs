@@ -39,7 +39,8 @@ struct Shared {
 impl Reporter {
     /// With a bar when stderr is a terminal, else with log lines.
     pub fn new() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8)));
+        let bar =
+            std::io::stderr().is_terminal().then(|| ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8)).with_style(spinner_style()));
         if let Some(bar) = &bar {
             bar.enable_steady_tick(Duration::from_millis(250));
         }
