@@ -24,15 +24,27 @@ pub(super) struct Converted {
     pub(super) remarks: Vec<String>,
 }
 
+/// The script of today's diffusers.
+const DIFFUSERS_SCRIPT: &str = "train_dreambooth_lora_sd3.py";
+/// Where it puts a LoRA, in its order.
+const DIFFUSERS_LAYERS: [&str; 8] = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v"];
+/// Blocks of Stable Diffusion 3.5 Large, the largest.
+const MOST_BLOCKS: usize = 38;
+/// Prompts that a job may have.
+const MOST_PROMPTS: usize = 16;
+
 /// The flags as given: name to value, "" for those that take none.
 type Given = BTreeMap<&'static str, String>;
 
 /// Reads `args` (with or without `accelerate launch script.py` before them).
 pub(super) fn convert(args: &[String], place: &Place) -> anyhow::Result<Converted> {
-    let start = args.iter().position(|arg| std::path::Path::new(arg).extension().is_some_and(|extension| extension == "py")).map_or(0, |script| script + 1);
+    let script = args.iter().position(|arg| std::path::Path::new(arg).extension().is_some_and(|extension| extension == "py"));
+    let (launcher, flags) = script.map_or((&args[..0], args), |script| (&args[..script], &args[script + 1..]));
     let mut remarks = Vec::new();
-    let given = parse(&args[start..], &mut remarks)?;
-    let mut job = Job { given, spec: json!({}), remarks };
+    let mut given = parse(flags, &mut remarks)?;
+    launch(launcher, &mut given, &mut remarks);
+    let script = script.map(|script| last_part(&args[script]).to_owned());
+    let mut job = Job { given, script, spec: json!({}), remarks };
     job.places(place)?;
     job.training()?;
     job.the_rest()?;
@@ -42,6 +54,30 @@ pub(super) fn convert(args: &[String], place: &Place) -> anyhow::Result<Converte
         manifest["metadata"]["namespace"] = json!(namespace);
     }
     Ok(Converted { manifest, remarks: job.remarks })
+}
+
+/// What `accelerate launch` (or `torchrun`) is told before the script's name.
+fn launch(args: &[String], given: &mut Given, remarks: &mut Vec<String>) {
+    let mut args = args.iter().map(|arg| arg.trim()).peekable();
+    while let Some(arg) = args.next() {
+        let Some(text) = arg.strip_prefix("--") else { continue };
+        let (name, value) = match text.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (text, args.next_if(|next| !next.starts_with("--"))),
+        };
+        match (name, value) {
+            // The script takes the launcher's precision where it is given none of its own.
+            ("mixed_precision", Some(precision)) if !given.contains_key("mixed_precision") => {
+                given.insert("mixed_precision", precision.to_owned());
+            }
+            ("num_processes" | "nproc_per_node" | "num_machines" | "nnodes", Some("1")) => {}
+            ("num_processes" | "nproc_per_node", Some(count)) => remarks.push(format!(
+                "--{name} {count} of the launcher has no counterpart: a job has one GPU; {count} times the gradientAccumulationSteps give the same number of \
+                 pictures per update"
+            )),
+            _ => remarks.push(format!("--{name} of the launcher has no counterpart")),
+        }
+    }
 }
 
 /// `--flag value`, `--flag=value` and `--flag`; every unknown one is named.
@@ -88,6 +124,8 @@ fn parse(args: &[String], remarks: &mut Vec<String>) -> anyhow::Result<Given> {
 
 struct Job {
     given: Given,
+    /// The script's file name, where the command line has it.
+    script: Option<String>,
     spec: Value,
     remarks: Vec<String>,
 }
@@ -173,8 +211,10 @@ impl Job {
             revision => {
                 let uri = format!("{bucket}/models/{}/", key(last_part(&model)));
                 let branch = revision.map(|r| format!(" ({r:?} is not a commit)")).unwrap_or_default();
-                self.remarks
-                    .push(format!("copy the model {model:?} to {uri}, or take it from the hub with --revision and a commit of 40 hexadecimal digits{branch}"));
+                self.remarks.push(format!(
+                    "copy the model {model:?} to {uri}, or take it from the hub with --revision and a commit of 40 hexadecimal digits{branch}; \
+                         git ls-remote https://huggingface.co/ORGANISATION/NAME HEAD prints the newest"
+                ));
                 self.set("model.source.objectStore.uri", uri);
             }
         }
@@ -290,8 +330,12 @@ impl Job {
         self.set_whole("lora_alpha", "training.lora.alpha")?;
         self.set_decimal("lora_dropout", "training.lora.dropout")?;
         let split = |text: &str| text.split(',').map(|part| part.trim().to_owned()).filter(|part| !part.is_empty()).collect::<Vec<_>>();
-        let layers = self.text("lora_layers").map(split);
+        let layers = self.text("lora_layers").map(split).or_else(|| self.script_layers());
         let blocks = self.text("lora_blocks").map(split);
+        for block in blocks.iter().flatten() {
+            let known = block.parse::<usize>().is_ok_and(|block| block < MOST_BLOCKS);
+            ensure!(known, "--lora_blocks: {block:?} is no block: the largest Stable Diffusion 3 has blocks 0 to {}", MOST_BLOCKS - 1);
+        }
         if layers.is_some() || blocks.is_some() {
             let layers = layers.unwrap_or_else(|| finetune_api::LoraSpec::default().target_modules);
             let modules: Vec<String> = match blocks {
@@ -301,6 +345,21 @@ impl Job {
             self.set("training.lora.targetModules", modules);
         }
         Ok(())
+    }
+
+    /// The modules of the script that is named: diffusers' own trains eight projections where nothing is said, the article's four.
+    fn script_layers(&mut self) -> Option<Vec<String>> {
+        match self.script.as_deref() {
+            Some(DIFFUSERS_SCRIPT) => Some(DIFFUSERS_LAYERS.iter().map(|layer| format!("attn.{layer}")).collect()),
+            Some(_) => None,
+            None => {
+                self.remarks.push(format!(
+                    "without --lora_layers the LoRA is on the article's four projections; diffusers' {DIFFUSERS_SCRIPT} takes eight: name the script before its \
+                     flags for those"
+                ));
+                None
+            }
+        }
     }
 
     fn prior_preservation(&mut self) -> anyhow::Result<()> {
@@ -335,8 +394,19 @@ impl Job {
             }
         }
         self.set_whole("repeats", "dataset.repeats")?;
+        let pictures = self.whole("num_validation_images")?;
         if let Some(prompt) = self.text("validation_prompt").map(str::to_owned) {
-            self.set("validation.prompts", json!([prompt]));
+            if pictures.is_none() {
+                self.remarks.push("one picture is drawn of --validation_prompt, where the script draws 4: --num_validation_images says how many".to_owned());
+            }
+            // A prompt that is repeated is drawn from other noise.
+            let count = pictures.unwrap_or(1).min(MOST_PROMPTS as u64) as usize;
+            if pictures.is_some_and(|pictures| pictures > count as u64) {
+                self.remarks.push(format!("--num_validation_images: {count} pictures, the most there can be"));
+            }
+            self.set("validation.prompts", vec![prompt; count]);
+        } else {
+            self.without_effect(&["num_validation_images"], "--validation_prompt");
         }
         self.set_whole("checkpointing_steps", "checkpoint.everySteps")?;
         self.set_whole("checkpoints_total_limit", "checkpoint.keepLast")?;

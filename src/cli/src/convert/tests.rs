@@ -96,6 +96,31 @@ fn a_prompt_for_all_pictures_is_their_caption() {
 }
 
 #[test]
+fn diffusers_own_script_has_eight_projections() {
+    let script = "accelerate launch --num_processes 2 --mixed_precision=fp16 examples/dreambooth/train_dreambooth_lora_sd3.py";
+    let found = converted(&format!("{script} {NEEDED}")).unwrap();
+    let modules = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v"].map(|name| format!("attn.{name}"));
+    assert_eq!(found.manifest["spec"]["training"]["lora"]["targetModules"], json!(modules));
+    assert_eq!(found.manifest["spec"]["training"]["precision"], "FP16", "the launcher's, where the script has none");
+    assert!(found.remarks.iter().any(|remark| remark.contains("--num_processes 2 of the launcher")), "{:?}", found.remarks);
+    assert_eq!(converted(&format!("{script} {NEEDED} --mixed_precision bf16")).unwrap().manifest["spec"]["training"]["precision"], "Auto");
+    let spec = converted(&format!("train_multiple_prompts.py {NEEDED}")).unwrap();
+    assert_eq!(spec.manifest["spec"]["training"].get("lora"), None, "the article's script has the API's four");
+    assert!(!spec.remarks.join("").contains("eight"));
+    let unnamed = converted(NEEDED).unwrap();
+    assert!(unnamed.remarks.iter().any(|remark| remark.contains("takes eight")), "{:?}", unnamed.remarks);
+}
+
+#[test]
+fn numbers_and_repeated_prompts_are_what_the_schema_takes() {
+    let line = format!("{NEEDED} --lora_dropout 0.0005 --adam_epsilon 1e-08 --validation_prompt dog --num_validation_images 4");
+    let found = converted(&line).unwrap();
+    let jobs = validate::check(&yaml::to_string(&found.manifest).unwrap()).unwrap();
+    assert_eq!(jobs[0].spec.training.lora.dropout.value(), Ok(0.0005));
+    assert_eq!(found.manifest["spec"]["validation"]["prompts"], json!(["dog", "dog", "dog", "dog"]));
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (line, message) in [
         ("--dataset_name d", "--pretrained_model_name_or_path is needed"),
@@ -107,6 +132,7 @@ fn what_is_wrong_is_named() {
         ("--dataset_name d --pretrained_model_name_or_path m --lr_scheduler zigzag", "is none of constant"),
         ("--dataset_name d --pretrained_model_name_or_path m --use_8bit_adam=1", "takes no value"),
         ("--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation", "needs --class_prompt"),
+        ("--dataset_name d --pretrained_model_name_or_path m --lora_blocks 0,99", "\"99\" is no block"),
         ("--dataset_name d --pretrained_model_name_or_path m stray", "belongs to no flag"),
     ] {
         let error = converted(line).unwrap_err().to_string();
@@ -137,6 +163,7 @@ fn every_flag_of_the_table_is_handled() {
             "pretrained_model_name_or_path" => "--dataset_name d",
             "revision" => "--dataset_name d --pretrained_model_name_or_path a/b",
             name if name.starts_with("prodigy") => "--dataset_name d --pretrained_model_name_or_path m --optimizer prodigy",
+            "num_validation_images" => "--dataset_name d --pretrained_model_name_or_path m --validation_prompt p",
             "class_prompt" => "--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation",
             "lr_num_cycles" => "--dataset_name d --pretrained_model_name_or_path m --lr_scheduler cosine_with_restarts",
             "lr_power" | "lr_warmup_steps" => "--dataset_name d --pretrained_model_name_or_path m --lr_scheduler polynomial",
