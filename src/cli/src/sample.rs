@@ -97,6 +97,9 @@ fn parse_size(text: &str) -> Result<(u32, u32), String> {
 
 /// Draws the pictures and prints what was written.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(extension) = picture_extension(&args.out) {
+        bail!("--out {}: pictures are written as PNG, not as {extension}: give a file that ends in .png, or a folder", args.out.display());
+    }
     let engine = args.device.open(args.precision)?;
     let mut prompts = args.prompt.clone();
     if let Some(file) = &args.prompts {
@@ -128,6 +131,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         write(&sheet, &args.out.join("sheet.png"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The ending of a name that asks for a picture file in another format than PNG; a folder of such a name may exist.
+fn picture_extension(out: &Path) -> Option<String> {
+    let extension = out.extension()?.to_str()?.to_ascii_lowercase();
+    let picture = ["jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif"].contains(&extension.as_str());
+    (picture && !out.is_dir()).then_some(extension)
 }
 
 /// LoRA scales to draw with, and what their files are called.
@@ -163,8 +173,8 @@ fn draw(args: &Args, prompts: &[String], engine: &Engine) -> Result<Vec<Vec<RgbI
         width: args.size.0,
         height: args.size.1,
     };
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(1) } else { ProgressBar::hidden() };
-    bar.set_style(ProgressStyle::with_template("{msg:10} {bar:40} {pos}/{len} {eta}").context("should be a template")?);
+    let style = ProgressStyle::with_template("{msg:10} {bar:40} {pos}/{len} {eta}").context("should be a template")?.progress_chars("=> ");
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(1).with_style(style) } else { ProgressBar::hidden() };
     let pictures = pipeline.run(prompts, &variants(args), &settings, &mut |stage| {
         let (message, done, total) = match stage {
             Stage::Encoding(p) => ("prompts", p.layers_done, p.layers),
@@ -204,6 +214,13 @@ fn write(picture: &RgbImage, path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn other_picture_files_than_png_are_refused() {
+        for (out, want) in [("o.jpg", Some("jpg")), ("a/O.JPEG", Some("jpeg")), ("o.png", None), ("folder", None), ("v1.2", None)] {
+            assert_eq!(picture_extension(Path::new(out)).as_deref(), want, "{out}");
+        }
+    }
 
     #[test]
     fn sizes_are_read() {

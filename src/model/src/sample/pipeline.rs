@@ -158,7 +158,7 @@ impl Pipeline {
         Ok(transformer)
     }
 
-    /// Height and width of latents.
+    /// Height and width of latents; the settings that depend on the model are checked.
     fn latent_size(&self, settings: &PipelineSettings) -> Result<(usize, usize), SampleError> {
         let grain = self.grain();
         let largest = grain * self.transformer.pos_embed_max_size as u32;
@@ -166,6 +166,11 @@ impl Pipeline {
             if value == 0 || !value.is_multiple_of(grain) || value > largest {
                 return Err(SampleError::Setting { setting, value: value.to_string(), expected: format!("a multiple of {grain} up to {largest}") });
             }
+        }
+        let blocks = self.transformer.num_layers;
+        if let Some(skipped) = settings.denoise.skip_layers.as_ref().and_then(|skip| skip.layers.iter().find(|&&layer| layer >= blocks)) {
+            let expected = format!("a block of this model, 0 to {}", blocks - 1);
+            return Err(SampleError::Setting { setting: "a layer to skip", value: skipped.to_string(), expected });
         }
         let latent = |pixels: u32| pixels as usize / self.vae.downscale();
         Ok((latent(settings.height), latent(settings.width)))
