@@ -13,6 +13,8 @@ mod crd;
 #[cfg(feature = "train")]
 mod device;
 #[cfg(feature = "train")]
+mod estimate;
+#[cfg(feature = "train")]
 mod job;
 #[cfg(feature = "operator")]
 mod operator;
@@ -24,6 +26,10 @@ mod reference;
 mod run;
 #[cfg(feature = "train")]
 mod sample;
+#[cfg(feature = "train")]
+mod set;
+#[cfg(feature = "train")]
+mod stand_ins;
 mod telemetry;
 #[cfg(feature = "train")]
 mod train;
@@ -74,6 +80,19 @@ enum Command {
     Verify(verify::Args),
 }
 
+impl Command {
+    /// Whether the logs are a cluster's, whose collectors take JSON lines, rather than a person's.
+    fn is_read_by_programs(&self) -> bool {
+        match self {
+            #[cfg(feature = "operator")]
+            Self::Operator(_) => true,
+            #[cfg(feature = "train")]
+            Self::Train(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Exit code for a command line or manifest that cannot be used (`EX_USAGE`).
 const USAGE: u8 = 64;
 
@@ -99,7 +118,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
     };
-    telemetry::init(cli.log_format, default_filter);
+    telemetry::init(cli.log_format, cli.command.is_read_by_programs(), default_filter);
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {

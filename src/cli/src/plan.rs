@@ -123,6 +123,8 @@ fn text(plan: &Plan, shape: &ModelShape) -> String {
     row("division", format!("{division}, {} of {} blocks computed again", plan.memory.recomputed_blocks, shape.layers));
     if let Some(flops) = flops(plan, shape) {
         row("work", format!("{:.1} PFLOP, about {:.1} h on a T4", flops / 1e15, flops / T4_FLOPS / 3600.0));
+        #[cfg(feature = "train")]
+        row("on this machine's CPU", format!("about {}", super::estimate::duration(super::estimate::cpu_seconds(flops))));
     }
     let budget = plan.memory.budget_bytes.map_or_else(|| "on the CPU (no budget)".to_owned(), |budget| format!("against a budget of {:.2} GiB", gib(budget)));
     let _infallible = writeln!(out, "  memory {budget}");

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use serde_json::Value;
 
+use super::estimate::{self, Estimate};
 use super::job::{self, Ended, Place};
+use super::{set, stand_ins};
 use finetune_api::plan::{self, DeviceRequest, Facts, TrainConfig};
-use finetune_api::{FineTuneJob, OutputFormat};
-use finetune_common::yaml;
+use finetune_api::{FineTuneJob, OutputFormat, Reason};
 use finetune_store::{Buckets, Store, StoreOptions};
 use finetune_train::device;
 use finetune_train::job::Outcome;
@@ -26,7 +26,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "URI=DIR")]
     bucket: Vec<String>,
 
-    /// What to compute on. Auto: what the manifest asks for, and the CPU, with a notice, where there is no GPU.
+    /// What to compute on. Auto: what the manifest asks for; where there is no GPU, the CPU, if that takes an hour at most.
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
 
@@ -50,7 +50,7 @@ pub(super) struct Args {
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum DeviceChoice {
-    /// What the manifest asks for; the CPU where there is no GPU.
+    /// What the manifest asks for; the CPU for a short job where there is no GPU.
     Auto,
     /// This machine's processor.
     Cpu,
@@ -65,13 +65,19 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         .map_err(|error| job::chain(&error))
         .and_then(|buckets| Ok((buckets, read(&manifest, &set)?)))
         .and_then(|(buckets, jobs)| Ok((buckets, select(jobs, name.as_deref(), &manifest)?)))
-        .and_then(|(buckets, job)| Ok((buckets, resolve(&job)?)));
-    let (buckets, mut config) = match prepared {
+        .and_then(|(buckets, job)| Ok((buckets, resolve(&job)?, job)));
+    let (buckets, mut config, job) = match prepared {
         Ok(prepared) => prepared,
         Err(message) => return Ok(job::refuse(&message)),
     };
-    config.device = choose(device, config.device);
     let cache_dir = job::cache_dir(cache_dir, &config);
+    if let Err(message) = stand_ins::check(&config, &buckets) {
+        return Ok(job::refuse(&message));
+    }
+    config.device = match choose(device, config.device, || estimate::on_cpu(&job, &config, &buckets)) {
+        Ok(device) => device,
+        Err(message) => return Ok(job::fail(Reason::GPUUnavailable, &message)),
+    };
     let output = local_output(&config, &buckets);
     let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, progress_address })?;
     Ok(match result {
@@ -86,29 +92,8 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
 /// The jobs of the manifest, validated as the API server does.
 fn read(path: &Path, set: &[String]) -> Result<Vec<FineTuneJob>, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("failed to read {}: {error}", path.display()))?;
-    let text = if set.is_empty() { text } else { with_changes(&text, set)? };
+    let text = if set.is_empty() { text } else { set::with_changes(&text, set)? };
     finetune_api::validate::manifest(&text).map_err(|violations| format!("{} cannot be used:\n{violations}", path.display()))
-}
-
-/// The manifest with fields of each FineTuneJob's spec changed.
-fn with_changes(text: &str, changes: &[String]) -> Result<String, String> {
-    let mut documents = yaml::documents(text).map_err(|error| job::chain(&error))?;
-    for change in changes {
-        let (field, value) = change.split_once('=').ok_or_else(|| format!("--set {change}: write FIELD=VALUE, as training.maxSteps=20"))?;
-        let value: Value = yaml::from_str(value).map_err(|error| format!("--set {change}: {}", job::chain(&error)))?;
-        for document in documents.iter_mut().filter(|d| d["kind"] == finetune_api::KIND) {
-            let mut place = &mut document["spec"];
-            for key in field.strip_prefix("spec.").unwrap_or(field).split('.') {
-                if !(place.is_object() || place.is_null()) {
-                    return Err(format!("--set {change}: {key} lies below something that is not an object"));
-                }
-                place = &mut place[key];
-            }
-            *place = value.clone();
-        }
-    }
-    let texts: Vec<String> = documents.iter().map(|d| yaml::to_string(d).map_err(|error| job::chain(&error))).collect::<Result<_, _>>()?;
-    Ok(texts.join("---\n"))
 }
 
 fn select(mut jobs: Vec<FineTuneJob>, name: Option<&str>, manifest: &Path) -> Result<FineTuneJob, String> {
@@ -129,15 +114,23 @@ fn resolve(job: &FineTuneJob) -> Result<TrainConfig, String> {
     plan::resolve(&job.spec, namespace, name, &Facts::default()).map(|plan| plan.config).map_err(|error| job::chain(&error))
 }
 
-fn choose(choice: DeviceChoice, asked: DeviceRequest) -> DeviceRequest {
+/// The device to train on. On the CPU the length of the run is said before it begins, and a long one must be asked for.
+fn choose(choice: DeviceChoice, asked: DeviceRequest, on_cpu: impl FnOnce() -> Estimate) -> Result<DeviceRequest, String> {
     match (choice, asked) {
-        (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, DeviceRequest::Cpu) => DeviceRequest::Cpu,
-        (DeviceChoice::Cuda, _) => DeviceRequest::Gpu,
-        (DeviceChoice::Auto, DeviceRequest::Gpu) if device::gpu_is_usable() => DeviceRequest::Gpu,
+        (DeviceChoice::Cuda, _) => Ok(DeviceRequest::Gpu),
+        (DeviceChoice::Auto, DeviceRequest::Gpu) if device::gpu_is_usable() => Ok(DeviceRequest::Gpu),
+        (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, DeviceRequest::Cpu) => {
+            notice(&format!("training on the CPU: {}", on_cpu()));
+            Ok(DeviceRequest::Cpu)
+        }
         (DeviceChoice::Auto, DeviceRequest::Gpu) => {
-            let why = if device::has_gpu_code() { "none can be used here" } else { "this build has no GPU code" };
-            notice(&format!("the manifest asks for a GPU and {why}: training on the CPU"));
-            DeviceRequest::Cpu
+            let why = if device::has_gpu_code() { "none can be used here" } else { "this build has no GPU code (cargo feature cuda)" };
+            let estimate = on_cpu();
+            if estimate.is_long() {
+                return Err(format!("the job asks for a GPU and {why}; on this machine's CPU: {estimate}. Give --device cpu to train on it all the same"));
+            }
+            notice(&format!("the job asks for a GPU and {why}: training on the CPU: {estimate}"));
+            Ok(DeviceRequest::Cpu)
         }
     }
 }
@@ -163,7 +156,7 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
         row("held-out pictures", format!("distance {base:.3} by the base model -> {lora:.3} with the LoRA ({} pictures)", comparison.pictures));
         row("look at", format!("{place}{}", finetune_train::comparison::FILE_NAME));
     }
-    row("training time", duration(result.training_seconds));
+    row("training time", estimate::duration(result.training_seconds));
     row("LoRA", format!("rank {}, alpha {}, {} modules, {} parameters", lora.rank, lora.alpha, lora.modules, lora.parameters));
     for artifact in &result.artifacts {
         let reader = if artifact.format == OutputFormat::Diffusers { "diffusers" } else { "ComfyUI, kohya" };
@@ -185,15 +178,6 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     std::iter::once(head).chain(lines).collect::<Vec<_>>().join("\n")
 }
 
-fn duration(seconds: f64) -> String {
-    let whole = seconds.round() as u64;
-    match whole {
-        0..60 => format!("{seconds:.1} s"),
-        60..3600 => format!("{} min {} s", whole / 60, whole % 60),
-        _ => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
-    }
-}
-
 #[expect(clippy::print_stdout, reason = "the command's result")]
 fn say(text: &str) {
     println!("{text}");
@@ -209,29 +193,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_of_the_spec_are_changed_and_made() {
-        let text = "kind: FineTuneJob\nspec:\n  training: {maxSteps: 5}\n---\nkind: Other\nspec: {}\n";
-        let changed =
-            with_changes(text, &["training.maxSteps=20".into(), "spec.output.existing=Fail".into(), "training.optimizer.learningRate='1e-3'".into()]).unwrap();
-        let documents = yaml::documents(&changed).unwrap();
-        assert_eq!(
-            documents[0]["spec"],
-            serde_json::json!({"training": {"maxSteps": 20, "optimizer": {"learningRate": "1e-3"}}, "output": {"existing": "Fail"}})
-        );
-        assert_eq!(documents[1]["spec"], serde_json::json!({}));
-        assert!(with_changes(text, &["training.maxSteps.x=1".into()]).is_err());
-        assert!(with_changes(text, &["training".into()]).is_err());
-    }
-
-    #[test]
     fn the_cpu_stands_in_only_where_run_may_choose() {
-        assert_eq!(choose(DeviceChoice::Cpu, DeviceRequest::Gpu), DeviceRequest::Cpu);
-        assert_eq!(choose(DeviceChoice::Cuda, DeviceRequest::Cpu), DeviceRequest::Gpu);
-        assert_eq!(choose(DeviceChoice::Auto, DeviceRequest::Cpu), DeviceRequest::Cpu);
-    }
-
-    #[test]
-    fn durations_are_readable() {
-        assert_eq!([0.4, 61.6, 7325.0].map(duration), ["0.4 s", "1 min 2 s", "2 h 2 min"]);
+        let chosen = |choice, asked| choose(choice, asked, || Estimate::of(3600.0 * 24.0));
+        assert_eq!(chosen(DeviceChoice::Cpu, DeviceRequest::Gpu), Ok(DeviceRequest::Cpu));
+        assert_eq!(chosen(DeviceChoice::Cuda, DeviceRequest::Cpu), Ok(DeviceRequest::Gpu));
+        assert_eq!(chosen(DeviceChoice::Auto, DeviceRequest::Cpu), Ok(DeviceRequest::Cpu));
+        if !device::gpu_is_usable() {
+            let refused = chosen(DeviceChoice::Auto, DeviceRequest::Gpu).unwrap_err();
+            assert!(refused.contains("--device cpu") && refused.contains("24 h"), "{refused}");
+            assert_eq!(choose(DeviceChoice::Auto, DeviceRequest::Gpu, || Estimate::of(60.0)), Ok(DeviceRequest::Cpu));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Logs: human-readable on a terminal, JSON lines elsewhere; always on stderr.
+//! Logs: text where a person reads them, JSON lines where a cluster collects them; always on stderr.
 
 use std::io::IsTerminal as _;
 
@@ -9,7 +9,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum LogFormat {
-    /// Text when stderr is a terminal, else JSON.
+    /// Text; JSON for `operator` and `train` when stderr is no terminal.
     Auto,
     /// One line of text per event.
     Text,
@@ -17,11 +17,12 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// Starts logging to stderr. `RUST_LOG` wins over `default_filter`. A second call changes nothing.
-pub(crate) fn init(format: LogFormat, default_filter: &str) {
+/// Starts logging to stderr; `collected`: where that is no terminal, a program reads it. `RUST_LOG` wins over `default_filter`. A second
+/// call changes nothing.
+pub(crate) fn init(format: LogFormat, collected: bool, default_filter: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_filter));
     let json = match format {
-        LogFormat::Auto => !std::io::stderr().is_terminal(),
+        LogFormat::Auto => collected && !std::io::stderr().is_terminal(),
         LogFormat::Text => false,
         LogFormat::Json => true,
     };
