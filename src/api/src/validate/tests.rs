@@ -252,6 +252,32 @@ fn each_rule_over_several_fields_holds_both_ways() {
         (vec![("spec.output.uri", json!("s3://data/"))], "training data", vec![("spec.output.uri", json!("s3://data2/"))]),
         (vec![("spec.checkpoint.uri", json!("s3://data/corgi/c/"))], "checkpoint.uri and dataset.uri", vec![("spec.checkpoint.uri", json!("s3://data/c/"))]),
         (
+            vec![("spec.checkpoint.uri", json!("s3://loras/corgi/"))],
+            "checkpoint.uri must not be output.uri",
+            vec![("spec.checkpoint.uri", json!("s3://loras/corgi/c/"))],
+        ),
+        (
+            vec![("spec.checkpoint.uri", json!("s3://loras/"))],
+            "checkpoint.uri must not be output.uri",
+            vec![("spec.checkpoint.uri", json!("s3://loras/cats/"))],
+        ),
+        (
+            vec![("spec.checkpoint.uri", json!("s3://models/sd3/c/"))],
+            "model.source.objectStore.uri must not",
+            vec![("spec.checkpoint.uri", json!("s3://models/c/"))],
+        ),
+        (
+            vec![(source, json!({"objectStore": {"uri": "s3://loras/corgi/sd3/"}}))],
+            "model.source.objectStore.uri must not",
+            // A bucket of that name on another server is another bucket.
+            vec![(source, json!({"objectStore": {"uri": "s3://loras/corgi/sd3/", "storage": {"endpoint": "http://minio:9000"}}}))],
+        ),
+        (
+            vec![("spec.validation", json!({"datasetUri": "s3://loras/corgi/held-out/"}))],
+            "validation.datasetUri must not",
+            vec![("spec.validation", json!({"datasetUri": "s3://loras/held-out/"}))],
+        ),
+        (
             vec![("spec.workloadPriorityClassName", json!("low"))],
             "needs queueName",
             vec![("spec.workloadPriorityClassName", json!("low")), ("spec.queueName", json!("q"))],
