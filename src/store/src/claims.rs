@@ -37,6 +37,8 @@ const MAX_CLAIM_BYTES: u64 = 64 << 10;
 pub const LEASE: Duration = Duration::from_secs(90);
 /// How often a holder says that it lives.
 const BEAT: Duration = Duration::from_secs(15);
+/// How long a holder tries to say that it has ended.
+const LAST_WORD: Duration = Duration::from_secs(5);
 /// How often a holder looks whether it is about to end, and a waiting attempt whether the holder has said something.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -163,6 +165,7 @@ impl Claim {
     /// Says again and again that the holder works, from a task of its own, until [`KeptAlive::end`]. `ending` is asked whether it is about to end.
     pub fn keep_alive(&self, ending: impl Fn() -> bool + Send + 'static) -> KeptAlive {
         let claim = self.clone();
+        let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             let mut activity = Activity::Working;
             for beat in 1.. {
@@ -171,12 +174,14 @@ impl Claim {
                 }
                 let said = Instant::now();
                 while said.elapsed() < BEAT && (ending() == (activity == Activity::Ending)) {
-                    tokio::time::sleep(LOOK).await;
+                    if tokio::time::timeout(LOOK, &mut stopped).await.is_ok() {
+                        return;
+                    }
                 }
                 activity = if ending() { Activity::Ending } else { Activity::Working };
             }
         });
-        KeptAlive { claim: self.clone(), task }
+        KeptAlive { claim: self.clone(), stop: Some(stop), task }
     }
 
     async fn say(&self, beat: u64, activity: Activity) -> Result<()> {
@@ -221,16 +226,26 @@ impl Claim {
 #[derive(Debug)]
 pub struct KeptAlive {
     claim: Claim,
+    /// Dropped to stop the task between two of its words.
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl KeptAlive {
-    /// Says that the holder has ended, so that nobody waits for it.
-    pub async fn end(self) {
-        self.task.abort();
-        // Larger than any that was said: the last word.
-        if let Err(error) = self.claim.say(u64::MAX, Activity::Ended).await {
-            tracing::debug!(%error, epoch = self.claim.epoch(), "failed to say that the claim's holder has ended");
+    /// Says that the holder has ended, so that nobody waits for it. Takes a few seconds at most: a process that is asked to end has little time, and
+    /// without this word others only wait longer.
+    pub async fn end(mut self) {
+        drop(self.stop.take());
+        let epoch = self.claim.epoch();
+        let last_word = async {
+            // A word that is still under way must not come after the last one.
+            let _ended = (&mut self.task).await;
+            self.claim.say(u64::MAX, Activity::Ended).await
+        };
+        match tokio::time::timeout(LAST_WORD, last_word).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, epoch, "failed to say that the claim's holder has ended"),
+            Err(_) => tracing::debug!(epoch, "no time to say that the claim's holder has ended"),
         }
     }
 }
@@ -411,7 +426,9 @@ mod tests {
         let begin = Instant::now();
         let silent = Claim::acquire_for(&store, &owner("b/y", "uid-2", "s"), LEASE).await.unwrap();
         assert!(begin.elapsed() < LEASE / 2, "nobody waits for one that has ended");
-        drop(silent.keep_alive(|| false));
+        let alive = silent.keep_alive(|| false);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        drop(alive);
         let taken = Claim::acquire_for(&store, &owner("c/z", "uid-3", "s"), SHORT).await.unwrap();
         assert_eq!(taken.epoch(), 3);
         // Whoever wakes up learns who has it now.
