@@ -1,8 +1,8 @@
 //! The controller against a real API server, controller-manager and scheduler. Pods have no kubelet: the tests write their status as one would.
 
 mod failures;
-mod faults;
 mod leader;
 mod lifecycle;
 mod ownership;
 mod stage;
+mod succession;
