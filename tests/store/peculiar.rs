@@ -58,7 +58,8 @@ async fn keys_that_others_made_do_not_hide_the_rest_of_a_folder() {
 async fn a_server_that_ignores_conditional_creates_gets_no_claim() {
     let (proxy, store) = behind_a_proxy("unconditional").await;
     // Listing, the create, and its repetition, which the server carries out once more.
-    proxy.next([Fault::CutAnswer(usize::MAX), Fault::CutAnswer(usize::MAX), Fault::Restate("200 OK")]);
+    let carried_out = Fault::Document("200 OK\r\netag: \"1\"", String::new());
+    proxy.next([Fault::CutAnswer(usize::MAX), Fault::CutAnswer(usize::MAX), carried_out]);
     let error = Claim::acquire(&store, "me").await.unwrap_err();
     assert_eq!((error.kind(), proxy.left()), (StoreErrorKind::InvalidLocation, 0));
     assert!(shown(&error).contains("If-None-Match"), "{}", shown(&error));
