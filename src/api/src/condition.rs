@@ -21,7 +21,8 @@ closed_enum! {
         Checkpointed,
         /// The LoRA is in the bucket. Final.
         Complete,
-        /// The job ended without a LoRA. Final; its reasons are those of the trainer and of the operator's limits.
+        /// The job ended without a LoRA, or cannot be carried out. Final unless `Validated` is False; its reasons are those of the trainer and of the
+        /// operator's limits.
         Failed,
         /// The operator has not yet acted on the newest spec (kstatus).
         Reconciling,
@@ -35,14 +36,14 @@ closed_enum! {
     ValidatedReason {
         /// True: the spec can be carried out.
         SpecAccepted,
-        /// False: the spec contradicts itself; the message names the field.
+        /// True, as a warning: another job that has not ended writes into the same output folder, or one of the two is inside the other.
+        OutputShared,
+        /// False: the spec contradicts itself, or Kubernetes refuses the pod that it describes; the message names the field.
         InvalidSpec,
         /// False: no division of the work fits the memory of the GPU asked for.
         GPUTooSmall,
-        /// False: the spec differs from the one that the existing batch Job was made from.
-        ImmutableConflict,
-        /// Unknown: not looked at yet.
-        Pending,
+        /// False: this version of the operator cannot read the object; a newer one has let it in. It does nothing about it.
+        Unreadable,
     }
 }
 
@@ -57,8 +58,8 @@ closed_enum! {
         QuotaExceeded,
         /// False: the operator may not create Jobs in this namespace.
         Forbidden,
-        /// False: the namespace's Pod Security level refuses the pod.
-        PodSecurityViolation,
+        /// False: an admission webhook or a ValidatingAdmissionPolicy refuses the Job.
+        AdmissionDenied,
         /// False: the API server failed; tried again with growing pauses.
         ApiError,
     }
@@ -89,6 +90,8 @@ closed_enum! {
         NoWorkload,
         /// False: Kueue holds Jobs without a queue here; set `queueName`.
         NoQueueName,
+        /// False: somebody has suspended the batch Job itself.
+        JobSuspended,
         /// False: the namespace has no LocalQueue of that name.
         LocalQueueNotFound,
         /// False: `queueName` is set and the cluster has no Kueue.
@@ -105,6 +108,22 @@ closed_enum! {
         Unschedulable,
         /// False: no node of the cluster has the GPU that is asked for.
         NoMatchingGPUNode,
+        /// False: the namespace's ResourceQuota refuses the pod.
+        QuotaExceeded,
+        /// False: a LimitRange of the namespace refuses the pod.
+        LimitRangeViolated,
+        /// False: the namespace's Pod Security level, or OpenShift's security context constraints, refuse the pod.
+        PodSecurityViolation,
+        /// False: an admission webhook or a ValidatingAdmissionPolicy refuses the pod, or the webhook does not answer.
+        AdmissionDenied,
+        /// False: `serviceAccountName` does not exist.
+        ServiceAccountNotFound,
+        /// False: `scheduling.priorityClassName` does not exist.
+        PriorityClassNotFound,
+        /// False: `scheduling.runtimeClassName` does not exist.
+        RuntimeClassNotFound,
+        /// False: the API server refuses the pod for another reason; the message is its own.
+        PodRejected,
     }
 }
 
@@ -131,10 +150,18 @@ closed_enum! {
         ImagePullBackOff,
         /// False: the container cannot be created.
         CreateContainerError,
-        /// False: a Secret or ConfigMap that the spec names does not exist.
+        /// False: a Secret that the spec names does not exist, or misses a key.
         SecretNotFound,
-        /// False: a volume cannot be mounted.
+        /// False: a ConfigMap that the pod mounts does not exist, or misses a key.
+        ConfigMapNotFound,
+        /// False: a volume claim does not exist.
         VolumeNotFound,
+        /// False: a volume cannot be attached or mounted.
+        VolumeMountFailed,
+        /// False: the node cannot set up the pod's sandbox or network.
+        PodSandboxFailed,
+        /// False: the trainer has finished no step within `progressDeadlineSeconds` and is being restarted.
+        NoProgress,
         /// False: the node does not answer; the message names the ways out.
         NodeLost,
         /// False: the last pod ended and the next has not started.

@@ -13,6 +13,7 @@ mod crd;
 mod dataset;
 mod decimal;
 mod defaults;
+mod lenient;
 mod model;
 mod names;
 mod output;

@@ -24,6 +24,10 @@ pub const JOB_UID_VARIABLE: &str = "FINETUNE_JOB_UID";
 pub const FAILED_BEFORE_ANNOTATION: &str = "finetune.dev/failed-before";
 /// Annotation of the Job: `spec.image` as it was when the Job was created, empty for the operator's default.
 pub const IMAGE_ANNOTATION: &str = "finetune.dev/image";
+/// Annotation on the Job with the seconds that earlier Jobs of the FineTuneJob have been active: they count against `activeDeadlineSeconds`.
+pub const ACTIVE_BEFORE_ANNOTATION: &str = "finetune.dev/active-before";
+/// Annotation on the Job with the version of the configuration that its trainer is given.
+pub const CONFIG_VERSION_ANNOTATION: &str = "finetune.dev/config-version";
 /// Label on the Job that hands it to a Kueue queue.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Label on the Job that sets its Kueue priority.
@@ -46,5 +50,10 @@ pub fn job_name(name: &str) -> String {
 /// Name of the ConfigMap with the resolved configuration of the FineTuneJob `name`. `digest` is that of its content: while a job is suspended its
 /// scheduling may change, and a ConfigMap is never changed.
 pub fn config_map_name(name: &str, digest: &[u8; 32]) -> String {
-    format!("{name}-config-{}", &hex::encode(digest)[..8])
+    format!("{}{}", config_map_prefix(name), &hex::encode(digest)[..8])
+}
+
+/// What the names of all ConfigMaps of the FineTuneJob `name` begin with.
+pub fn config_map_prefix(name: &str) -> String {
+    format!("{name}-config-")
 }

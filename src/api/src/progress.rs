@@ -1,9 +1,11 @@
 //! What the trainer tells the operator: `GET /progress` while it runs, the termination message when it ends.
 //!
-//! The operator treats it as untrusted: unknown fields are refused, numbers are checked, control characters are taken out.
+//! The operator treats it as untrusted: numbers are checked, control characters are taken out. And as the word of a neighbouring version: fields and
+//! names that it does not know are left out, for the rest is still true.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::{OutputFormat, Reason, clean};
 
@@ -13,8 +15,10 @@ pub const PROGRESS_MAX_BYTES: usize = 16 * 1024;
 pub const TERMINATION_MESSAGE_MAX_BYTES: usize = 4096;
 /// Longest text field.
 const TEXT_MAX_BYTES: usize = 1024;
-/// Longest URI.
+/// Longest URI; the status has room for as long a one (its bound in the schema is this, too).
 const URI_MAX_BYTES: usize = 2048;
+/// A size beyond this is not believed: JSON has no larger whole number.
+const SIZE_MAX: u64 = 1 << 53;
 /// Most artifacts.
 const ARTIFACTS_MAX: usize = 8;
 /// Samples or blocks beyond this are not believed.
@@ -24,7 +28,7 @@ const STEPS_MAX: u64 = 1_000_000_000;
 
 /// State of a trainer. The same type is the body of `/progress` and the termination message.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Progress {
     /// What the trainer is doing.
     pub stage: Stage,
@@ -105,7 +109,7 @@ pub enum Stage {
 
 /// Memory in use, in bytes.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct MemoryReport {
     /// On the training device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -123,7 +127,7 @@ pub struct MemoryReport {
 
 /// A checkpoint in the bucket.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ReportedCheckpoint {
     /// Optimizer updates done.
     pub step: u64,
@@ -137,7 +141,7 @@ pub struct ReportedCheckpoint {
 
 /// A published file.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ReportedArtifact {
     /// Its format.
     pub format: OutputFormat,
@@ -151,7 +155,7 @@ pub struct ReportedArtifact {
 
 /// How a trainer ended.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct TrainingResult {
     /// The output folder already held the result of this very spec and dataset.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -163,7 +167,7 @@ pub struct TrainingResult {
 
 /// Why a trainer ended without success.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct FailureReport {
     /// The cause, in one word.
     pub reason: Reason,
@@ -199,12 +203,14 @@ impl Progress {
     /// Reads the body of `/progress` or a termination message, checks it and cleans its text.
     ///
     /// # Errors
-    /// If it is too long, has unknown or missing fields, or values that cannot be.
+    /// If it is too long, misses fields, or has values that cannot be.
     pub fn parse(body: &[u8]) -> Result<Self, ProgressError> {
         if body.len() > PROGRESS_MAX_BYTES {
             return Err(ProgressError::TooLong { length: body.len(), limit: PROGRESS_MAX_BYTES });
         }
-        let mut progress: Self = serde_json::from_slice(body).map_err(ProgressError::Malformed)?;
+        let mut value: Value = serde_json::from_slice(body).map_err(ProgressError::Malformed)?;
+        translate(&mut value);
+        let mut progress: Self = serde_json::from_value(value).map_err(ProgressError::Malformed)?;
         progress.clean();
         progress.check()?;
         Ok(progress)
@@ -253,6 +259,10 @@ impl Progress {
         for text in self.checkpoint_error.iter_mut().chain(self.result.iter_mut().filter_map(|r| r.failure.as_mut()).map(|f| &mut f.message)) {
             clean_text(text, TEXT_MAX_BYTES);
         }
+        // Half a URI is none.
+        let fits = |uri: &str| uri.len() <= URI_MAX_BYTES;
+        self.artifacts.retain(|artifact| fits(&artifact.uri));
+        self.last_checkpoint = self.last_checkpoint.take().filter(|checkpoint| fits(&checkpoint.uri));
         for text in self.artifacts.iter_mut().map(|a| &mut a.uri).chain(self.last_checkpoint.iter_mut().map(|c| &mut c.uri)) {
             clean_text(text, URI_MAX_BYTES);
         }
@@ -273,13 +283,36 @@ impl Progress {
             ("specHash", self.spec_hash.as_ref().is_none_or(digest)),
             ("datasetDigest", self.dataset_digest.as_ref().is_none_or(digest)),
             ("lastCheckpoint", self.last_checkpoint.as_ref().is_none_or(|c| c.step <= STEPS_MAX && digest(&c.sha256) && !c.uri.is_empty())),
-            ("artifacts", self.artifacts.len() <= ARTIFACTS_MAX && self.artifacts.iter().all(|a| digest(&a.sha256) && !a.uri.is_empty())),
+            (
+                "artifacts",
+                self.artifacts.len() <= ARTIFACTS_MAX && self.artifacts.iter().all(|a| digest(&a.sha256) && !a.uri.is_empty() && a.size_bytes <= SIZE_MAX),
+            ),
             ("result.failure.exitCode", self.failure().is_none_or(|failure| failure.exit_code != 0)),
         ];
         match checks.iter().find(|(_, good)| !good) {
             Some((field, _)) => Err(ProgressError::OutOfRange { field }),
             None => Ok(()),
         }
+    }
+}
+
+/// Puts known names in the place of those that only a newer trainer knows.
+fn translate(report: &mut Value) {
+    let known = |name: &Value, is_known: &dyn Fn(&str) -> bool| name.as_str().is_some_and(is_known);
+    let training = report.get("totalSteps").and_then(Value::as_u64).is_some_and(|total| total > 0);
+    if let Some(stage) = report.get_mut("stage").filter(|stage| stage.is_string())
+        && serde_json::from_value::<Stage>(stage.clone()).is_err()
+    {
+        *stage = json!(if training { Stage::Training } else { Stage::Starting });
+    }
+    if let Some(failure) = report.pointer_mut("/result/failure") {
+        let code = failure.get("exitCode").and_then(Value::as_i64).and_then(|code| i32::try_from(code).ok());
+        if let Some(reason) = failure.get_mut("reason").filter(|reason| reason.is_string() && !known(reason, &|name| Reason::parse(name).is_some())) {
+            *reason = json!(code.and_then(Reason::from_exit_code).unwrap_or(Reason::TrainerCrashed));
+        }
+    }
+    if let Some(artifacts) = report.get_mut("artifacts").and_then(Value::as_array_mut) {
+        artifacts.retain(|artifact| artifact.get("format").is_none_or(|format| serde_json::from_value::<OutputFormat>(format.clone()).is_ok()));
     }
 }
 
@@ -346,6 +379,28 @@ mod tests {
     }
 
     #[test]
+    fn the_report_of_a_newer_trainer_is_read_as_far_as_it_is_known() {
+        let read = |change: fn(&mut Value)| {
+            let mut value = serde_json::to_value(full()).unwrap();
+            change(&mut value);
+            Progress::parse(value.to_string().as_bytes()).unwrap()
+        };
+        assert_eq!(read(|v| v["surprise"] = 1.into()), full());
+        assert_eq!(read(|v| v["memory"]["surprise"] = 1.into()), full());
+        assert_eq!(read(|v| v["stage"] = "Dancing".into()).stage, Stage::Training);
+        assert_eq!(read(|v| v["result"]["failure"]["reason"] = "Surprise".into()).failure().unwrap().reason, Reason::Diverged, "by its exit code");
+        assert!(read(|v| v["artifacts"][0]["format"] = "Surprise".into()).artifacts.is_empty());
+        assert!(read(|v| v["artifacts"][0]["uri"] = "u".repeat(3000).into()).artifacts.is_empty(), "half a URI is none");
+    }
+
+    /// What a trainer of this version says: newer operators must be able to read it.
+    #[test]
+    fn the_stored_report_of_this_version_is_read() {
+        let stored = include_str!("samples/v1alpha1-report.json");
+        assert_eq!(Progress::parse(stored.as_bytes()).unwrap(), full());
+    }
+
+    #[test]
     fn what_cannot_be_is_refused() {
         let refused = |change: fn(&mut serde_json::Value)| {
             let mut value = serde_json::to_value(full()).unwrap();
@@ -353,7 +408,6 @@ mod tests {
             Progress::parse(value.to_string().as_bytes()).is_err()
         };
         assert!(!refused(|_| {}));
-        assert!(refused(|v| v["surprise"] = 1.into()));
         assert!(refused(|v| v["step"] = 11.into()));
         assert!(refused(|v| v["step"] = (-1).into()));
         assert!(refused(|v| v["totalSteps"] = 1e18.into()));
@@ -362,9 +416,10 @@ mod tests {
         assert!(refused(|v| v["recomputedBlocks"] = 1_000_000.into()));
         assert!(refused(|v| v["specHash"] = "sha256:XYZ".into()));
         assert!(refused(|v| v["artifacts"][0]["sha256"] = "".into()));
-        assert!(refused(|v| v["result"]["failure"]["reason"] = "Surprise".into()));
+        assert!(refused(|v| v["artifacts"][0]["sizeBytes"] = u64::MAX.into()));
+        assert!(refused(|v| v["result"]["failure"]["reason"] = 1.into()));
         assert!(refused(|v| v["result"]["failure"]["exitCode"] = 0.into()));
-        assert!(refused(|v| v["stage"] = "Dancing".into()));
+        assert!(refused(|v| v["stage"] = 1.into()));
         assert!(Progress::parse(&vec![b' '; PROGRESS_MAX_BYTES + 1]).is_err());
         assert!(Progress::parse(b"null").is_err());
     }

@@ -47,6 +47,10 @@ closed_enum! {
         DeadlineExceeded,
         /// Waited longer than `startDeadlineSeconds`.
         StartDeadlineExceeded,
+        /// The trainer finished no step within `progressDeadlineSeconds`; the operator has stopped it, and another attempt follows.
+        NoProgress,
+        /// The bucket refuses credentials that it had accepted before: they have expired or were revoked. Another attempt reads the Secret anew.
+        PermissionLost,
         /// The trainer ended in a way that has no other name; see its log.
         TrainerCrashed,
     }
@@ -72,13 +76,13 @@ impl Reason {
             Self::Diverged => 13,
             Self::InvalidDataset | Self::DatasetChanged | Self::ModelChanged => 65,
             Self::NotFound | Self::ModelLoadFailed => 66,
-            Self::StorageUnavailable => 69,
+            Self::StorageUnavailable | Self::PermissionLost => 69,
             Self::GPUUnavailable => 71,
             Self::Interrupted | Self::Superseded => 75,
             Self::PermissionDenied => 77,
             Self::InvalidConfig | Self::OutputExists | Self::OutputInUse => 78,
             Self::HostOutOfMemory => 137,
-            Self::RetriesExhausted | Self::RestartStorm | Self::DeadlineExceeded | Self::StartDeadlineExceeded | Self::TrainerCrashed => 1,
+            Self::RetriesExhausted | Self::RestartStorm | Self::DeadlineExceeded | Self::StartDeadlineExceeded | Self::NoProgress | Self::TrainerCrashed => 1,
         }
     }
 
@@ -105,7 +109,9 @@ impl Reason {
     pub const fn retry(self) -> Retry {
         match self {
             Self::Interrupted | Self::Superseded => Retry::Free,
-            Self::StorageUnavailable | Self::GPUUnavailable | Self::HostOutOfMemory | Self::TrainerCrashed => Retry::Counted,
+            Self::StorageUnavailable | Self::PermissionLost | Self::GPUUnavailable | Self::HostOutOfMemory | Self::NoProgress | Self::TrainerCrashed => {
+                Retry::Counted
+            }
             _ => Retry::Never,
         }
     }

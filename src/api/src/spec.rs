@@ -33,7 +33,7 @@ use super::{
     printcolumn(name = "Loss", type_ = "string", json_path = ".status.progress.loss", description = "Smoothed training loss"),
     printcolumn(name = "ETA", type_ = "string", json_path = ".status.progress.estimatedCompletionTime", description = "Estimated time of completion", priority = 1),
     printcolumn(name = "Attempts", type_ = "integer", json_path = ".status.attempts.started", description = "Pods started", priority = 1),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.failure.reason", description = "Why the job failed"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", description = "Why the job is not running"),
     printcolumn(name = "Queue", type_ = "string", json_path = ".spec.queueName", description = "Kueue queue", priority = 1),
     printcolumn(name = "Output", type_ = "string", json_path = ".spec.output.uri", description = "Where the LoRA goes", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
@@ -132,6 +132,11 @@ pub struct FineTuneJobSpec {
     #[schemars(range(min = 0, max = 31_536_000))]
     #[x_kube(validation = immutable("startDeadlineSeconds"))]
     pub start_deadline_seconds: i64,
+    /// Seconds that a trainer may train without finishing another step; afterwards it is restarted, which counts as a failure (`NoProgress`). It must be
+    /// longer than a step and than the drawing of validation pictures. Without it a trainer may take as long as it likes. It can be changed at any time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 60, max = 31_536_000))]
+    pub progress_deadline_seconds: Option<i64>,
     /// Seconds after which a finished job is cleaned up, as `ttlScope` says.
     #[serde(default = "ttl_seconds_after_finished")]
     #[schemars(range(min = 0, max = 31_536_000))]

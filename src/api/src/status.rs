@@ -4,6 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::lenient::{self, UnknownName};
 use super::{OutputFormat, Reason};
 
 /// What the operator knows of a job. The conditions are the API; `phase` is derived from them.
@@ -11,61 +12,68 @@ use super::{OutputFormat, Reason};
 #[serde(rename_all = "camelCase")]
 pub struct FineTuneJobStatus {
     /// The `metadata.generation` that this status is about. -1: no operator has seen the job.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// Where the job is, in one word.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
+    /// Why the job is not running, in one word: what it failed of, or what it waits for; the conditions have the details.
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub reason: Option<String>,
     /// SHA-256 of what determines the weights; also in the bucket's `result.json`.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub spec_hash: Option<String>,
     /// SHA-256 of the metadata file and of every picture that it names.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub dataset_digest: Option<String>,
     /// Image of the trainer, fixed at the first start, and again when `spec.image` was changed while suspended.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub trainer_image: Option<String>,
     /// `spec.image` when `trainerImage` was fixed; empty for the operator's default.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub trainer_image_from: Option<String>,
+    /// Version of the configuration that this image is given. An operator that makes another version starts the image anew, too.
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
+    pub config_version: Option<u32>,
     /// When the first pod started.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
     /// When the job ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
     /// The batch Job.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub job_ref: Option<JobRef>,
     /// The Kueue queue and workload.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub queue: Option<QueueStatus>,
     /// Attempts counted.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub attempts: Option<AttemptCounts>,
     /// The last 20 attempts.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub attempt_history: Vec<Attempt>,
     /// Nodes on which the job runs.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub nodes: Vec<String>,
     /// How far training is.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub progress: Option<ProgressStatus>,
     /// The newest checkpoint.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub last_checkpoint: Option<CheckpointStatus>,
     /// Published files.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub artifacts: Vec<ArtifactStatus>,
     /// Why the last attempt failed, or why none is made.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureStatus>,
     /// The state in detail.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
@@ -160,13 +168,13 @@ pub struct Attempt {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_time: Option<Time>,
     /// How it ended.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::optional_name", skip_serializing_if = "Option::is_none")]
     pub cause: Option<AttemptCause>,
     /// Exit code of its trainer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
     /// Reason of a failure.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "lenient::optional_name", skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
 }
 
@@ -177,14 +185,32 @@ pub enum AttemptCause {
     Succeeded,
     /// Evicted, preempted, drained, or its node was lost.
     Disrupted,
-    /// Saved a checkpoint and ended when asked to.
+    /// Ended when asked to, with a checkpoint if there was something to save.
     Checkpointed,
+    /// Stopped because a newer attempt had taken over.
+    Superseded,
     /// Ended by suspension.
     Suspended,
     /// Failed; counted.
     Failed,
     /// Vanished before its end was seen.
     Lost,
+}
+
+impl UnknownName for AttemptCause {
+    /// It has ended.
+    const UNKNOWN: Self = Self::Lost;
+}
+
+impl UnknownName for Reason {
+    const UNKNOWN: Self = Self::TrainerCrashed;
+}
+
+impl AttemptCause {
+    /// Whether it is the end of an attempt that was not counted, and after which another follows.
+    pub const fn is_free(self) -> bool {
+        matches!(self, Self::Disrupted | Self::Checkpointed | Self::Superseded | Self::Suspended | Self::Lost)
+    }
 }
 
 /// How far training is. Numbers with fractions are strings; times are absolute, so that nothing needs rewriting each second.
@@ -200,13 +226,13 @@ pub struct ProgressStatus {
     pub epoch: Option<String>,
     /// Share of the steps done, 0 to 100.
     pub percent: u32,
-    /// When training will end at the present speed.
+    /// When training will end at the present speed; absent while it does not train.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub estimated_completion_time: Option<Time>,
-    /// Optimizer updates per second.
+    /// Optimizer updates per second; absent while it does not train.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps_per_second: Option<String>,
-    /// Smoothed training loss.
+    /// Smoothed training loss; absent of a job that does not train and has not succeeded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<String>,
     /// Most memory that the trainer has held on its device, in MiB.
@@ -235,6 +261,7 @@ pub struct CheckpointStatus {
     /// Optimizer updates done.
     pub step: u64,
     /// Where it is.
+    #[schemars(length(max = 2048))]
     pub uri: String,
     /// Digest of its manifest.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -251,6 +278,7 @@ pub struct ArtifactStatus {
     /// Its format.
     pub format: OutputFormat,
     /// Where it is.
+    #[schemars(length(max = 2048))]
     pub uri: String,
     /// Its digest.
     pub sha256: String,
@@ -263,6 +291,7 @@ pub struct ArtifactStatus {
 #[serde(rename_all = "camelCase")]
 pub struct FailureStatus {
     /// The cause, in one word.
+    #[serde(deserialize_with = "lenient::name")]
     pub reason: Reason,
     /// Exit code of the trainer.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -276,4 +305,38 @@ pub struct FailureStatus {
     /// Which attempt, from 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What an operator of this version writes: newer ones must be able to read all of it.
+    const STORED: &str = include_str!("samples/v1alpha1-status.json");
+
+    #[test]
+    fn the_stored_status_of_this_version_is_read_without_loss() {
+        let stored: Value = serde_json::from_str(STORED).unwrap();
+        let read: FineTuneJobStatus = serde_json::from_value(stored.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), stored);
+    }
+
+    #[test]
+    fn what_a_newer_version_has_written_is_left_out_and_nothing_else() {
+        let stored: FineTuneJobStatus = serde_json::from_str(STORED).unwrap();
+        let read = |change: &dyn Fn(&mut Value)| -> FineTuneJobStatus {
+            let mut value: Value = serde_json::from_str(STORED).unwrap();
+            change(&mut value);
+            serde_json::from_value(value).unwrap()
+        };
+        assert_eq!(read(&|status| status["surprise"] = json!({"a": 1})), stored);
+        assert_eq!(read(&|status| status["phase"] = json!("Paused")), FineTuneJobStatus { phase: None, ..stored.clone() });
+        assert_eq!(read(&|status| status["progress"] = json!({"steps": 1})), FineTuneJobStatus { progress: None, ..stored.clone() });
+        assert_eq!(read(&|status| status["attemptHistory"][0]["cause"] = json!("Migrated")).attempt_history[0].cause, Some(AttemptCause::Lost), "it has ended");
+        assert_eq!(read(&|status| status["failure"]["reason"] = json!("Surprise")).failure.unwrap().reason, Reason::TrainerCrashed);
+        assert!(read(&|status| status["artifacts"][0]["format"] = json!("Surprise")).artifacts.is_empty());
+        assert_eq!(read(&|status| status["conditions"][0] = json!(7)).conditions.len() + 1, stored.conditions.len());
+    }
 }

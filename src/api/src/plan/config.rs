@@ -8,10 +8,17 @@ use super::{
     AddressingStyle, ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme,
 };
 
+/// Version of the configuration. Higher where a trainer that knows only the one before must not run it: where something that it would leave out changes what
+/// is trained. What a trainer may leave out is added without it.
+pub const CONFIG_VERSION: u32 = 1;
+
 /// Everything that a training run needs to know. Written by [`super::resolve`], read by `finetune train --config`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct TrainConfig {
+    /// [`CONFIG_VERSION`] of whoever has written it; 0 from before there were versions.
+    #[serde(default)]
+    pub config_version: u32,
     /// `namespace/name` of the job, for logs.
     pub job: String,
     /// `sha256:<hex>` of what determines the weights.
@@ -40,7 +47,7 @@ pub struct TrainConfig {
 
 /// The base model.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ModelConfig {
     /// Where it is.
     pub source: ModelSource,
@@ -51,7 +58,7 @@ pub struct ModelConfig {
 
 /// Where a model in diffusers' layout is.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", rename_all_fields = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum ModelSource {
     /// A repository on the Hugging Face hub; the token comes from the environment (`HF_TOKEN`).
     HuggingFace {
@@ -80,7 +87,7 @@ pub enum ModelSource {
 
 /// The dataset.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct DatasetConfig {
     /// The folder, with a "/" at the end.
     pub uri: String,
@@ -106,7 +113,7 @@ pub struct DatasetConfig {
 
 /// How to train.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct TrainingConfig {
     /// Optimizer updates; exactly one of this and `epochs` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -149,7 +156,7 @@ pub struct TrainingConfig {
 
 /// Noise levels.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct FlowMatchingConfig {
     /// Density, or weight of the losses.
     pub weighting_scheme: WeightingScheme,
@@ -165,7 +172,7 @@ pub struct FlowMatchingConfig {
 
 /// Optimizer.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct OptimizerConfig {
     /// Which one.
     pub kind: OptimizerKind,
@@ -186,7 +193,7 @@ pub struct OptimizerConfig {
 
 /// Settings of Prodigy.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ProdigyConfig {
     /// First estimate.
     pub d0: f64,
@@ -205,7 +212,7 @@ pub struct ProdigyConfig {
 
 /// Learning rate over the run.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ScheduleConfig {
     /// Shape.
     pub kind: ScheduleKind,
@@ -219,7 +226,7 @@ pub struct ScheduleConfig {
 
 /// The LoRA.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct LoraConfig {
     /// Rank.
     pub rank: u32,
@@ -233,7 +240,7 @@ pub struct LoraConfig {
 
 /// Prior preservation.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct PriorPreservationConfig {
     /// Prompt of the class pictures.
     pub class_prompt: String,
@@ -249,7 +256,7 @@ pub struct PriorPreservationConfig {
 
 /// Sample pictures during training.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ValidationConfig {
     /// One picture each.
     pub prompts: Vec<String>,
@@ -268,7 +275,7 @@ pub struct ValidationConfig {
 
 /// Checkpoints.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct CheckpointConfig {
     /// Where they go, with a "/" at the end.
     pub uri: String,
@@ -288,7 +295,7 @@ pub struct CheckpointConfig {
 
 /// How to continue.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct ResumeConfig {
     /// Whether to look for a checkpoint.
     pub policy: ResumePolicy,
@@ -299,7 +306,7 @@ pub struct ResumeConfig {
 
 /// Outputs.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct OutputConfig {
     /// Where they go, with a "/" at the end.
     pub uri: String,
@@ -311,7 +318,7 @@ pub struct OutputConfig {
 
 /// How to reach the buckets. Credentials come from the environment.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct StorageConfig {
     /// URL of an S3-compatible server.
     #[serde(default, skip_serializing_if = "Option::is_none")]

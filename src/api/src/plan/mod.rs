@@ -8,6 +8,7 @@ mod config;
 mod folders;
 mod identity;
 mod memory;
+mod read;
 mod resolve;
 mod shape;
 mod steps;
@@ -18,11 +19,12 @@ pub use crate::{
 };
 pub use canonical::canonical_json;
 pub use config::{
-    CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
+    CONFIG_VERSION, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
     PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
+pub use read::ConfigError;
 pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
 pub use shape::{EncoderShape, ModelShape};
 pub use steps::{StepPlan, updates_per_epoch};
