@@ -15,9 +15,9 @@ use finetune_store::claims::{LEASE, Run};
 use finetune_train::environment::JobEnvironment;
 use finetune_train::error::TrainError;
 use finetune_train::interrupt::Interrupt;
-use finetune_train::job::{self, Outcome};
+use finetune_train::job::Outcome;
 use finetune_train::report::Reporter;
-use finetune_train::server;
+use finetune_train::{server, shutdown};
 
 /// Where a run may put things on this machine, and who may watch it.
 pub(super) struct Place {
@@ -25,6 +25,8 @@ pub(super) struct Place {
     pub(super) buckets: Buckets,
     /// Folder for downloads and prepared data.
     pub(super) cache_dir: PathBuf,
+    /// How long after a request to stop the run may go on; none: no limit.
+    pub(super) time_to_end: Option<Duration>,
     /// Address of the progress server; none: no server.
     pub(super) progress_address: Option<SocketAddr>,
 }
@@ -44,7 +46,7 @@ pub(super) struct Ended {
 pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("failed to start the runtime")?;
     let reporter = Reporter::new();
-    let interrupt = Interrupt::default();
+    let interrupt = Interrupt::with_limit(place.time_to_end);
     let environment = JobEnvironment {
         buckets: place.buckets,
         cache_dir: place.cache_dir,
@@ -63,7 +65,7 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
                 Err(error) => tracing::warn!(%address, %error, "failed to serve /progress and /metrics"),
             }
         }
-        anyhow::Ok(job::run(config, &environment).await)
+        anyhow::Ok(shutdown::run(config, &environment).await)
     })?;
     reporter.finished(training_result(&result), artifacts(config, &result));
     runtime.shutdown_background();

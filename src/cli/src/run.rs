@@ -79,7 +79,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         Err(message) => return Ok(job::fail(Reason::GPUUnavailable, &message)),
     };
     let output = local_output(&config, &buckets);
-    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, progress_address })?;
+    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, time_to_end: None, progress_address })?;
     Ok(match result {
         Ok(outcome) => {
             say(&summary(&outcome, &config, output.as_deref()));

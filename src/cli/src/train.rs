@@ -3,16 +3,18 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 
 use super::job::{self, Ended, Place};
-use finetune_api::Reason;
 use finetune_api::plan::{DeviceRequest, TrainConfig};
+use finetune_api::{FailureReport, Reason, TrainingResult};
 use finetune_common::yaml;
 use finetune_store::Buckets;
 use finetune_train::device;
 use finetune_train::report::Reporter;
+use finetune_train::shutdown;
 
 /// Where Kubernetes expects a container's last words.
 const TERMINATION_LOG: &str = "/dev/termination-log";
@@ -40,6 +42,10 @@ pub(super) struct Args {
     #[arg(long, env = "FINETUNE_TERMINATION_LOG")]
     termination_log: Option<PathBuf>,
 
+    /// Seconds between SIGTERM and SIGKILL, the pod's terminationGracePeriodSeconds: the last checkpoint is tried until shortly before. Default: no limit.
+    #[arg(long, env = "FINETUNE_TERMINATION_GRACE_SECONDS")]
+    termination_grace_seconds: Option<u64>,
+
     /// For tests on clusters whose GPUs are imaginary: train on the CPU where the job asks for a GPU and none can be used.
     #[arg(long, env = "FINETUNE_ALLOW_CPU_FALLBACK")]
     allow_cpu_fallback: bool,
@@ -53,14 +59,19 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     };
     let config = match read(&args.config) {
         Ok(config) => with_fallback(config, args.allow_cpu_fallback),
-        Err(message) => return Ok(job::fail(Reason::InvalidConfig, &message)),
+        Err(message) => {
+            // The operator reads it there.
+            let reporter = Reporter::new();
+            let failure = FailureReport { reason: Reason::InvalidConfig, exit_code: Reason::InvalidConfig.exit_code(), message: message.clone() };
+            reporter.finished(TrainingResult { already_completed: false, failure: Some(failure) }, Vec::new());
+            write_termination_message(args.termination_log, &reporter);
+            return Ok(job::fail(Reason::InvalidConfig, &message));
+        }
     };
     let cache_dir = job::cache_dir(args.cache_dir, &config);
-    let Ended { result, reporter } = job::execute(&config, Place { buckets, cache_dir, progress_address: Some(args.progress_address) })?;
-    let log = args.termination_log.or_else(|| Some(PathBuf::from(TERMINATION_LOG)).filter(|p| p.exists()));
-    if let Some(log) = log {
-        write_termination_message(&log, &reporter);
-    }
+    let time_to_end = args.termination_grace_seconds.map(|seconds| shutdown::time_to_end(Duration::from_secs(seconds)));
+    let Ended { result, reporter } = job::execute(&config, Place { buckets, cache_dir, time_to_end, progress_address: Some(args.progress_address) })?;
+    write_termination_message(args.termination_log, &reporter);
     Ok(match result {
         Ok(outcome) => {
             tracing::info!(attempt = outcome.result.attempt, output = config.output.uri, "done");
@@ -78,7 +89,14 @@ fn read(path: &Path) -> Result<TrainConfig, String> {
 /// YAML or JSON. By way of JSON's data model: the YAML library wants `!Tag` for the enums that JSON writes as maps with one key.
 fn parse(text: &str) -> Result<TrainConfig, String> {
     let value: serde_json::Value = yaml::from_str(text).map_err(|error| job::chain(&error))?;
-    serde_json::from_value(value).map_err(|error| error.to_string())
+    let (config, unknown) = TrainConfig::read(value).map_err(|error| error.to_string())?;
+    if !unknown.is_empty() {
+        tracing::warn!(
+            fields = unknown.join(", "),
+            "the configuration has fields that this trainer does not know; a newer operator has made it. They are left out"
+        );
+    }
+    Ok(config)
 }
 
 /// The configuration, with the CPU in place of a GPU that cannot be used, where that is allowed.
@@ -90,9 +108,10 @@ fn with_fallback(mut config: TrainConfig, allowed: bool) -> TrainConfig {
     config
 }
 
-fn write_termination_message(path: &Path, reporter: &Reporter) {
+fn write_termination_message(path: Option<PathBuf>, reporter: &Reporter) {
+    let Some(path) = path.or_else(|| Some(PathBuf::from(TERMINATION_LOG)).filter(|path| path.exists())) else { return };
     let text = reporter.progress().to_termination_message().map_err(std::io::Error::other);
-    if let Err(error) = text.and_then(|text| std::fs::write(path, text)) {
+    if let Err(error) = text.and_then(|text| std::fs::write(&path, text)) {
         tracing::warn!(path = %path.display(), %error, "failed to write the termination message");
     }
 }

@@ -85,6 +85,13 @@ pub enum TrainError {
     /// Validation pictures could not be drawn.
     #[error("failed to draw validation pictures")]
     Validation(#[from] ValidationError),
+    /// A store refuses what it has accepted before.
+    #[error("the credentials were accepted when the run began and are refused now: they have expired or were revoked. Another attempt reads them anew")]
+    PermissionLost {
+        /// The refusal.
+        #[source]
+        source: Box<TrainError>,
+    },
     /// Asked to stop.
     #[error("{}", interrupted(.checkpoint.as_ref()))]
     Interrupted {
@@ -140,6 +147,7 @@ impl TrainError {
                 PublishError::Json(_) => Reason::TrainerCrashed,
             },
             Self::Local { .. } | Self::Validation(_) => Reason::TrainerCrashed,
+            Self::PermissionLost { .. } => Reason::PermissionLost,
             Self::Interrupted { .. } => Reason::Interrupted,
         }
     }

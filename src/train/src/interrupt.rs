@@ -1,10 +1,12 @@
 //! SIGTERM, SIGHUP and SIGINT: asks a run to stop at the next safe place.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// Exit code of a process that SIGINT has ended, as shells report it.
 const ENDED_BY_SIGINT: i32 = 130;
@@ -19,11 +21,34 @@ pub struct Interrupt {
 struct Inner {
     requested: AtomicBool,
     notify: Notify,
+    /// How long after the request the run may go on; for ever where there is no limit.
+    limit: Option<Duration>,
+    requested_at: OnceLock<Instant>,
 }
 
 impl Interrupt {
+    /// A request after which the run may go on for `limit`.
+    pub fn with_limit(limit: Option<Duration>) -> Self {
+        Self { inner: Arc::new(Inner { limit, ..Inner::default() }) }
+    }
+
+    /// Whether the time after the request is limited, so that what fails can be tried until it is over.
+    pub fn has_limit(&self) -> bool {
+        self.inner.limit.is_some()
+    }
+
+    /// Waits until somebody asks to stop and the time after that is over.
+    pub async fn out_of_time(&self) {
+        self.wait().await;
+        match (self.inner.limit, self.inner.requested_at.get()) {
+            (Some(limit), Some(at)) => tokio::time::sleep_until(*at + limit).await,
+            _ => std::future::pending().await,
+        }
+    }
+
     /// Asks to stop. A second request changes nothing.
     pub fn request(&self) {
+        self.inner.requested_at.get_or_init(Instant::now);
         self.inner.requested.store(true, Ordering::SeqCst);
         self.inner.notify.notify_waiters();
     }
@@ -109,6 +134,21 @@ mod tests {
         assert!(ignores_hangup("Name:\tfinetune\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n"));
         assert!(!ignores_hangup("Name:\tfinetune\nSigIgn:\t0000000000001000\n"));
         assert!(!ignores_hangup(""));
+    }
+
+    #[tokio::test]
+    async fn the_time_after_a_request_is_limited_by_its_first() {
+        let limit = Duration::from_millis(200);
+        let interrupt = Interrupt::with_limit(Some(limit));
+        let begin = Instant::now();
+        interrupt.request();
+        tokio::time::sleep(limit / 2).await;
+        interrupt.request();
+        interrupt.out_of_time().await;
+        assert!((limit..limit * 3 / 2).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+        let free = Interrupt::default();
+        free.request();
+        assert!(tokio::time::timeout(limit, free.out_of_time()).await.is_err());
     }
 
     #[tokio::test]

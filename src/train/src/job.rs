@@ -42,6 +42,8 @@ use finetune_store::{Store, StoreErrorKind};
 
 /// After a checkpoint could not be saved for lack of storage, the next attempt follows after this time.
 const CHECKPOINT_RETRY: Duration = Duration::from_secs(30);
+/// The same for the last one, where the time is limited.
+const LAST_SAVE_RETRY: Duration = Duration::from_secs(1);
 
 /// How a run ended well.
 #[derive(Debug, Clone, PartialEq)]
@@ -430,8 +432,22 @@ impl Run<'_> {
     /// Saves what there is (if it is worth it and allowed) and returns the error that says so.
     async fn interrupted(&self, trainer: &Trainer, saved_step: Option<u64>) -> Result<TrainError, TrainError> {
         let worth_it = trainer.step() > 0 && saved_step != Some(trainer.step()) && self.config.checkpoint.on_termination;
-        let checkpoint = if worth_it { Some(self.save(trainer).await?) } else { None };
-        Ok(TrainError::Interrupted { checkpoint })
+        if !worth_it {
+            return Ok(TrainError::Interrupted { checkpoint: None });
+        }
+        loop {
+            match self.save(trainer).await {
+                Ok(saved) => return Ok(TrainError::Interrupted { checkpoint: Some(saved) }),
+                // Until no time is left: `shutdown` ends it.
+                Err(TrainError::Checkpoint(CheckpointError::Store(error)))
+                    if error.kind() == StoreErrorKind::Unavailable && self.environment.interrupt.has_limit() =>
+                {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "failed to save the last checkpoint; trying again");
+                    tokio::time::sleep(LAST_SAVE_RETRY).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// What the result says besides its numbers.

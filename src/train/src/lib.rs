@@ -22,6 +22,7 @@ pub mod report;
 pub mod result;
 pub mod server;
 pub mod setup;
+pub mod shutdown;
 pub mod step;
 pub mod tensor_file;
 pub mod trainer;

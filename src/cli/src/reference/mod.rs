@@ -182,6 +182,7 @@ fn conditions_page() -> String {
     for &reason in Reason::ALL {
         let (code, then) = match (operator_only(reason), reason.retry()) {
             (true, _) => ("-".to_owned(), "fails"),
+            (false, Retry::Counted) if reason == Reason::NoProgress => ("-".to_owned(), "counted"),
             (false, Retry::Never) => (reason.exit_code().to_string(), "fails"),
             (false, Retry::Counted) => (reason.exit_code().to_string(), "counted"),
             (false, Retry::Free) => (reason.exit_code().to_string(), "free"),
