@@ -21,6 +21,7 @@ use super::error::{Error, Operation};
 use super::status::Outcome;
 use super::validate::ValidatedJob;
 use super::world::{self, World};
+use finetune_api::plan::CONFIG_VERSION;
 use finetune_api::{FIELD_MANAGER, FineTuneJob, JOB_UID_LABEL, JobCreatedReason};
 
 /// What came of it.
@@ -36,7 +37,8 @@ pub enum Applied {
 pub async fn apply(job: &FineTuneJob, validated: Option<&ValidatedJob>, intent: &Intent, world: &mut World, ctx: &Context) -> Result<Applied, Error> {
     let done = Ok(Applied::World(Outcome::Done));
     match (intent, validated) {
-        (Intent::Create { failed_before }, Some(validated)) => create(job, validated, *failed_before, world, ctx).await,
+        (Intent::Create { failed_before, active_before }, Some(validated)) => create(job, validated, (*failed_before, *active_before), world, ctx).await,
+        (Intent::RestoreConfig, Some(validated)) => Ok(Applied::World(create_config_map(validated, ctx).await?.err().unwrap_or(Outcome::Done))),
         (Intent::Adjust { uid, patch }, _) => {
             adjust(job, uid, *patch, ctx).await?;
             done
@@ -45,11 +47,17 @@ pub async fn apply(job: &FineTuneJob, validated: Option<&ValidatedJob>, intent: 
             delete(job, uid, resource_version, ctx).await?;
             done
         }
-        (Intent::Create { .. } | Intent::Rest | Intent::Keep | Intent::Wait(_) | Intent::Fail { .. }, _) => done,
+        (Intent::Create { .. } | Intent::RestoreConfig | Intent::Rest | Intent::Keep | Intent::Wait(_) | Intent::Fail { .. }, _) => done,
     }
 }
 
-async fn create(job: &FineTuneJob, validated: &ValidatedJob, failed_before: u32, world: &mut World, ctx: &Context) -> Result<Applied, Error> {
+async fn create(
+    job: &FineTuneJob,
+    validated: &ValidatedJob,
+    (failed_before, active_before): (u32, i64),
+    world: &mut World,
+    ctx: &Context,
+) -> Result<Applied, Error> {
     let live_jobs: Api<FineTuneJob> = Api::namespaced(ctx.client.clone(), &validated.namespace);
     let Some(live) = ctx.call(Operation::GetLive, live_jobs.get_opt(&validated.name)).await? else { return Ok(Applied::Stale) };
     let status = live.status.clone().unwrap_or_default();
@@ -61,13 +69,19 @@ async fn create(job: &FineTuneJob, validated: &ValidatedJob, failed_before: u32,
     if status.job_ref.is_some() && has_live_pod(validated, ctx).await? {
         return Ok(Applied::Stale);
     }
-    // What the job started with, unless it was given another image since.
-    let kept = status.trainer_image_from.as_ref().is_none_or(|from| *from == validated.spec.image);
+    // What the job started with, unless it was given another image since, or that one may not be able to read what this operator writes.
+    let kept = status.trainer_image_from.as_ref().is_none_or(|from| *from == validated.spec.image) && status.config_version == Some(CONFIG_VERSION);
     let image = [status.trainer_image.as_deref().filter(|_| kept).unwrap_or_default(), &validated.spec.image]
         .into_iter()
         .find(|image| !image.is_empty())
         .unwrap_or(&ctx.settings.trainer_image);
-    let inputs = JobInputs { image: image.to_owned(), failed_before, backoff_limit: decide::backoff_limit(job, failed_before) };
+    let inputs = JobInputs {
+        image: image.to_owned(),
+        failed_before,
+        backoff_limit: decide::backoff_limit(job, failed_before),
+        active_before,
+        active_deadline: decide::active_deadline(job, active_before),
+    };
     if let Err(refused) = create_config_map(validated, ctx).await? {
         return Ok(Applied::World(refused));
     }
@@ -131,6 +145,9 @@ fn refused(error: Error) -> Result<Outcome, Error> {
     match error {
         Error::Api { ref source, .. } if matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 429 && status.code != 404) =>
         {
+            if error.is_invalid() {
+                return Ok(Outcome::Invalid { message: error.message() });
+            }
             let (reason, message) = error.not_created();
             Ok(Outcome::NotCreated { reason, message })
         }
@@ -145,6 +162,9 @@ async fn adjust(job: &FineTuneJob, uid: &str, patch: JobPatch, ctx: &Context) ->
     }
     if let Some(limit) = patch.backoff_limit {
         spec.insert("backoffLimit".to_owned(), limit.into());
+    }
+    if let Some(parallelism) = patch.parallelism {
+        spec.insert("parallelism".to_owned(), parallelism.into());
     }
     patch_job(job, uid, &json!(spec), Operation::PatchJob, ctx).await
 }

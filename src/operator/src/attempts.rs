@@ -1,17 +1,22 @@
 //! Attempts: which pods of a job have started, and how they ended. Pure, and idempotent under replay: each pod is entered once and its end once, by
 //! its UID, in the same status that holds the counts.
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::world::{self, World};
-use finetune_api::{Attempt, AttemptCause, AttemptCounts, FineTuneJobStatus, Progress, Reason, clean};
+use super::world::{self, JobEnd, World};
+use finetune_api::{Attempt, AttemptCause, AttemptCounts, FineTuneJob, FineTuneJobStatus, Progress, Reason, Stage, clean};
 
 /// Attempts kept in status.
 pub const HISTORY: usize = 20;
 /// Window of the storm guard, in seconds.
 const HOUR: i64 = 3600;
+/// How long the Job controller waits before the next pod after the first end of one: doubled with each further end within the same Job.
+const FIRST_PAUSE: i64 = 10;
+/// The longest it waits.
+const LONGEST_PAUSE: i64 = 600;
 
 /// The attempts of a job.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -27,8 +32,8 @@ pub struct Attempts {
 }
 
 impl Attempts {
-    /// The attempts after what was seen now, given those in status. `suspending`: the job's user has suspended it.
-    pub fn update(status: &FineTuneJobStatus, world: &World, suspending: bool, now: Timestamp) -> Self {
+    /// The attempts after what was seen now, given those in status.
+    pub fn update(job: &FineTuneJob, status: &FineTuneJobStatus, world: &World, now: Timestamp) -> Self {
         let mut attempts = Self { counts: status.attempts.unwrap_or_default(), history: status.attempt_history.clone(), ..Self::default() };
         for pod in &world.pods {
             attempts.enter(pod);
@@ -36,8 +41,9 @@ impl Attempts {
         // Stable: of two that started within one second the one entered later is the later one.
         attempts.history.sort_by_key(start);
         for index in 0..attempts.history.len() {
-            attempts.end(index, world, suspending, now);
+            attempts.end(index, world, job.spec.suspend, now);
         }
+        attempts.give_up(job, world, now);
         let surplus = attempts.history.len().saturating_sub(HISTORY);
         attempts.history.drain(..surplus);
         attempts
@@ -92,6 +98,11 @@ impl Attempts {
                 None => return,
             },
         };
+        // The operator has stopped it for that, whatever it made of the request to end.
+        let end = match attempt.reason {
+            Some(reason) if end.cause != AttemptCause::Succeeded => End { cause: AttemptCause::Failed, reason: Some(reason), ..end },
+            _ => end,
+        };
         attempt.cause = Some(end.cause);
         attempt.exit_code = end.exit_code;
         attempt.reason = end.reason;
@@ -99,11 +110,30 @@ impl Attempts {
         match end.cause {
             AttemptCause::Succeeded => {}
             AttemptCause::Failed => self.counts.failed = self.counts.failed.saturating_add(1),
-            AttemptCause::Disrupted | AttemptCause::Checkpointed | AttemptCause::Suspended | AttemptCause::Lost => {
+            AttemptCause::Disrupted | AttemptCause::Checkpointed | AttemptCause::Superseded | AttemptCause::Suspended | AttemptCause::Lost => {
                 self.counts.disrupted = self.counts.disrupted.saturating_add(1);
             }
         }
         self.ended_now.push(attempt.clone());
+    }
+
+    /// Notes that the newest attempt makes no progress: the operator stops it once that is written, and its end counts as a failure then. A trainer that
+    /// does not answer is not judged.
+    fn give_up(&mut self, job: &FineTuneJob, world: &World, now: Timestamp) {
+        let (Some(limit), Some(progress), Some(since)) = (job.spec.progress_deadline_seconds, &world.report.progress, world.report.unchanged_since) else {
+            return;
+        };
+        let trains = progress.stage == Stage::Training && world.report.failing_since.is_none() && !job.spec.suspend;
+        let pod = world.current_pod().filter(|pod| pod.metadata.deletion_timestamp.is_none()).and_then(|pod| pod.metadata.uid.as_deref());
+        let newest = self.history.last_mut().filter(|attempt| attempt.cause.is_none() && Some(attempt.pod_uid.as_str()) == pod);
+        if let Some(attempt) = newest.filter(|_| trains && now.duration_since(since).as_secs() >= limit) {
+            attempt.reason = Some(Reason::NoProgress);
+        }
+    }
+
+    /// Whether the newest attempt is to be stopped for making no progress.
+    pub fn makes_no_progress(&self) -> bool {
+        self.history.last().is_some_and(|attempt| attempt.cause.is_none() && attempt.reason == Some(Reason::NoProgress))
     }
 
     /// The newest attempt that failed, with its number from 1.
@@ -111,6 +141,41 @@ impl Attempts {
         let (index, attempt) = self.history.iter().enumerate().rev().find(|(_, attempt)| attempt.cause == Some(AttemptCause::Failed))?;
         let cut = self.counts.started.saturating_sub(u32::try_from(self.history.len()).unwrap_or(u32::MAX));
         Some((attempt, cut.saturating_add(u32::try_from(index).unwrap_or(u32::MAX)).saturating_add(1)))
+    }
+
+    /// How the Job has ended. A Job that counts a pod's end as a failure, and ends by it, has not ended where that pod was asked to end: a disruption is
+    /// no failure, whatever the exit code.
+    pub fn job_end(&self, job: &FineTuneJob, child: &Job) -> Option<JobEnd> {
+        let end = world::job_end(child)?;
+        let JobEnd::Failed { reason, .. } = &end else { return Some(end) };
+        let by_its_pods = matches!(reason.as_str(), "BackoffLimitExceeded" | "PodFailurePolicy");
+        // Of a pod that nobody has seen the end of, the Job knows more.
+        let free = self.newest_of(child).and_then(|attempt| attempt.cause).is_some_and(|cause| cause.is_free() && cause != AttemptCause::Lost);
+        (!by_its_pods || !free || self.counts.failed > job.spec.failure_policy.max_retries).then_some(end)
+    }
+
+    /// The newest attempt, if it is the Job's.
+    fn newest_of(&self, child: &Job) -> Option<&Attempt> {
+        self.history.last().filter(|attempt| child.metadata.uid.as_deref() == Some(attempt.job_uid.as_str()))
+    }
+
+    /// Whether the Job's newest attempt has ended without a failure of its own, and the job is not through.
+    pub fn ended_free(&self, child: &Job) -> bool {
+        self.newest_of(child).and_then(|attempt| attempt.cause).is_some_and(AttemptCause::is_free)
+    }
+
+    /// When the Job controller starts the Job's next pod, after the end of its newest.
+    pub fn next_start(&self, child: &Job) -> Option<Timestamp> {
+        let ended = self.newest_of(child).filter(|attempt| attempt.cause.is_some())?.end_time.as_ref()?.0;
+        let ends = self.history.iter().filter(|attempt| child.metadata.uid.as_deref() == Some(attempt.job_uid.as_str())).count();
+        let doublings = u32::try_from(ends.saturating_sub(1)).unwrap_or(u32::MAX).min(16);
+        ended.checked_add(SignedDuration::from_secs((FIRST_PAUSE << doublings).min(LONGEST_PAUSE))).ok()
+    }
+
+    /// Seconds since the first start after the last suspension: of those `activeDeadlineSeconds` the Jobs before have used so many.
+    pub fn active_seconds(&self, now: Timestamp) -> i64 {
+        let since_suspension = self.history.iter().rev().take_while(|attempt| attempt.cause != Some(AttemptCause::Suspended)).last();
+        since_suspension.and_then(start).map_or(0, |start| now.duration_since(start).as_secs().max(0))
     }
 
     /// Restarts within the hour before the newest start: the first attempt, and those after a suspension, are none. Above what the history holds,
@@ -191,13 +256,33 @@ fn end_of(pod: &Pod, suspending: bool, now: Timestamp) -> Option<End> {
             if world::pod_condition(pod, "DisruptionTarget").is_some_and(|(status, ..)| status == "True") {
                 return end(AttemptCause::Disrupted, None);
             }
-            if exit_code == Some(Reason::INTERRUPTED_EXIT_CODE) {
-                return end(if suspending { AttemptCause::Suspended } else { AttemptCause::Checkpointed }, None);
+            let interrupted = exit_code == Some(Reason::INTERRUPTED_EXIT_CODE);
+            if interrupted && termination_report(pod).as_ref().and_then(Progress::failure).is_some_and(|failure| failure.reason == Reason::Superseded) {
+                return end(AttemptCause::Superseded, None);
+            }
+            if suspending && (interrupted || was_asked_to_end(pod)) {
+                return end(AttemptCause::Suspended, None);
+            }
+            if interrupted {
+                return end(AttemptCause::Checkpointed, None);
+            }
+            // Its Job was deleted, or suspended by Kueue, or somebody deleted the pod; it could not end in time, or not well.
+            if was_asked_to_end(pod) {
+                return end(AttemptCause::Disrupted, None);
             }
             end(AttemptCause::Failed, Some(failure_reason(pod)))
         }
         _ => None,
     }
+}
+
+/// Whether the pod was deleted before its trainer ended: the end is that of the request, whatever the exit code.
+fn was_asked_to_end(pod: &Pod) -> bool {
+    let Some(deadline) = pod.metadata.deletion_timestamp.as_ref() else { return false };
+    // A pod's deletion timestamp already holds its grace period.
+    let grace = SignedDuration::from_secs(pod.metadata.deletion_grace_period_seconds.unwrap_or(0));
+    let asked = deadline.0.checked_sub(grace).unwrap_or(deadline.0);
+    world::finished_at(pod).is_none_or(|finished| finished >= asked)
 }
 
 /// Why the pod failed: the kernel's kill by the kubelet's word, else the trainer's own word, else its exit code.

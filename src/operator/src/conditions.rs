@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use finetune_api::{AdmittedReason, ConditionType, JobCreatedReason, Phase, RunningReason, clean};
+use finetune_api::{AdmittedReason, ConditionType, FailureStatus, JobCreatedReason, Phase, PodsScheduledReason, RunningReason, clean};
 
 /// Longest message of a condition.
 const MESSAGE: usize = 1024;
@@ -80,6 +80,11 @@ impl<'a> Builder<'a> {
         find(&self.list, type_).filter(|condition| condition.status == "False").map(|condition| (condition.reason.clone(), condition.message.clone()))
     }
 
+    /// Reason and message of what keeps a pod from being created or from starting.
+    pub fn cannot_start(&self) -> Option<(&str, &str)> {
+        cannot_start(&self.list)
+    }
+
     /// The list, in the order of the documentation.
     pub fn build(mut self) -> Vec<Condition> {
         self.list.sort_by_key(|condition| ConditionType::ALL.iter().position(|type_| type_.as_str() == condition.type_));
@@ -102,9 +107,57 @@ pub fn is_false(list: &[Condition], type_: ConditionType) -> bool {
     find(list, type_).is_some_and(|condition| condition.status == "False")
 }
 
-/// Whether the job has ended: these conditions are never taken back.
+/// Whether the job has ended: these conditions are never taken back. A job that cannot be carried out has failed and has not ended: another version or
+/// other settings of the operator may judge otherwise.
 pub fn is_terminal(list: &[Condition]) -> bool {
-    is_true(list, ConditionType::Complete) || is_true(list, ConditionType::Failed)
+    is_true(list, ConditionType::Complete) || (is_true(list, ConditionType::Failed) && !is_false(list, ConditionType::Validated))
+}
+
+/// Reasons of `PodsScheduled` of a pod that exists: whether it gets a node is the scheduler's to say.
+const SCHEDULING: [PodsScheduledReason; 2] = [PodsScheduledReason::Unschedulable, PodsScheduledReason::NoMatchingGPUNode];
+/// Reasons of `Running` of a pod that cannot start until somebody does something.
+const STUCK: [RunningReason; 7] = [
+    RunningReason::ImagePullBackOff,
+    RunningReason::CreateContainerError,
+    RunningReason::SecretNotFound,
+    RunningReason::ConfigMapNotFound,
+    RunningReason::VolumeNotFound,
+    RunningReason::VolumeMountFailed,
+    RunningReason::PodSandboxFailed,
+];
+/// Reasons of `Running` that say more than the phase does.
+const TELLING: [RunningReason; 4] = [RunningReason::NodeLost, RunningReason::Restarting, RunningReason::NoProgress, RunningReason::ProgressUnknown];
+
+/// Whether a reason of `Running` is that of a pod that cannot start.
+pub fn is_stuck(reason: &str) -> bool {
+    STUCK.iter().any(|stuck| stuck.as_str() == reason)
+}
+
+/// Reason and message of what keeps a pod from being created or from starting, other than the lack of a node.
+pub fn cannot_start(list: &[Condition]) -> Option<(&str, &str)> {
+    let told = |condition: &'_ Condition| condition.status == "False";
+    let refused =
+        find(list, ConditionType::PodsScheduled).filter(|condition| told(condition) && !SCHEDULING.iter().any(|reason| reason.as_str() == condition.reason));
+    let stuck = || find(list, ConditionType::Running).filter(|condition| told(condition) && is_stuck(&condition.reason));
+    refused.or_else(stuck).map(|condition| (condition.reason.as_str(), condition.message.as_str()))
+}
+
+/// Why the job is not running, in one word: what it failed of, or what it waits for. `None` where the phase says it all.
+pub fn reason(list: &[Condition], failure: Option<&FailureStatus>) -> Option<String> {
+    if is_true(list, ConditionType::Failed) || is_false(list, ConditionType::Validated) {
+        let of = |type_| find(list, type_).map(|condition| condition.reason.clone());
+        return failure.map(|failure| failure.reason.to_string()).or_else(|| of(ConditionType::Failed)).or_else(|| of(ConditionType::Validated));
+    }
+    if is_true(list, ConditionType::Complete) || is_true(list, ConditionType::Suspended) {
+        return None;
+    }
+    let held = [ConditionType::JobCreated, ConditionType::Admitted, ConditionType::PodsScheduled];
+    let waits = held.into_iter().filter_map(|type_| find(list, type_)).find(|condition| condition.status == "False");
+    let running = || {
+        let telling = |condition: &&Condition| is_stuck(&condition.reason) || TELLING.iter().any(|reason| reason.as_str() == condition.reason);
+        find(list, ConditionType::Running).filter(telling)
+    };
+    waits.or_else(running).map(|condition| condition.reason.clone())
 }
 
 /// The phase is a summary of the conditions, and of nothing else.

@@ -15,6 +15,7 @@ use super::lease::Leadership;
 use super::metrics::Metrics;
 use super::settings::Settings;
 use super::strip::strip_child;
+use super::warnings::Looked;
 use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// Longest time for one call of the API server.
@@ -55,6 +56,10 @@ struct Memory {
     written_at: Option<Instant>,
     /// What the caches would keep of the Job as the API server returned it to our last write, and when.
     created: Option<(Arc<Job>, Instant)>,
+    /// The last look at the events about its pod.
+    looked: Option<Looked>,
+    /// Why the object cannot be read, where that has been said.
+    unreadable: Option<String>,
 }
 
 /// Shared by all reconciliations of a process.
@@ -107,14 +112,15 @@ impl Context {
         }
     }
 
-    /// The newest status known: the cache's, or that of our own last write where the cache has not seen it yet.
-    pub fn newest_status(&self, job: &FineTuneJob) -> FineTuneJobStatus {
-        let cached = job.status.clone().unwrap_or_default();
+    /// The newest status known, with the resource version of the object that has it: the cache's, or that of our own last write where the cache has not
+    /// seen it yet.
+    pub fn newest_status(&self, job: &FineTuneJob) -> (FineTuneJobStatus, Option<String>) {
+        let cached = (job.status.clone().unwrap_or_default(), job.resource_version());
         let (Some(uid), Some(seen)) = (job.uid(), version(job.resource_version())) else { return cached };
         let mut memory = self.lock();
         let Some(memory) = memory.get_mut(&uid) else { return cached };
         match &memory.written {
-            Some((written, status)) if *written > seen => FineTuneJobStatus::clone(status),
+            Some((written, status)) if *written > seen => (FineTuneJobStatus::clone(status), Some(written.to_string())),
             // The cache has caught up.
             _ => {
                 memory.written = None;
@@ -166,6 +172,24 @@ impl Context {
         }
         memory.created = None;
         cached
+    }
+
+    /// The last look at the events about the job's pod.
+    pub fn looked(&self, uid: &str) -> Option<Looked> {
+        self.lock().get(uid)?.looked.clone()
+    }
+
+    /// Notes a look at the events about the job's pod.
+    pub fn remember_look(&self, uid: &str, looked: Looked) {
+        self.lock().entry(uid.to_owned()).or_default().looked = Some(looked);
+    }
+
+    /// Whether it has been said that the object cannot be read for that reason; from now on it has.
+    pub fn told_unreadable(&self, uid: &str, problem: &str) -> bool {
+        let mut memory = self.lock();
+        let told = &mut memory.entry(uid.to_owned()).or_default().unreadable;
+        let before = told.replace(problem.to_owned());
+        before.as_deref() == Some(problem)
     }
 
     /// Forgets all about a job that is gone.

@@ -8,7 +8,9 @@ use super::attempts::Attempts;
 use super::conditions;
 use super::validate::ValidatedJob;
 use super::world::{self, World};
-use finetune_api::{ConditionType, FAILED_BEFORE_ANNOTATION, FineTuneJob, FineTuneJobStatus, Reason, SuspendedReason};
+use finetune_api::{
+    ACTIVE_BEFORE_ANNOTATION, ConditionType, FAILED_BEFORE_ANNOTATION, FineTuneJob, FineTuneJobStatus, Reason, SuspendedReason, config_map_prefix,
+};
 
 /// Why a Job is deleted. Its pods get SIGTERM and save a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +19,10 @@ pub enum Stop {
     Suspended,
     /// A limit of the job is exceeded.
     Limit(Reason),
+    /// Its trainer makes no progress.
+    NoProgress,
+    /// Its last pod has ended without a failure of its own. The Job controller would wait longer after each such end; for a new Job it does not.
+    Renewal,
 }
 
 /// What the job waits for before anything else can be done.
@@ -30,13 +36,15 @@ pub enum Wait {
     Kueue,
 }
 
-/// The three fields of a Job that may be patched.
+/// Fields of a Job that may be patched.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct JobPatch {
     /// `activeDeadlineSeconds`.
     pub active_deadline_seconds: Option<i64>,
     /// `backoffLimit`.
     pub backoff_limit: Option<i32>,
+    /// `parallelism`, where somebody has changed it.
+    pub parallelism: Option<i32>,
 }
 
 /// What to do.
@@ -50,7 +58,11 @@ pub enum Intent {
     Create {
         /// Failures in earlier Jobs: the new one may have so many fewer.
         failed_before: u32,
+        /// Seconds that earlier Jobs have been active: the new one may be active so many fewer.
+        active_before: i64,
     },
+    /// Create the ConfigMap again: the pod of the Job waits for it.
+    RestoreConfig,
     /// Patch the Job.
     Adjust {
         /// Its UID.
@@ -85,7 +97,7 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
     }
     if let Some(existing) = &world.job {
         // How it has ended is for `status` to tell, before anything else can happen to it.
-        if world::job_end(existing).is_some() {
+        if attempts.job_end(job, existing).is_some() {
             return Intent::Keep;
         }
         if world::is_deleting(existing) {
@@ -97,6 +109,21 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
         // Too many failures are not among these: the Job itself fails then, and keeps its pods and their logs.
         if let Some((reason, _)) = storm(job, attempts).or_else(|| never_started(job, status, attempts, now)) {
             return delete(existing, Stop::Limit(reason));
+        }
+        if let Some(name) = missing_config_map(job, world) {
+            // Under the name of another content it cannot be made again; the pod has not started.
+            let same = validated.is_some_and(|validated| validated.config_map_name == name);
+            return if same { Intent::RestoreConfig } else { delete(existing, Stop::Renewal) };
+        }
+        // Written first: it is by that that its end counts as a failure.
+        if attempts.makes_no_progress() {
+            return if status.attempt_history.last() == attempts.history.last() { delete(existing, Stop::NoProgress) } else { Intent::Keep };
+        }
+        // A Job whose failure does not count has no other pod.
+        if world::job_end(existing).is_some() || (is_renewable(job, existing) && attempts.ended_free(existing) && world.live_pod().is_none()) {
+            // The pods go with it: first their end is written.
+            let written = status.attempt_history.last() == attempts.history.last();
+            return if written { delete(existing, Stop::Renewal) } else { Intent::Keep };
         }
         return adjust(job, existing);
     }
@@ -115,12 +142,34 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
     if job.spec.queue_name.is_some() && !world.kueue_installed {
         return Intent::Wait(Wait::Kueue);
     }
-    Intent::Create { failed_before: attempts.counts.failed }
+    Intent::Create { failed_before: attempts.counts.failed, active_before: active_before(job, attempts, now) }
+}
+
+/// The job's own ConfigMap, where its pod waits for it in vain: somebody has deleted it.
+fn missing_config_map<'a>(job: &FineTuneJob, world: &'a World) -> Option<&'a str> {
+    let note = world.warning.as_ref().filter(|_| world.current_pod().is_some())?.note.as_str();
+    let prefix = config_map_prefix(job.metadata.name.as_deref()?);
+    note.split('"').skip(1).step_by(2).find(|name| name.starts_with(&prefix)).filter(|_| note.contains("configmap") && note.contains("not found"))
+}
+
+/// Whether a new Job in place of this one costs nothing but its creation. A queued one would lose its quota and its place.
+pub fn is_renewable(job: &FineTuneJob, existing: &Job) -> bool {
+    job.spec.queue_name.is_none() && existing.spec.as_ref().is_none_or(|spec| spec.suspend != Some(true))
 }
 
 /// Failures that a Job may have when `failed_before` it was created: those of earlier Jobs count.
 pub fn backoff_limit(job: &FineTuneJob, failed_before: u32) -> i32 {
     i32::try_from(job.spec.failure_policy.max_retries.saturating_sub(failed_before)).unwrap_or(i32::MAX)
+}
+
+/// Seconds that earlier Jobs have been active. Kueue sets the clock of a queued Job back with each admission, so that there is nothing to add up.
+fn active_before(job: &FineTuneJob, attempts: &Attempts, now: Timestamp) -> i64 {
+    if job.spec.queue_name.is_some() { 0 } else { attempts.active_seconds(now) }
+}
+
+/// Seconds for which a Job may be active when earlier ones have been for `active_before`.
+pub fn active_deadline(job: &FineTuneJob, active_before: i64) -> Option<i64> {
+    job.spec.active_deadline_seconds.map(|seconds| seconds.saturating_sub(active_before).max(1))
 }
 
 fn delete(existing: &Job, why: Stop) -> Intent {
@@ -134,17 +183,16 @@ fn delete(existing: &Job, why: Stop) -> Intent {
 fn adjust(job: &FineTuneJob, existing: &Job) -> Intent {
     let uid = existing.metadata.uid.clone().unwrap_or_default();
     let spec = existing.spec.as_ref();
-    let failed_before = existing
-        .metadata
-        .annotations
-        .as_ref()
-        .and_then(|annotations| annotations.get(FAILED_BEFORE_ANNOTATION))
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(0);
+    let noted = |key: &str| existing.metadata.annotations.as_ref().and_then(|annotations| annotations.get(key));
+    let failed_before = noted(FAILED_BEFORE_ANNOTATION).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let active_before = noted(ACTIVE_BEFORE_ANNOTATION).and_then(|text| text.parse().ok()).unwrap_or(0);
     let limit = backoff_limit(job, failed_before);
+    let deadline = active_deadline(job, active_before);
     let patch = JobPatch {
-        active_deadline_seconds: job.spec.active_deadline_seconds.filter(|wanted| spec.and_then(|spec| spec.active_deadline_seconds) != Some(*wanted)),
+        active_deadline_seconds: deadline.filter(|wanted| spec.and_then(|spec| spec.active_deadline_seconds) != Some(*wanted)),
         backoff_limit: (spec.and_then(|spec| spec.backoff_limit) != Some(limit)).then_some(limit),
+        // Without pods for good; nobody but a person sets it.
+        parallelism: spec.and_then(|spec| spec.parallelism).is_some_and(|parallelism| parallelism != 1).then_some(1),
     };
     if patch == JobPatch::default() { Intent::Keep } else { Intent::Adjust { uid, patch } }
 }

@@ -1,22 +1,23 @@
 //! `dereference`: gathers what the cluster holds that concerns a job. Reads caches; asks the API server only where they cannot tell.
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt as _;
-use kube::api::Api;
 use kube::runtime::reflector::ObjectRef;
 
 use super::caches::Caches;
+use super::conditions;
 use super::context::Context;
-use super::error::{Error, Operation};
 use super::progress::Poller;
-use super::status::{is_creating, is_unschedulable};
+use super::settings::Settings;
+use super::status::is_unschedulable;
+use super::warnings;
 use super::world::{self, World};
-use finetune_api::{FineTuneJob, JOB_UID_LABEL, StorageSpec};
+use finetune_api::{ConditionType, FineTuneJob, FineTuneJobStatus, JOB_UID_LABEL, ValidatedReason};
 
 /// Gathers the world of `job`.
-pub async fn dereference(job: &FineTuneJob, ctx: &Context, caches: &Caches, poller: &Poller) -> Result<World, Error> {
+pub async fn dereference(job: &FineTuneJob, before: &FineTuneJobStatus, ctx: &Context, caches: &Caches, poller: &Poller) -> World {
     let (name, namespace, uid) = (job.name_any(), job.namespace().unwrap_or_default(), job.uid().unwrap_or_default());
     let cached = caches.children.get(&ObjectRef::<Job>::new(&finetune_api::job_name(&name)).within(&namespace));
     let child = ctx.newest_job(&uid, cached);
@@ -33,11 +34,15 @@ pub async fn dereference(job: &FineTuneJob, ctx: &Context, caches: &Caches, poll
         ..World::default()
     };
     world.workload = world.job_uid().and_then(|uid| caches.workload(uid));
-    let Some(pod) = world.current_pod() else { return Ok(world) };
+    let told = conditions::find(&before.conditions, ConditionType::Validated).is_some_and(|told| told.reason == ValidatedReason::OutputShared.as_str());
+    if (world.job.is_none() || told) && !conditions::is_terminal(&before.conditions) {
+        world.shared_output = shared_output(job, caches, &ctx.settings);
+    }
+    world.warning = warnings::warning(&uid, &namespace, &world, ctx).await;
+    let Some(pod) = world.current_pod() else { return world };
     let report = poller.report(pod.metadata.uid.as_deref().unwrap_or_default());
     let node_matches = if is_unschedulable(pod) { caches.any_node_matches(pod) } else { None };
-    let missing_config_map = if is_creating(pod) { missing_config_map(job, ctx, &namespace).await? } else { None };
-    Ok(World { report, node_matches, missing_config_map, ..world })
+    World { report, node_matches, ..world }
 }
 
 fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
@@ -54,21 +59,58 @@ pub fn is_leftover(child: &Job, uid: &str) -> bool {
     controller(child).is_some_and(|owner| owner.kind == finetune_api::KIND && owner.uid != uid)
 }
 
-/// A ConfigMap with certificates that the pod mounts and that does not exist: the kubelet tells that in events only.
-async fn missing_config_map(job: &FineTuneJob, ctx: &Context, namespace: &str) -> Result<Option<String>, Error> {
-    let storage = ctx.settings.storage(job.spec.storage.as_ref());
-    let model = job.spec.model.source.object_store.as_ref().and_then(|store| store.storage.as_ref());
-    let config_maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), namespace);
-    let referenced = |storage: &StorageSpec| storage.ca_bundle_config_map_ref.as_ref().map(|reference| reference.name.clone());
-    let trusted = ctx.settings.trainer.ca_bundle_config_map_ref.as_ref().map(|reference| reference.name.clone());
-    for name in referenced(&storage).into_iter().chain(model.and_then(referenced)).chain(trusted) {
-        if ctx.call(Operation::GetConfigMap, config_maps.get_metadata_opt(&name)).await?.is_none() {
-            return Ok(Some(name));
-        }
-    }
-    Ok(None)
+/// Another job of the cache that has not ended and writes into the same folder.
+fn shared_output(job: &FineTuneJob, caches: &Caches, settings: &Settings) -> Option<String> {
+    let shares = |other: &FineTuneJob| {
+        let ended = other.status.as_ref().is_some_and(|status| {
+            conditions::is_true(&status.conditions, ConditionType::Complete) || conditions::is_true(&status.conditions, ConditionType::Failed)
+        });
+        other.metadata.uid != job.metadata.uid && !ended && other.metadata.deletion_timestamp.is_none() && overlap(job, other, settings)
+    };
+    let found = caches.jobs.find(|other| other.0.as_ref().is_ok_and(shares))?;
+    let found = found.0.as_ref().ok()?;
+    Some(format!("FineTuneJob {:?} ({})", format!("{}/{}", found.namespace().unwrap_or_default(), found.name_any()), found.spec.output.uri))
+}
+
+/// Whether one of the two output folders is the other, or inside it. The same URI at another endpoint is another folder.
+fn overlap(one: &FineTuneJob, other: &FineTuneJob, settings: &Settings) -> bool {
+    let folder = |job: &FineTuneJob| format!("{}/", job.spec.output.uri.trim_end_matches('/'));
+    let (one_folder, other_folder) = (folder(one), folder(other));
+    (one_folder.starts_with(&other_folder) || other_folder.starts_with(&one_folder))
+        && settings.storage(one.spec.storage.as_ref()).endpoint == settings.storage(other.spec.storage.as_ref()).endpoint
 }
 
 fn controller(child: &Job) -> Option<&OwnerReference> {
     child.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::fixtures::{job, settings};
+
+    #[test]
+    fn output_folders_overlap_where_one_is_or_holds_the_other() {
+        let at = |uri: &str, endpoint: Option<&str>| {
+            job(|job| {
+                job["spec"]["output"]["uri"] = json!(uri);
+                if let Some(endpoint) = endpoint {
+                    job["spec"]["storage"] = json!({"endpoint": endpoint});
+                }
+            })
+        };
+        let cases = [
+            ("s3://b/loras/x/", None, "s3://b/loras/x/", None, true),
+            ("s3://b/loras/x/", None, "s3://b/loras/", None, true),
+            ("s3://b/loras/", None, "s3://b/loras/x/", None, true),
+            ("s3://b/loras/x/", None, "s3://b/loras/xy/", None, false),
+            ("s3://b/loras/x/", None, "s3://c/loras/x/", None, false),
+            ("s3://b/loras/x/", Some("https://other:9000"), "s3://b/loras/x/", None, false),
+        ];
+        for (one, one_endpoint, other, other_endpoint, want) in cases {
+            assert_eq!(overlap(&at(one, one_endpoint), &at(other, other_endpoint), &settings()), want, "{one} {other}");
+        }
+    }
 }

@@ -54,8 +54,10 @@ pub enum Operation {
     GetLive,
     /// Read the pods themselves.
     ListPods,
-    /// Read a ConfigMap that a pod waits for.
+    /// Read the ConfigMap that was in the way.
     GetConfigMap,
+    /// List the events about a Job without a pod, or a pod that does not start.
+    ListEvents,
     /// Create the ConfigMap.
     CreateConfigMap,
     /// Create the Job.
@@ -78,10 +80,11 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::GetLive,
         Self::ListPods,
         Self::GetConfigMap,
+        Self::ListEvents,
         Self::CreateConfigMap,
         Self::CreateJob,
         Self::GetJob,
@@ -99,6 +102,7 @@ impl Operation {
             Self::GetLive => "get_live",
             Self::ListPods => "list_pods",
             Self::GetConfigMap => "get_config_map",
+            Self::ListEvents => "list_events",
             Self::CreateConfigMap => "create_config_map",
             Self::CreateJob => "create_job",
             Self::GetJob => "get_job",
@@ -115,7 +119,8 @@ impl Operation {
         match self {
             Self::GetLive => "get the FineTuneJob",
             Self::ListPods => "list the job's pods",
-            Self::GetConfigMap => "get a ConfigMap of the pod",
+            Self::GetConfigMap => "get the ConfigMap",
+            Self::ListEvents => "list the events about the pod",
             Self::CreateConfigMap => "create the ConfigMap",
             Self::CreateJob => "create the Job",
             Self::GetJob => "get the Job",
@@ -130,7 +135,7 @@ impl Operation {
 
     /// Whether it changes anything.
     pub fn is_write(self) -> bool {
-        !matches!(self, Self::GetLive | Self::ListPods | Self::GetConfigMap | Self::GetJob)
+        !matches!(self, Self::GetLive | Self::ListPods | Self::GetConfigMap | Self::ListEvents | Self::GetJob)
     }
 }
 
@@ -179,17 +184,32 @@ impl Error {
         self.status().is_some_and(kube::core::Status::is_not_found)
     }
 
+    /// The API server finds the object itself invalid, and no policy or webhook of the cluster: that never gets better by itself.
+    pub fn is_invalid(&self) -> bool {
+        self.status().is_some_and(|status| status.is_invalid() && !is_admission(&status.message))
+    }
+
+    /// What the API server says, or the error.
+    pub fn message(&self) -> String {
+        self.status().map_or_else(|| self.to_string(), |status| status.message.clone())
+    }
+
     /// What a refused creation means for `JobCreated`.
     pub fn not_created(&self) -> (JobCreatedReason, String) {
-        let message = self.status().map_or_else(|| self.to_string(), |status| status.message.clone());
+        let message = self.message();
         let reason = match self.status() {
             Some(status) if status.is_forbidden() && message.contains("exceeded quota") => JobCreatedReason::QuotaExceeded,
-            Some(status) if status.is_forbidden() && message.contains("PodSecurity") => JobCreatedReason::PodSecurityViolation,
+            Some(_) if is_admission(&message) => JobCreatedReason::AdmissionDenied,
             Some(status) if status.is_forbidden() => JobCreatedReason::Forbidden,
             _ => JobCreatedReason::ApiError,
         };
         (reason, message)
     }
+}
+
+/// Whether a refusal comes from a policy or a webhook of the cluster. Policies say "Invalid" where they do not choose another word.
+fn is_admission(message: &str) -> bool {
+    ["admission webhook", "failed calling webhook", "ValidatingAdmissionPolicy"].iter().any(|words| message.contains(words))
 }
 
 #[cfg(test)]
@@ -209,13 +229,24 @@ mod tests {
                 JobCreatedReason::QuotaExceeded,
             ),
             (refused(403, "Forbidden", "jobs.batch is forbidden: User \"x\" cannot create resource"), JobCreatedReason::Forbidden),
-            (refused(403, "Forbidden", "pods \"a\" is forbidden: violates PodSecurity \"restricted:latest\""), JobCreatedReason::PodSecurityViolation),
+            (
+                refused(422, "Invalid", "jobs \"a\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no"),
+                JobCreatedReason::AdmissionDenied,
+            ),
+            (refused(403, "Forbidden", "admission webhook \"w\" denied the request: no"), JobCreatedReason::AdmissionDenied),
             (refused(500, "InternalError", "etcdserver: request timed out"), JobCreatedReason::ApiError),
             (Error::TimedOut { operation: Operation::CreateJob, limit: Duration::from_secs(1) }, JobCreatedReason::ApiError),
         ];
         for (error, want) in cases {
             assert_eq!(error.not_created().0, want, "{error}");
         }
+    }
+
+    #[test]
+    fn an_invalid_object_is_told_apart_from_a_policy() {
+        assert!(refused(422, "Invalid", "Job.batch \"a-train\" is invalid: spec.template.labels: Invalid value").is_invalid());
+        assert!(!refused(422, "Invalid", "jobs \"a\" is forbidden: ValidatingAdmissionPolicy 'p' denied request: no").is_invalid());
+        assert!(!refused(403, "Forbidden", "").is_invalid());
     }
 
     #[test]

@@ -123,7 +123,7 @@ pub(super) fn step(job: &FineTuneJob, before: &FineTuneJobStatus, world: &World,
 /// The same with another outcome of `apply`.
 pub(super) fn step_with(job: &FineTuneJob, before: &FineTuneJobStatus, world: &World, outcome: &Outcome, now: Timestamp) -> (Intent, FineTuneJobStatus) {
     let validated = validate(job, &settings());
-    let attempts = Attempts::update(before, world, job.spec.suspend, now);
+    let attempts = Attempts::update(job, before, world, now);
     let intent = decide(job, before, validated.as_ref().ok(), world, &attempts, now);
     let after = status(&Inputs { job, before, validated: validated.as_ref(), world, attempts: &attempts, intent: &intent, outcome, now });
     (intent, after)

@@ -4,7 +4,7 @@
 //!
 //! | step | file | |
 //! |---|---|---|
-//! | dereference | [`dereference`] | what the cluster holds, mostly from caches ([`caches`]): [`world::World`] |
+//! | dereference | [`dereference`], [`warnings`] | what the cluster holds, mostly from caches ([`caches`]): [`world::World`] |
 //! | validate | [`validate`] | the spec becomes a [`validate::ValidatedJob`] with its resolved configuration |
 //! | decide | [`attempts`], [`decide`] | what to do: [`decide::Intent`] |
 //! | build | [`build`] | ConfigMap and Job |
@@ -46,6 +46,8 @@ mod strip;
 pub mod transitions;
 #[cfg(test)]
 mod traps;
+pub mod unreadable;
 pub mod validate;
+pub mod warnings;
 pub mod world;
 pub mod write;

@@ -207,7 +207,7 @@ impl Metrics {
         registry.register("finetune_job_duration_seconds", "Seconds from a job's first running pod to its end", self.duration_seconds.clone());
         registry.register(
             "finetune_job_restarts",
-            "Attempts after a job's first, by the cause that ended the one before (Disrupted, Checkpointed, Suspended, Failed, Lost)",
+            "Attempts after a job's first, by the cause that ended the one before (Disrupted, Checkpointed, Superseded, Suspended, Failed, Lost)",
             self.restarts.clone(),
         );
         registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation, by result (ok, error)", self.reconcile_seconds.clone());

@@ -181,7 +181,9 @@ impl Poller {
             Ok(progress) => {
                 self.metrics.progress_fetched("ok");
                 let news = entry.report.progress.as_ref().is_none_or(|before| before.stage != progress.stage) || entry.report.failing_since.is_some();
-                entry.report = Report { progress: Some(progress), at: Some(now), failing_since: None };
+                let same = |before: &Progress| before.stage == progress.stage && before.step == progress.step;
+                let unchanged_since = entry.report.unchanged_since.filter(|_| entry.report.progress.as_ref().is_some_and(same)).unwrap_or(now);
+                entry.report = Report { progress: Some(progress), at: Some(now), unchanged_since: Some(unchanged_since), failing_since: None };
                 news
             }
             Err(error) => {
@@ -249,7 +251,7 @@ mod tests {
         let (ip, port) = serve(Router::new().route("/progress", get(|| async { " ".repeat(1 << 20) }))).await;
         assert!(matches!(fetch(&client, ip, port).await, Err(FetchError::Report(ProgressError::TooLong { .. }))));
 
-        let (ip, port) = serve(Router::new().route("/progress", get(|| async { r#"{"stage": "Training", "surprise": 1}"# }))).await;
+        let (ip, port) = serve(Router::new().route("/progress", get(|| async { r#"{"stage": 1}"# }))).await;
         assert!(matches!(fetch(&client, ip, port).await, Err(FetchError::Report(ProgressError::Malformed(_)))));
 
         let (ip, port) = serve(Router::new().route("/progress", get(|| async { tokio::time::sleep(Duration::from_mins(1)).await }))).await;

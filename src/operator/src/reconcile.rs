@@ -19,17 +19,20 @@ use super::events::Events;
 use super::progress::Poller;
 use super::queue::Next;
 use super::status::{self, Inputs, Outcome};
+use super::unreadable;
 use super::validate::validate;
+use super::warnings;
 use super::world::{self, World};
-use super::write;
+use super::write::{self, Change, Written};
 use finetune_api::{FineTuneJob, FineTuneJobStatus, JobCreatedReason, TtlScope};
 
 /// Pause before another look at caches that were behind, and at a Job that is in the way.
 const SOON: Duration = Duration::from_secs(2);
 /// Pause before another look at something that a person has to change.
 const LATER: Duration = Duration::from_mins(1);
-/// How often a container that is being created is looked at.
-const CREATING: Duration = Duration::from_secs(10);
+
+/// Pause before a Job that the API server finds invalid is tried again: another version of Kubernetes may not.
+const MUCH_LATER: Duration = Duration::from_mins(10);
 
 /// What one controller (of one namespace, or of all) needs.
 #[derive(Debug)]
@@ -53,7 +56,10 @@ pub async fn reconcile(object: &Guarded, scope: &Scope) -> Result<Next, Error> {
     let result = match &object.0 {
         // On the heap: the state of all steps is large.
         Ok(job) => Box::pin(reconcile_job(job, scope)).await,
-        Err(invalid) => Err(Error::Unreadable { message: invalid.error.clone() }),
+        Err(invalid) => match unreadable::tell(invalid, scope).await {
+            Ok(()) => Err(Error::Unreadable { message: invalid.error.clone() }),
+            Err(error) => Err(error),
+        },
     };
     scope.ctx.metrics.reconciled(started.elapsed(), result.as_ref().err().map(Error::class));
     if result.is_ok() {
@@ -78,11 +84,11 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> 
         return Ok(Next::AwaitChange);
     }
     let ctx = &scope.ctx;
-    let before = ctx.newest_status(job);
-    let mut world = dereference(job, ctx, &scope.caches, &scope.poller).await?;
+    let (before, version) = ctx.newest_status(job);
+    let mut world = dereference(job, &before, ctx, &scope.caches, &scope.poller).await;
     let validated = validate(job, &ctx.settings);
     let now = now();
-    let attempts = Attempts::update(&before, &world, job.spec.suspend, now);
+    let attempts = Attempts::update(job, &before, &world, now);
     let intent = decide::decide(job, &before, validated.as_ref().ok(), &world, &attempts, now);
     tracing::debug!(?intent, "decided");
     let applied = apply::apply(job, validated.as_ref().ok(), &intent, &mut world, ctx).await;
@@ -99,7 +105,13 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> 
     };
     let inputs = Inputs { job, before: &before, validated: validated.as_ref(), world: &world, attempts: &attempts, intent: &intent, outcome: &outcome, now };
     let after = status::status(&inputs);
-    let wait = write::write(job, &before, &after, &attempts, now, scope).await?;
+    let change = Change { before: &before, version: version.as_deref(), after: &after, attempts: &attempts };
+    let wait = match write::write(job, &change, now, scope).await? {
+        Written::Known => None,
+        Written::Later(left) => Some(left),
+        // Decided by a status that is no longer the newest.
+        Written::Stale => return Ok(Next::After(SOON)),
+    };
     if let Some(error) = failed {
         return Err(error);
     }
@@ -157,6 +169,7 @@ fn next(
     match outcome {
         Outcome::NotCreated { reason: JobCreatedReason::NameConflict, .. } => pauses.push(LATER),
         Outcome::NotCreated { .. } => pauses.push(LATER / 2),
+        Outcome::Invalid { .. } => pauses.push(MUCH_LATER),
         Outcome::Done => {}
     }
     match intent {
@@ -172,11 +185,12 @@ fn next(
             if lost > Timestamp::now() {
                 pauses.push(until(lost));
             }
-        } else if status::is_creating(pod) {
-            pauses.push(CREATING);
         } else if super::attempts::started_at(pod).is_some() {
             pauses.push(ctx.settings.progress_interval);
         }
+    }
+    if let Some(subject) = warnings::subject(world) {
+        pauses.push(until(warnings::due(&subject, ctx.looked(&job.uid().unwrap_or_default()).as_ref())));
     }
     pauses.into_iter().min().map_or(Next::AwaitChange, |pause| Next::After(pause.mul_f64(1.0 + rand::random::<f64>() * 0.1)))
 }

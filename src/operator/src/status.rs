@@ -3,11 +3,12 @@
 mod admitted;
 mod end;
 mod image;
+mod obstacles;
 mod progress;
 mod running;
 
 pub(crate) use admitted::workload_due;
-pub(crate) use running::{is_creating, is_unschedulable, lost_at};
+pub(crate) use running::{is_unschedulable, lost_at};
 
 use std::collections::BTreeSet;
 
@@ -20,8 +21,8 @@ use super::decide::{Intent, Stop, Wait};
 use super::validate::{ValidateError, ValidatedJob};
 use super::world::{self, World};
 use finetune_api::{
-    ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, ReconcilingReason, RunningReason, StalledReason, SuspendedReason,
-    ValidatedReason,
+    AttemptCause, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, Reason, ReconcilingReason, RunningReason,
+    StalledReason, SuspendedReason, ValidatedReason,
 };
 
 /// What `apply` came to.
@@ -36,6 +37,36 @@ pub enum Outcome {
         /// In words.
         message: String,
     },
+    /// The API server finds the Job invalid.
+    Invalid {
+        /// In its words.
+        message: String,
+    },
+}
+
+/// Why the job cannot be carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Refusal {
+    /// For `Validated`.
+    reason: ValidatedReason,
+    /// For `Failed` and `status.failure`.
+    cause: Reason,
+    message: String,
+}
+
+impl Refusal {
+    /// A Job that exists was made from a spec that could be carried out, by this operator or an earlier one.
+    fn of(inputs: &Inputs<'_>) -> Option<Self> {
+        match (inputs.validated, inputs.outcome) {
+            _ if inputs.world.job.is_some() => None,
+            (Err(error), _) => Some(Self { reason: error.reason(), cause: error.cause(), message: error.to_string() }),
+            (Ok(_), Outcome::Invalid { message }) => {
+                let message = format!("Kubernetes refuses what the spec asks for: {message}");
+                Some(Self { reason: ValidatedReason::InvalidSpec, cause: Reason::InvalidConfig, message })
+            }
+            (Ok(_), _) => None,
+        }
+    }
 }
 
 /// Everything that the status depends on.
@@ -66,6 +97,8 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
         // Final: nothing that happens afterwards, such as the deletion of the Job, can change what is known.
         return FineTuneJobStatus { observed_generation: job.metadata.generation, ..before.clone() };
     }
+    let refusal = Refusal::of(inputs);
+    let refusal = refusal.as_ref();
     let mut after = before.clone();
     after.observed_generation = job.metadata.generation;
     if let Ok(validated) = inputs.validated {
@@ -85,15 +118,20 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     }
     after.queue = queue(job, before, world);
     progress::report(&mut after, world, attempts, now);
-    end::last_failure(&mut after, inputs);
+    end::last_failure(&mut after, inputs, refusal);
 
     let mut list = Builder::new(&before.conditions, job.metadata.generation, now);
-    validated_condition(&mut list, inputs);
+    validated_condition(&mut list, inputs, refusal);
     job_created(&mut list, inputs);
-    admitted::admitted(&mut list, inputs);
     suspended(&mut list, inputs);
-    running::pods_scheduled(&mut list, world);
-    running::running(&mut list, inputs);
+    if let Some(Refusal { cause, message, .. }) = refusal {
+        // For whoever waits for the end of it.
+        list.set(ConditionType::Failed, Truth::True, cause.as_str(), message);
+    } else {
+        admitted::admitted(&mut list, inputs);
+        running::pods_scheduled(&mut list, world);
+        running::running(&mut list, inputs);
+    }
     progress::checkpointed(&mut list, &after, world);
     let end = end::end(inputs, &mut after);
     if let Some(end) = &end {
@@ -105,6 +143,7 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     stalled(&mut list, end.as_ref());
     after.conditions = list.build();
     after.phase = Some(conditions::phase(&after.conditions));
+    after.reason = conditions::reason(&after.conditions, after.failure.as_ref());
     after
 }
 
@@ -153,12 +192,21 @@ fn queue(job: &FineTuneJob, before: &FineTuneJobStatus, world: &World) -> Option
     Some(QueueStatus { name, workload: world.workload.as_ref().map(|workload| workload.name.clone()).or(kept) })
 }
 
-fn validated_condition(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
-    match inputs.validated {
-        Ok(_) => list.set(ConditionType::Validated, Truth::True, ValidatedReason::SpecAccepted.as_str(), "the spec can be carried out"),
+fn validated_condition(list: &mut Builder<'_>, inputs: &Inputs<'_>, refusal: Option<&Refusal>) {
+    if let Some(Refusal { reason, message, .. }) = refusal {
+        list.set(ConditionType::Validated, Truth::False, reason.as_str(), message);
+        return;
+    }
+    match (inputs.validated, &inputs.world.shared_output) {
+        (Ok(_), Some(other)) => {
+            let text = format!(
+                "{other}, which has not ended, writes into the same output folder: only one of the two can publish. Give this job an output.uri of its own"
+            );
+            list.set(ConditionType::Validated, Truth::True, ValidatedReason::OutputShared.as_str(), &text);
+        }
+        (Ok(_), None) => list.set(ConditionType::Validated, Truth::True, ValidatedReason::SpecAccepted.as_str(), "the spec can be carried out"),
         // A Job that exists was made from a spec that could be carried out, by this operator or an earlier one.
-        Err(_) if inputs.world.job.is_some() => list.keep(ConditionType::Validated),
-        Err(error) => list.set(ConditionType::Validated, Truth::False, error.reason().as_str(), &error.to_string()),
+        (Err(_), _) => list.keep(ConditionType::Validated),
     }
 }
 
@@ -168,6 +216,9 @@ fn job_created(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         list.set(ConditionType::JobCreated, Truth::True, JobCreatedReason::Created.as_str(), &format!("Job {name:?}"));
     } else if let Outcome::NotCreated { reason, message } = inputs.outcome {
         list.set(ConditionType::JobCreated, Truth::False, reason.as_str(), message);
+    } else if is_renewed(inputs) {
+        // Another takes its place in a moment.
+        list.keep(ConditionType::JobCreated);
     }
 }
 
@@ -185,18 +236,28 @@ fn suspended(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
     }
 }
 
+/// Whether the Job is being replaced, after an end that was no failure: nothing of which anybody has to be told but the next start.
+fn is_renewed(inputs: &Inputs<'_>) -> bool {
+    let Inputs { job, attempts, .. } = *inputs;
+    let free = attempts.history.last().and_then(|last| last.cause).is_some_and(|cause| cause.is_free() && cause != AttemptCause::Suspended);
+    free && !job.spec.suspend && matches!(inputs.intent, Intent::Delete { why: Stop::Renewal, .. } | Intent::Wait(Wait::JobDeleting) | Intent::Create { .. })
+}
+
 fn reconciling(list: &mut Builder<'_>, inputs: &Inputs<'_>, ended: bool) {
     let Inputs { job, world, intent, outcome, .. } = *inputs;
     let message = match (intent, outcome) {
         _ if ended => None,
         (_, Outcome::NotCreated { message, .. }) => Some(format!("the Job could not be created: {message}")),
         (Intent::Delete { why: Stop::Suspended, .. }, _) => Some("the trainer saves a checkpoint and ends".to_owned()),
+        _ if is_renewed(inputs) => None,
+        (Intent::Delete { why: Stop::NoProgress, .. }, _) => Some("the trainer makes no progress and is restarted".to_owned()),
+        (Intent::Delete { why: Stop::Renewal, .. }, _) => Some("a new Job takes the place of this one".to_owned()),
         (Intent::Delete { why: Stop::Limit(reason), .. }, _) => Some(format!("the trainer is stopped: {reason}")),
         (Intent::Wait(Wait::Ending(what)), _) => Some(format!("waits for {what} to end")),
         (Intent::Wait(Wait::JobDeleting), _) => Some("waits for the Job's pods to end".to_owned()),
         (Intent::Wait(Wait::Kueue), _) => Some("waits for Kueue to be installed".to_owned()),
         _ if world.job.is_none() && inputs.validated.is_ok() && !job.spec.suspend => Some("the Job is being created".to_owned()),
-        _ => None,
+        _ => list.cannot_start().map(|(reason, message)| format!("{reason}: {message}")),
     };
     match message {
         Some(message) => list.set(ConditionType::Reconciling, Truth::True, ReconcilingReason::Progressing.as_str(), &message),

@@ -79,7 +79,7 @@ mod tests {
 
     /// The pod that the Job controller makes of a job's template, with a status.
     fn stripped(node: Option<&str>, status: &Value) -> Pod {
-        let inputs = build::JobInputs { image: "trainer:1".to_owned(), failed_before: 0, backoff_limit: 3 };
+        let inputs = build::JobInputs { image: "trainer:1".to_owned(), failed_before: 0, backoff_limit: 3, active_before: 0, active_deadline: None };
         let template = build::job(&validated(|_| ()), &settings(), &inputs).spec.unwrap().template;
         let mut pod = Pod { metadata: template.metadata.unwrap(), spec: template.spec, status: serde_json::from_value(status.clone()).unwrap() };
         pod.spec.as_mut().unwrap().node_name = node.map(str::to_owned);
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn labels_image_and_limits_of_a_job_are_kept() {
-        let inputs = build::JobInputs { image: "trainer:1".to_owned(), failed_before: 2, backoff_limit: 3 };
+        let inputs = build::JobInputs { image: "trainer:1".to_owned(), failed_before: 2, backoff_limit: 3, active_before: 0, active_deadline: None };
         let built = build::job(&validated(|_| ()), &settings(), &inputs);
         let mut job = built.clone();
         strip_child(&mut job);

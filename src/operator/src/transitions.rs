@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::events::{Event, EventType};
 
-use super::conditions::{find, is_true};
-use finetune_api::{Attempt, AttemptCause, ConditionType, FineTuneJobStatus, clean};
+use super::conditions::{find, is_false, is_stuck, is_terminal, is_true};
+use finetune_api::{Attempt, AttemptCause, ConditionType, FineTuneJobStatus, ResumePolicy, RunningReason, ValidatedReason, clean};
 
 /// Longest note of an event, in bytes.
 const NOTE: usize = 1000;
@@ -33,14 +33,15 @@ pub enum Measure {
 }
 
 /// The events that tell of the change from `before` to `after`.
-pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[Attempt]) -> Vec<Event> {
+pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[Attempt], resume: ResumePolicy) -> Vec<Event> {
     let changed = |type_| changed(before, after, type_);
     let mut events = Vec::new();
+    let followed = |what: &str| format!("{what}; {}", continuation(after, resume));
     let mut tell = |type_: EventType, action: &str, reason: &str, note: &str| {
         events.push(Event { type_, reason: reason.to_owned(), note: Some(clean(note, NOTE)), action: action.to_owned(), secondary: None });
     };
     if let Some(condition) = changed(ConditionType::Validated)
-        && condition.status == "False"
+        && (condition.status == "False" || condition.reason == ValidatedReason::OutputShared.as_str())
     {
         tell(EventType::Warning, "Validate", &condition.reason, &condition.message);
     }
@@ -62,35 +63,46 @@ pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[At
     }
     for attempt in ended {
         let (reason, note) = match attempt.cause {
-            Some(AttemptCause::Disrupted) => ("Disrupted", "the pod was evicted, preempted or lost its node; the next one continues from the checkpoint"),
-            Some(AttemptCause::Checkpointed) => ("Interrupted", "the trainer was asked to end and saved a checkpoint"),
-            Some(AttemptCause::Lost) => ("PodLost", "the pod vanished before its end was seen"),
+            Some(AttemptCause::Disrupted) => ("Disrupted", followed("the pod was evicted, preempted or deleted, or lost its node")),
+            Some(AttemptCause::Checkpointed) => ("Interrupted", followed("the trainer was asked to end")),
+            Some(AttemptCause::Superseded) => ("Superseded", followed("a newer attempt had taken over, and the trainer stopped")),
+            Some(AttemptCause::Lost) => ("PodLost", followed("the pod vanished before its end was seen")),
             Some(AttemptCause::Failed) => (
                 attempt.reason.map_or("TrainerCrashed", finetune_api::Reason::as_str),
-                after.failure.as_ref().map_or("the trainer failed", |failure| failure.message.as_str()),
+                after.failure.as_ref().map_or_else(|| "the trainer failed".to_owned(), |failure| failure.message.clone()),
             ),
             Some(AttemptCause::Succeeded | AttemptCause::Suspended) | None => continue,
         };
-        tell(EventType::Warning, "Train", reason, note);
+        tell(EventType::Warning, "Train", reason, &note);
     }
     if let Some(condition) = changed(ConditionType::Running) {
-        let stuck = ["ImagePullBackOff", "CreateContainerError", "SecretNotFound", "VolumeNotFound", "NodeLost"].contains(&condition.reason.as_str());
-        if stuck {
+        if is_stuck(&condition.reason) || condition.reason == RunningReason::NodeLost.as_str() {
             tell(EventType::Warning, "Train", &condition.reason, &condition.message);
         } else if condition.status == "True" && !is_true(&before.conditions, ConditionType::Running) {
-            tell(EventType::Normal, "Train", &condition.reason, &format!("training in attempt {}", after.attempts.map_or(1, |attempts| attempts.started)));
+            tell(EventType::Normal, "Train", &condition.reason, "the trainer trains");
         }
     }
     if let Some(condition) = changed(ConditionType::Suspended) {
         let reason = if condition.status == "True" { "Suspended" } else { "Resumed" };
         tell(EventType::Normal, "Suspend", reason, &condition.message);
     }
+    // A job that cannot be carried out has said so above.
+    let judged = !is_false(&after.conditions, ConditionType::Validated);
     for (type_, kind) in [(ConditionType::Complete, EventType::Normal), (ConditionType::Failed, EventType::Warning)] {
-        if let Some(condition) = changed(type_) {
+        if let Some(condition) = changed(type_).filter(|_| judged) {
             tell(kind, "Finish", &condition.reason, &condition.message);
         }
     }
     events
+}
+
+/// Where the next attempt begins. Without numbers: of an event that comes again the API keeps the first text.
+fn continuation(after: &FineTuneJobStatus, resume: ResumePolicy) -> String {
+    match &after.last_checkpoint {
+        _ if resume == ResumePolicy::Never => "the next one starts from the beginning, as resume.policy: Never says".to_owned(),
+        Some(_) => "the next one continues from the newest checkpoint".to_owned(),
+        None => "no checkpoint had been saved, and the next one starts from the beginning".to_owned(),
+    }
 }
 
 /// The metrics of the change from `before` to `after`. `created` is the job's creation.
@@ -107,11 +119,12 @@ pub fn measures(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[
         let entered = find(&before.conditions, ConditionType::Admitted).map_or(created, |before| before.last_transition_time.0);
         measures.push(Measure::Admitted(since(entered, now)));
     }
-    let terminal = is_true(&after.conditions, ConditionType::Complete) || is_true(&after.conditions, ConditionType::Failed);
+    let terminal = is_terminal(&after.conditions);
     for attempt in ended {
         let cause = match attempt.cause {
             Some(AttemptCause::Disrupted) => "Disrupted",
             Some(AttemptCause::Checkpointed) => "Checkpointed",
+            Some(AttemptCause::Superseded) => "Superseded",
             Some(AttemptCause::Suspended) => "Suspended",
             Some(AttemptCause::Lost) => "Lost",
             Some(AttemptCause::Failed) => "Failed",
@@ -122,7 +135,7 @@ pub fn measures(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[
         }
     }
     for (type_, result) in [(ConditionType::Complete, "succeeded"), (ConditionType::Failed, "failed")] {
-        if let Some(condition) = changed(before, after, type_) {
+        if let Some(condition) = changed(before, after, type_).filter(|_| terminal) {
             let duration = after.start_time.as_ref().map(|start| since(start.0, now));
             measures.push(Measure::Ended { result, reason: condition.reason.clone(), duration });
         }

@@ -6,8 +6,8 @@ use super::attempts::{Attempts, HISTORY};
 use super::decide::{Intent, JobPatch, Stop, Wait};
 use super::fixtures::{at, child, disrupted, ended, job, pod, running, step, step_with, terminated, told, waiting};
 use super::status::{Outcome, lifecycle_differs};
-use super::world::{Report, World};
-use finetune_api::{AttemptCause, ConditionType as C, FineTuneJobStatus, JobCreatedReason, Phase, Progress, Reason, Stage};
+use super::world::{Report, Warning, World};
+use finetune_api::{AttemptCause, ConditionType as C, FineTuneJobStatus, JobCreatedReason, Phase, Progress, Reason, ResumePolicy, Stage};
 
 fn world(job: Option<std::sync::Arc<k8s_openapi::api::batch::v1::Job>>, pods: Vec<std::sync::Arc<k8s_openapi::api::core::v1::Pod>>) -> World {
     World { job, pods, ..World::default() }
@@ -20,7 +20,12 @@ fn training() -> FineTuneJobStatus {
 }
 
 fn said(stage: Stage, step: u64) -> Report {
-    Report { progress: Some(Progress { stage, step, total_steps: 100, ..Progress::default() }), at: Some(at(6)), failing_since: None }
+    Report {
+        progress: Some(Progress { stage, step, total_steps: 100, ..Progress::default() }),
+        at: Some(at(6)),
+        unchanged_since: Some(at(6)),
+        failing_since: None,
+    }
 }
 
 #[test]
@@ -76,7 +81,7 @@ fn trap_4_and_12_a_job_is_created_only_after_the_pods_of_the_one_before_have_end
     assert_eq!(told(&after, C::Reconciling), Some(("True", "Progressing")));
     let deleting = child("j1", |job| job["metadata"]["deletionTimestamp"] = json!(at(40).to_string()));
     assert_eq!(step(&job(|_| {}), &training(), &world(Some(deleting), vec![]), at(50)).0, Intent::Wait(Wait::JobDeleting));
-    assert_eq!(step(&job(|_| {}), &training(), &World::default(), at(50)).0, Intent::Create { failed_before: 0 });
+    assert_eq!(step(&job(|_| {}), &training(), &World::default(), at(50)).0, Intent::Create { failed_before: 0, active_before: 45 });
 }
 
 #[test]
@@ -138,7 +143,7 @@ fn trap_8_and_18_replaying_a_reconciliation_changes_nothing() {
 #[test]
 fn trap_19_a_single_answer_that_fails_to_come_does_not_flip_running() {
     let silent = |since: i64| World {
-        report: Report { progress: None, at: None, failing_since: Some(at(since)) },
+        report: Report { progress: None, failing_since: Some(at(since)), ..Report::default() },
         ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &running(5))])
     };
     let before = training();
@@ -204,7 +209,7 @@ fn trap_34_a_queued_job_is_not_created_without_kueue() {
     assert_eq!(intent, Intent::Wait(Wait::Kueue));
     assert_eq!((told(&after, C::Admitted), after.phase), (Some(("False", "KueueNotInstalled")), Some(Phase::Queued)));
     let with = World { kueue_installed: true, ..World::default() };
-    assert_eq!(step(&spec, &after, &with, at(2)).0, Intent::Create { failed_before: 0 });
+    assert_eq!(step(&spec, &after, &with, at(2)).0, Intent::Create { failed_before: 0, active_before: 0 });
 }
 
 #[test]
@@ -262,7 +267,7 @@ fn limits_that_may_change_are_patched_and_nothing_else() {
         job["metadata"]["annotations"]["finetune.dev/failed-before"] = json!("2");
     });
     let (intent, _) = step(&spec, &FineTuneJobStatus::default(), &world(Some(existing), vec![]), at(1));
-    assert_eq!(intent, Intent::Adjust { uid: "j1".into(), patch: JobPatch { active_deadline_seconds: Some(700), backoff_limit: None } }, "3 of 5 are left");
+    assert_eq!(intent, Intent::Adjust { uid: "j1".into(), patch: JobPatch { active_deadline_seconds: Some(700), ..JobPatch::default() } }, "3 of 5 are left");
 }
 
 #[test]
@@ -347,9 +352,31 @@ fn what_keeps_a_pod_from_running_is_told() {
     assert_eq!(told(&step(&job(|_| {}), &training(), &ending, at(60)).1, C::Running), Some(("True", "Training")), "it may still end by itself");
     let nowhere = World { node_matches: Some(false), ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &unschedulable("0/3"))]) };
     assert_eq!(told(&step(&job(|_| {}), &FineTuneJobStatus::default(), &nowhere, at(60)).1, C::PodsScheduled), Some(("False", "NoMatchingGPUNode")));
-    let certificates =
-        World { missing_config_map: Some("ca".into()), ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &waiting("ContainerCreating", ""))]) };
-    assert_eq!(told(&step(&job(|_| {}), &FineTuneJobStatus::default(), &certificates, at(60)).1, C::Running), Some(("False", "SecretNotFound")));
+    let note = "MountVolume.SetUp failed for volume \"ca\" : configmap references non-existent config key: ca.crt";
+    let certificates = World {
+        warning: Some(Warning { reason: "FailedMount".into(), note: note.into() }),
+        ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &waiting("ContainerCreating", ""))])
+    };
+    let (_, after) = step(&job(|_| {}), &FineTuneJobStatus::default(), &certificates, at(60));
+    assert_eq!(told(&after, C::Running), Some(("False", "ConfigMapNotFound")));
+    assert_eq!((told(&after, C::Reconciling), after.reason.as_deref()), (Some(("True", "Progressing")), Some("ConfigMapNotFound")), "kstatus and kubectl get");
+    assert!(super::conditions::find(&after.conditions, C::Reconciling).unwrap().message.contains("non-existent config key"));
+}
+
+#[test]
+fn a_pod_that_the_api_server_refuses_is_told_in_its_words() {
+    let note = "pods \"corgi-train-0-\" is forbidden: exceeded quota: no-gpus, requested: requests.nvidia.com/gpu=1";
+    let refused = World { warning: Some(Warning { reason: "FailedCreate".into(), note: note.into() }), ..world(Some(child("j1", |_| {})), vec![]) };
+    let (intent, after) = step(&job(|_| {}), &FineTuneJobStatus::default(), &refused, at(20));
+    assert_eq!((intent, after.phase, after.reason.as_deref()), (Intent::Keep, Some(Phase::Starting), Some("QuotaExceeded")));
+    let condition = super::conditions::find(&after.conditions, C::PodsScheduled).unwrap();
+    assert!((condition.status.as_str(), condition.reason.as_str()) == ("False", "QuotaExceeded") && condition.message.ends_with(note), "{condition:?}");
+    assert_eq!((told(&after, C::Reconciling), told(&after, C::Stalled)), (Some(("True", "Progressing")), Some(("False", "NotStalled"))));
+    let events = super::transitions::events(&FineTuneJobStatus::default(), &after, &[], ResumePolicy::Auto);
+    assert!(events.iter().any(|event| event.reason == "QuotaExceeded" && event.note.as_ref().is_some_and(|text| text.contains(note))));
+    // The quota is raised.
+    let (_, mended) = step(&job(|_| {}), &after, &world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &running(30))]), at(31));
+    assert_eq!((mended.reason.as_deref(), told(&mended, C::Reconciling)), (None, Some(("False", "Reconciled"))));
 }
 
 #[test]
@@ -395,4 +422,201 @@ fn the_storm_guard_counts_restarts_of_the_last_hour_and_projects_what_the_histor
     assert!(restarts(&every(250, 16), 12));
     assert!(restarts(&every(10, 30), 100), "more than the history holds, at 360 an hour");
     assert!(!restarts(&every(60, 30), 100), "at 60 an hour");
+}
+
+/// The pod, deleted at `asked` with 120 s to end.
+fn deleted(pod: &std::sync::Arc<k8s_openapi::api::core::v1::Pod>, asked: i64) -> std::sync::Arc<k8s_openapi::api::core::v1::Pod> {
+    let mut pod = (**pod).clone();
+    pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(asked + 120)));
+    pod.metadata.deletion_grace_period_seconds = Some(120);
+    std::sync::Arc::new(pod)
+}
+
+#[test]
+fn a_pod_that_was_asked_to_end_has_not_failed_whatever_its_exit_code() {
+    let paused = job(|job| job["spec"]["suspend"] = json!(true));
+    for code in [1, 69, 75, 77, 137] {
+        let pod = pod("p1", "j1", &terminated(5, 100, code, "Error", ""));
+        let end = |spec: &_, pod| step(spec, &training(), &world(Some(child("j1", |_| {})), vec![pod]), at(101)).1;
+        let suspended = end(&paused, deleted(&pod, 50));
+        assert_eq!((suspended.attempt_history[0].cause, suspended.attempts.unwrap().failed), (Some(AttemptCause::Suspended), 0), "{code}");
+        // Its Job was suspended by Kueue, or somebody has deleted the pod.
+        let disrupted = end(&job(|_| {}), deleted(&pod, 50));
+        let want = if code == 75 { AttemptCause::Checkpointed } else { AttemptCause::Disrupted };
+        assert_eq!((disrupted.attempt_history[0].cause, disrupted.attempts.unwrap().failed, disrupted.failure), (Some(want), 0, None), "{code}");
+        // It had failed by itself when it was cleaned up.
+        let failed = end(&job(|_| {}), deleted(&pod, 101));
+        assert_eq!(failed.attempts.unwrap().failed, u32::from(code != 75), "{code}");
+    }
+}
+
+#[test]
+fn a_job_that_ends_by_a_disruption_has_not_ended_and_is_replaced() {
+    let spec = job(|job| job["spec"]["failurePolicy"] = json!({"maxRetries": 0}));
+    let interrupted = deleted(&pod("p1", "j1", &terminated(5, 100, 137, "Error", "")), 50);
+    let counted = child("j1", |job| job["status"] = ended("Failed", "BackoffLimitExceeded", "Job has reached the specified backoff limit"));
+    let seen = world(Some(counted), vec![interrupted.clone()]);
+    let (intent, after) = step(&spec, &training(), &seen, at(101));
+    assert_eq!((intent, told(&after, C::Failed), after.attempts.unwrap().failed), (Intent::Keep, None, 0), "its end is written first");
+    let (intent, again) = step(&spec, &after, &seen, at(102));
+    assert_eq!(intent, Intent::Delete { uid: "j1".into(), resource_version: "7".into(), why: Stop::Renewal });
+    assert_eq!((again.phase, told(&again, C::Running)), (Some(Phase::Starting), Some(("False", "Restarting"))));
+    let (intent, _) = step(&spec, &again, &World::default(), at(104));
+    assert!(matches!(intent, Intent::Create { failed_before: 0, .. }), "{intent:?}");
+    // A failure of its own is the end.
+    let failed = pod("p1", "j1", &terminated(5, 100, 137, "Error", ""));
+    let (intent, after) = step(&spec, &training(), &world(seen.job, vec![failed]), at(101));
+    assert_eq!((intent, told(&after, C::Failed)), (Intent::Keep, Some(("True", "RetriesExhausted"))));
+}
+
+#[test]
+fn after_a_free_end_the_next_pod_does_not_wait_and_nothing_flickers() {
+    let seen = world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &disrupted(5, 100))]);
+    let (intent, ended) = step(&job(|_| {}), &training(), &seen, at(101));
+    assert_eq!(intent, Intent::Keep, "its end is written first");
+    let (intent, stopping) = step(&job(|_| {}), &ended, &seen, at(101));
+    assert_eq!(intent, Intent::Delete { uid: "j1".into(), resource_version: "7".into(), why: Stop::Renewal });
+    assert_eq!(stopping, ended, "nothing more is to be told");
+    let deleting = child("j1", |job| job["metadata"]["deletionTimestamp"] = json!(at(101).to_string()));
+    let (intent, stopping) = step(&job(|_| {}), &ended, &world(Some(deleting), vec![]), at(102));
+    assert_eq!((intent, &stopping), (Intent::Wait(Wait::JobDeleting), &ended));
+    let (intent, stopping) = step(&job(|_| {}), &ended, &World::default(), at(103));
+    assert_eq!(intent, Intent::Create { failed_before: 0, active_before: 98 }, "activeDeadlineSeconds goes on");
+    assert_eq!(stopping, ended);
+    assert_eq!((ended.reason.as_deref(), told(&ended, C::JobCreated)), (Some("Restarting"), Some(("True", "Created"))));
+    let message = |status: &FineTuneJobStatus| super::conditions::find(&status.conditions, C::Running).unwrap().message.clone();
+    assert!(message(&ended).ends_with("the next one follows at once"), "{}", message(&ended));
+
+    // A queued Job would lose its quota, and a failure is waited for: when the next pod comes is told.
+    let queued = job(|job| job["spec"]["queueName"] = json!("team-a"));
+    let (_, ended) = step(&queued, &training(), &World { kueue_installed: true, ..seen }, at(101));
+    assert!(message(&ended).ends_with("the Job controller starts the next one at 2026-08-24T10:01:50Z"), "{}", message(&ended));
+    let twice = vec![pod("p1", "j1", &terminated(5, 50, 1, "Error", "")), pod("p2", "j1", &terminated(60, 100, 69, "Error", ""))];
+    let (intent, failed) = step(&job(|_| {}), &training(), &world(Some(child("j1", |_| {})), twice), at(101));
+    assert_eq!(intent, Intent::Keep);
+    assert_eq!(message(&failed), "the last pod failed (StorageUnavailable); the Job controller starts the next one at 2026-08-24T10:02:00Z");
+}
+
+#[test]
+fn an_event_promises_only_what_the_next_attempt_will_do() {
+    let ended = |resume: &str, saved: bool| {
+        let spec = job(|job| job["spec"]["resume"] = json!({"policy": resume}));
+        let mut before = training();
+        before.last_checkpoint = saved.then(|| finetune_api::CheckpointStatus { step: 5, uri: "s3://b/5/".into(), sha256: None, time: None });
+        let seen = world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &disrupted(5, 100))]);
+        let attempts = Attempts::update(&spec, &before, &seen, at(101));
+        let after = step(&spec, &before, &seen, at(101)).1;
+        let events = super::transitions::events(&before, &after, &attempts.ended_now, spec.spec.resume.policy);
+        events.into_iter().find(|event| event.reason == "Disrupted").unwrap().note.unwrap()
+    };
+    assert!(ended("Auto", true).ends_with("continues from the newest checkpoint"));
+    assert!(ended("Auto", false).ends_with("starts from the beginning"));
+    assert!(ended("Never", true).ends_with("starts from the beginning, as resume.policy: Never says"));
+}
+
+#[test]
+fn a_trainer_that_finishes_no_step_is_restarted_and_that_is_a_failure() {
+    let spec = job(|job| job["spec"]["progressDeadlineSeconds"] = json!(600));
+    let live = vec![pod("p1", "j1", &running(5))];
+    let hung = World { report: said(Stage::Training, 10), ..world(Some(child("j1", |_| {})), live.clone()) };
+    assert_eq!(step(&spec, &training(), &hung, at(605)).0, Intent::Keep, "unchanged since second 6");
+    let (intent, noted) = step(&spec, &training(), &hung, at(606));
+    assert_eq!((intent, told(&noted, C::Running), noted.reason.as_deref()), (Intent::Keep, Some(("False", "NoProgress")), Some("NoProgress")));
+    assert!(lifecycle_differs(&training(), &noted), "it is written at once");
+    let (intent, stopping) = step(&spec, &noted, &hung, at(607));
+    assert_eq!(intent, Intent::Delete { uid: "j1".into(), resource_version: "7".into(), why: Stop::NoProgress });
+    // It even manages to save a checkpoint.
+    let ended = deleted(&pod("p1", "j1", &terminated(5, 610, 75, "Error", "")), 607);
+    let (_, failed) = step(&spec, &stopping, &world(None, vec![ended]), at(611));
+    let attempt = &failed.attempt_history[0];
+    assert_eq!((attempt.cause, attempt.reason, failed.attempts.unwrap().failed), (Some(AttemptCause::Failed), Some(Reason::NoProgress), 1));
+    assert!(failed.failure.is_some_and(|failure| failure.reason == Reason::NoProgress && failure.message.contains("progressDeadlineSeconds (600)")));
+    // One that does not answer, draws no conclusion; nor does one that has no limit, or publishes.
+    let silent = World { report: Report { failing_since: Some(at(300)), ..said(Stage::Training, 10) }, ..world(hung.job.clone(), live.clone()) };
+    assert_eq!(step(&spec, &training(), &silent, at(9000)).1.attempt_history[0].reason, None);
+    assert_eq!(step(&job(|_| {}), &training(), &hung, at(9000)).1.attempt_history[0].reason, None);
+    let publishing = World { report: said(Stage::Publishing, 100), ..world(hung.job.clone(), live) };
+    assert_eq!(step(&spec, &training(), &publishing, at(9000)).1.attempt_history[0].reason, None);
+}
+
+#[test]
+fn a_spec_that_kubernetes_refuses_is_invalid_and_stalled_until_it_no_longer_is() {
+    let message = "Job.batch \"corgi-train\" is invalid: spec.template.labels: Invalid value: \"not valid!\"";
+    let invalid = Outcome::Invalid { message: message.into() };
+    let (intent, after) = step_with(&job(|_| {}), &FineTuneJobStatus::default(), &World::default(), &invalid, at(1));
+    assert!(matches!(intent, Intent::Create { .. }));
+    assert_eq!((told(&after, C::Validated), told(&after, C::Stalled)), (Some(("False", "InvalidSpec")), Some(("True", "InvalidSpec"))));
+    assert_eq!((told(&after, C::Failed), after.phase, after.reason.as_deref()), (Some(("True", "InvalidConfig")), Some(Phase::Failed), Some("InvalidConfig")));
+    assert_eq!((told(&after, C::Running), told(&after, C::Admitted), after.completion_time.clone()), (None, None, None), "nothing has been tried");
+    assert!(after.failure.as_ref().is_some_and(|failure| failure.message.contains("not valid!")), "{:?}", after.failure);
+    let events = super::transitions::events(&FineTuneJobStatus::default(), &after, &[], ResumePolicy::Auto);
+    assert_eq!(events.iter().map(|event| event.reason.as_str()).collect::<Vec<_>>(), ["InvalidSpec"], "said once");
+    assert_eq!(super::transitions::measures(&FineTuneJobStatus::default(), &after, &[], None, at(1)), [], "it has not ended");
+    let (intent, created) = step(&job(|_| {}), &after, &world(Some(child("j1", |_| {})), vec![]), at(700));
+    assert_eq!((intent, told(&created, C::Failed), told(&created, C::Validated)), (Intent::Keep, None, Some(("True", "SpecAccepted"))));
+}
+
+#[test]
+fn a_job_with_the_output_of_another_is_warned_and_made_all_the_same() {
+    let shared = World { shared_output: Some("FineTuneJob \"team-a/other\" (s3://team-a/loras/corgi/)".into()), ..World::default() };
+    let (intent, after) = step(&job(|_| {}), &FineTuneJobStatus::default(), &shared, at(1));
+    assert!(matches!(intent, Intent::Create { .. }), "{intent:?}");
+    assert_eq!(told(&after, C::Validated), Some(("True", "OutputShared")));
+    let events = super::transitions::events(&FineTuneJobStatus::default(), &after, &[], ResumePolicy::Auto);
+    assert!(events.iter().any(|event| event.reason == "OutputShared" && event.note.as_ref().is_some_and(|note| note.contains("team-a/other"))));
+    assert_eq!(told(&step(&job(|_| {}), &after, &World::default(), at(2)).1, C::Validated), Some(("True", "SpecAccepted")), "the other has ended");
+}
+
+#[test]
+fn a_job_changed_by_hand_is_put_back_or_explained() {
+    let parallel = child("j1", |job| job["spec"]["parallelism"] = json!(0));
+    let (intent, _) = step(&job(|_| {}), &FineTuneJobStatus::default(), &world(Some(parallel), vec![]), at(50));
+    assert!(matches!(intent, Intent::Adjust { patch: JobPatch { parallelism: Some(1), .. }, .. }), "{intent:?}");
+    let held = child("j1", |job| job["spec"]["suspend"] = json!(true));
+    let (intent, after) = step(&job(|_| {}), &FineTuneJobStatus::default(), &world(Some(held), vec![]), at(50));
+    assert_eq!((intent, told(&after, C::Admitted)), (Intent::Keep, Some(("False", "JobSuspended"))));
+    let message = &super::conditions::find(&after.conditions, C::Admitted).unwrap().message;
+    assert!(message.contains("kubectl patch job corgi-train"), "{message}");
+}
+
+#[test]
+fn what_is_true_of_a_running_training_only_goes_with_it() {
+    let speaking = |stage| Report {
+        progress: Some(Progress {
+            stage,
+            step: 10,
+            total_steps: 100,
+            loss: Some(0.5),
+            steps_per_second: Some(1.0),
+            estimated_completion_time: Some(at(600)),
+            ..Progress::default()
+        }),
+        ..said(stage, 10)
+    };
+    let seen = World { report: speaking(Stage::Training), ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &running(5))]) };
+    let (_, trains) = step(&job(|_| {}), &FineTuneJobStatus::default(), &seen, at(6));
+    let shown = |status: &FineTuneJobStatus| status.progress.as_ref().map(|progress| (progress.loss.is_some(), progress.estimated_completion_time.is_some()));
+    assert_eq!(shown(&trains), Some((true, true)));
+    let paused = job(|job| job["spec"]["suspend"] = json!(true));
+    let (_, suspended) = step(&paused, &trains, &World::default(), at(60));
+    assert_eq!((shown(&suspended), suspended.progress.as_ref().map(|progress| progress.step)), (Some((false, false)), Some(10)));
+    assert_eq!(step(&paused, &suspended, &World::default(), at(90)).1, suspended);
+    let restoring = World { report: speaking(Stage::RestoringCheckpoint), ..seen };
+    assert_eq!(shown(&step(&job(|_| {}), &trains, &restoring, at(60)).1), Some((false, false)));
+}
+
+#[test]
+fn a_config_map_that_somebody_has_deleted_is_made_again() {
+    let validated = super::fixtures::validated(|_| {});
+    let waits_for = |name: &str| {
+        let note = format!("MountVolume.SetUp failed for volume \"config\" : configmap \"{name}\" not found");
+        let seen = World {
+            warning: Some(Warning { reason: "FailedMount".into(), note }),
+            ..world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &waiting("ContainerCreating", ""))])
+        };
+        step(&job(|_| {}), &FineTuneJobStatus::default(), &seen, at(60)).0
+    };
+    assert_eq!(waits_for(&validated.config_map_name), Intent::RestoreConfig);
+    assert!(matches!(waits_for("corgi-config-00000000"), Intent::Delete { why: Stop::Renewal, .. }), "of another version of the operator");
+    assert_eq!(waits_for("somebody-elses"), Intent::Keep);
 }

@@ -26,8 +26,19 @@ pub struct World {
     pub report: Report,
     /// Whether any node's labels satisfy the waiting pod; `None` where nodes are not watched or no pod waits.
     pub node_matches: Option<bool>,
-    /// A ConfigMap that the pod mounts and that does not exist.
-    pub missing_config_map: Option<String>,
+    /// Another job that has not ended and has the same output folder, or one inside or around it, in words. Looked for until the Job exists.
+    pub shared_output: Option<String>,
+    /// What keeps the next pod from being created, or the newest one from starting, by the events about it.
+    pub warning: Option<Warning>,
+}
+
+/// An event about a Job whose pod is refused, or about a pod that cannot start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// The event's reason.
+    pub reason: String,
+    /// In the words of the API server or the kubelet.
+    pub note: String,
 }
 
 /// What is known of a trainer by asking it.
@@ -37,6 +48,8 @@ pub struct Report {
     pub progress: Option<Progress>,
     /// When it came.
     pub at: Option<Timestamp>,
+    /// Since when it tells the same step and stage; by this process's own knowledge.
+    pub unchanged_since: Option<Timestamp>,
     /// Since when it does not answer; `None` while it does, or was not asked.
     pub failing_since: Option<Timestamp>,
 }
@@ -77,6 +90,12 @@ pub fn phase(pod: &Pod) -> &str {
 /// The trainer's container in the pod's status.
 pub fn trainer(pod: &Pod) -> Option<&ContainerStatus> {
     pod.status.as_ref()?.container_statuses.iter().flatten().find(|container| container.name == TRAINER_CONTAINER)
+}
+
+/// When the pod's trainer has ended, by the kubelet's word.
+pub fn finished_at(pod: &Pod) -> Option<Timestamp> {
+    let finished = trainer(pod)?.state.as_ref()?.terminated.as_ref()?.finished_at.as_ref()?.0;
+    (finished.as_second() > 0).then_some(finished)
 }
 
 /// The pod's condition of that type: (status, reason, message).

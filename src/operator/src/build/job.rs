@@ -8,7 +8,11 @@ use kube::api::ObjectMeta;
 use super::{labels, owner, pod};
 use crate::settings::Settings;
 use crate::validate::ValidatedJob;
-use finetune_api::{FAILED_BEFORE_ANNOTATION, IMAGE_ANNOTATION, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, Reason, TRAINER_CONTAINER};
+use finetune_api::plan::CONFIG_VERSION;
+use finetune_api::{
+    ACTIVE_BEFORE_ANNOTATION, CONFIG_VERSION_ANNOTATION, FAILED_BEFORE_ANNOTATION, IMAGE_ANNOTATION, QUEUE_LABEL, QUEUE_PRIORITY_LABEL, Reason,
+    TRAINER_CONTAINER,
+};
 
 /// What the Job depends on besides the FineTuneJob's spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +23,10 @@ pub struct JobInputs {
     pub failed_before: u32,
     /// Failures that are left.
     pub backoff_limit: i32,
+    /// Seconds that earlier Jobs have been active.
+    pub active_before: i64,
+    /// Seconds that are left, where the job has a limit.
+    pub active_deadline: Option<i64>,
 }
 
 /// The Job. `ttlSecondsAfterFinished` is absent: it is set once the result is saved.
@@ -36,9 +44,14 @@ pub fn job(job: &ValidatedJob, settings: &Settings, inputs: &JobInputs) -> Job {
             namespace: Some(job.namespace.clone()),
             labels: Some(job_labels),
             annotations: Some(
-                [(FAILED_BEFORE_ANNOTATION, inputs.failed_before.to_string()), (IMAGE_ANNOTATION, job.spec.image.clone())]
-                    .map(|(key, value)| (key.to_owned(), value))
-                    .into(),
+                [
+                    (FAILED_BEFORE_ANNOTATION, inputs.failed_before.to_string()),
+                    (ACTIVE_BEFORE_ANNOTATION, inputs.active_before.to_string()),
+                    (CONFIG_VERSION_ANNOTATION, CONFIG_VERSION.to_string()),
+                    (IMAGE_ANNOTATION, job.spec.image.clone()),
+                ]
+                .map(|(key, value)| (key.to_owned(), value))
+                .into(),
             ),
             owner_references: Some(vec![owner(job)]),
             ..ObjectMeta::default()
@@ -51,7 +64,7 @@ pub fn job(job: &ValidatedJob, settings: &Settings, inputs: &JobInputs) -> Job {
             parallelism: Some(1),
             backoff_limit: Some(inputs.backoff_limit),
             pod_replacement_policy: Some("Failed".to_owned()),
-            active_deadline_seconds: job.spec.active_deadline_seconds,
+            active_deadline_seconds: inputs.active_deadline,
             pod_failure_policy: Some(pod_failure_policy()),
             template: pod::template(job, settings, &inputs.image),
             ..JobSpec::default()

@@ -131,6 +131,7 @@ fn environment(job: &ValidatedJob, settings: &Settings) -> Vec<EnvVar> {
         plain(JOB_UID_VARIABLE, job.uid.clone()),
         plain("FINETUNE_CACHE_DIR", if job.spec.model.cache.is_some() { paths::CACHE_DIR } else { paths::WORK_DIR }.to_owned()),
         plain("FINETUNE_TERMINATION_LOG", paths::TERMINATION_MESSAGE.to_owned()),
+        plain("FINETUNE_TERMINATION_GRACE_SECONDS", job.spec.pod_template.termination_grace_period_seconds.to_string()),
         plain("FINETUNE_LOG_FORMAT", "json".to_owned()),
         plain("HOME", paths::WORK_DIR.to_owned()),
         plain("TMPDIR", "/tmp".to_owned()),

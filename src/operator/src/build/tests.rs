@@ -12,7 +12,7 @@ fn built(change: impl FnOnce(&mut Value)) -> Value {
 
 fn built_with(settings: &Settings, change: impl FnOnce(&mut Value)) -> Value {
     let validated = validated(change);
-    let inputs = JobInputs { image: "trainer@sha256:1".into(), failed_before: 1, backoff_limit: 2 };
+    let inputs = JobInputs { image: "trainer@sha256:1".into(), failed_before: 1, backoff_limit: 2, active_before: 0, active_deadline: Some(600) };
     serde_json::to_value(job(&validated, settings, &inputs)).unwrap()
 }
 

@@ -43,6 +43,13 @@ fn without_queue(list: &mut Builder<'_>, world: &World) {
     match &world.workload {
         _ if !is_held(world) => set(list, true, AdmittedReason::NoQueue, "no queue is asked for"),
         Some(workload) if !workload.admitted => set(list, false, workload.reason, &workload.message),
+        None if !world.kueue_installed => {
+            let name = world.job.as_ref().and_then(|job| job.metadata.name.as_deref()).unwrap_or_default();
+            let text = format!(
+                "somebody has suspended the Job: kubectl patch job {name} --type merge -p '{{\"spec\":{{\"suspend\":false}}}}' lets it go on. To pause a job, set spec.suspend of the FineTuneJob"
+            );
+            set(list, false, AdmittedReason::JobSuspended, &text);
+        }
         _ => set(
             list,
             false,

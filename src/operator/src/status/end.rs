@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 
-use super::Inputs;
+use super::{Inputs, Refusal};
 use crate::attempts::{Attempts, failure_message, termination_report};
 use crate::conditions::{Builder, Truth};
 use crate::decide::Intent;
@@ -45,14 +45,13 @@ impl End {
 
 /// The end, if there is one; fills in what is known of it in `after`.
 pub(super) fn end(inputs: &Inputs<'_>, after: &mut FineTuneJobStatus) -> Option<End> {
-    let Inputs { world, attempts, now, .. } = *inputs;
+    let Inputs { job, world, attempts, now, .. } = *inputs;
     if let Intent::Fail { reason, message } = inputs.intent {
         let failure = after.failure.take();
         after.failure = Some(operator_failure(*reason, message, failure));
         return Some(End { time: now, verdict: Verdict::Failed(*reason), message: message.clone() });
     }
-    let job = world.job.as_ref()?;
-    match world::job_end(job)? {
+    match attempts.job_end(job, world.job.as_ref()?)? {
         JobEnd::Complete => {
             let report = world.pods.iter().rev().filter(|pod| world::phase(pod) == "Succeeded").find_map(|pod| termination_report(pod));
             let reused = report.as_ref().and_then(|report| report.result.as_ref()).is_some_and(|result| result.already_completed);
@@ -130,23 +129,30 @@ fn operator_failure(reason: Reason, message: &str, last: Option<FailureStatus>) 
 }
 
 /// Notes why the newest attempt failed, or why there is none.
-pub(super) fn last_failure(after: &mut FineTuneJobStatus, inputs: &Inputs<'_>) {
+pub(super) fn last_failure(after: &mut FineTuneJobStatus, inputs: &Inputs<'_>, refusal: Option<&Refusal>) {
     let Inputs { world, attempts, .. } = *inputs;
     let tried = after.failure.as_ref().is_some_and(|failure| failure.attempt.is_some());
-    match inputs.validated {
+    match (refusal, inputs.validated) {
         _ if tried => {}
         // Not the end: another operator, or other settings of this one, may judge otherwise.
-        Err(error) if world.job.is_none() => after.failure = Some(operator_failure(error.cause(), &error.to_string(), None)),
-        Err(_) => {}
-        Ok(_) => after.failure = None,
+        (Some(Refusal { cause, message, .. }), _) => after.failure = Some(operator_failure(*cause, message, None)),
+        (None, Err(_)) => {}
+        (None, Ok(_)) => after.failure = None,
     }
     let Some((attempt, number)) = attempts.last_failure() else { return };
-    let Some(pod) = pod_of(world, &attempt.pod_uid) else { return };
+    let message = match (attempt.reason, pod_of(world, &attempt.pod_uid)) {
+        (Some(Reason::NoProgress), _) => {
+            let limit = inputs.job.spec.progress_deadline_seconds.unwrap_or_default();
+            format!("the trainer finished no step within progressDeadlineSeconds ({limit}), and was stopped")
+        }
+        (_, Some(pod)) => failure_message(pod),
+        (_, None) => return,
+    };
     after.failure = Some(FailureStatus {
         reason: attempt.reason.unwrap_or(Reason::TrainerCrashed),
         exit_code: attempt.exit_code,
         node: attempt.node.clone(),
-        message: failure_message(pod),
+        message,
         attempt: Some(number),
     });
 }

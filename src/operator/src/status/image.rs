@@ -1,16 +1,19 @@
 //! `status.trainerImage`: the image that every attempt of the job runs.
 
-use finetune_api::{FineTuneJobStatus, IMAGE_ANNOTATION};
+use finetune_api::{CONFIG_VERSION_ANNOTATION, FineTuneJobStatus, IMAGE_ANNOTATION};
 use k8s_openapi::api::batch::v1::Job;
 
 use crate::world::{self, World};
 
-/// Fixes the image. A Job that was made for another `spec.image` than the one before starts it anew.
+/// Fixes the image. A Job that was made for another `spec.image` than the one before, or with another version of the configuration, starts it anew.
 pub(super) fn fix(after: &mut FineTuneJobStatus, before: &FineTuneJobStatus, job: &Job, world: &World) {
     let from = job.metadata.annotations.as_ref().and_then(|annotations| annotations.get(IMAGE_ANNOTATION));
-    let fixed = before.trainer_image.as_deref().filter(|_| before.trainer_image_from.is_none() || before.trainer_image_from.as_ref() == from);
+    let version = job.metadata.annotations.as_ref().and_then(|annotations| annotations.get(CONFIG_VERSION_ANNOTATION)).and_then(|text| text.parse().ok());
+    let same = (before.trainer_image_from.is_none() || before.trainer_image_from.as_ref() == from) && before.config_version == version;
+    let fixed = before.trainer_image.as_deref().filter(|_| same);
     after.trainer_image = frozen(fixed, world);
     after.trainer_image_from = from.cloned();
+    after.config_version = version;
 }
 
 /// The image, frozen: the Job's at first, then by the digest that the first pod ran.

@@ -7,7 +7,9 @@ use super::end::last_words;
 use crate::attempts::Attempts;
 use crate::conditions::{self, Builder, Truth};
 use crate::world::World;
-use finetune_api::{ArtifactStatus, CheckpointStatus, CheckpointedReason, ConditionType, FineTuneJobStatus, Progress, ProgressStatus, RunningReason, Stage};
+use finetune_api::{
+    ArtifactStatus, AttemptCause, CheckpointStatus, CheckpointedReason, ConditionType, FineTuneJobStatus, Progress, ProgressStatus, RunningReason, Stage,
+};
 
 /// Enters the newest report into the status.
 pub(super) fn report(after: &mut FineTuneJobStatus, world: &World, attempts: &Attempts, now: Timestamp) {
@@ -17,7 +19,12 @@ pub(super) fn report(after: &mut FineTuneJobStatus, world: &World, attempts: &At
         // Its last words, also while the Job has not drawn the consequence yet.
         (None, _) => match last_words(world, attempts) {
             Some(progress) => (progress, now),
-            None => return,
+            None => {
+                if let Some(progress) = &mut after.progress {
+                    at_rest(progress, attempts.history.last().is_some_and(|last| last.cause == Some(AttemptCause::Succeeded)));
+                }
+                return;
+            }
         },
     };
     if let Some(digest) = &report.dataset_digest {
@@ -43,8 +50,19 @@ pub(super) fn report(after: &mut FineTuneJobStatus, world: &World, attempts: &At
     }
     // A trainer that has only started knows no steps; what an earlier attempt had reached stays until then.
     if report.total_steps > 0 {
-        after.progress = Some(merged(after.progress.as_ref(), progress(&report), at));
+        let mut new = progress(&report);
+        if !matches!(report.stage, Stage::Training | Stage::Publishing) {
+            at_rest(&mut new, report.succeeded());
+        }
+        after.progress = Some(merged(after.progress.as_ref(), new, at));
     }
+}
+
+/// Takes out what is true of a running training only; its last loss is that of the LoRA where it has ended well.
+fn at_rest(progress: &mut ProgressStatus, succeeded: bool) {
+    progress.estimated_completion_time = None;
+    progress.steps_per_second = None;
+    progress.loss = progress.loss.take().filter(|_| succeeded);
 }
 
 /// The new progress; the time of the report is that of the last change.

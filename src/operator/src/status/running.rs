@@ -3,11 +3,12 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerStateWaiting, Pod};
 
-use super::Inputs;
 use super::progress::{running_reason, was_training};
+use super::{Inputs, obstacles};
 use crate::conditions::{Builder, Truth};
+use crate::decide;
 use crate::world::{self, World};
-use finetune_api::{AttemptCause, ConditionType, PodsScheduledReason, RunningReason};
+use finetune_api::{AttemptCause, ConditionType, PodsScheduledReason, Reason, RunningReason};
 
 /// How long a trainer may leave its progress unanswered before that is told.
 const SILENCE: SignedDuration = SignedDuration::from_secs(60);
@@ -16,7 +17,13 @@ const LOST: SignedDuration = SignedDuration::from_secs(30);
 
 /// `PodsScheduled` of the newest pod; dropped while there is none.
 pub(super) fn pods_scheduled(list: &mut Builder<'_>, world: &World) {
-    let Some(pod) = world.current_pod() else { return };
+    let Some(pod) = world.current_pod() else {
+        if let Some(warning) = world.warning.as_ref().filter(|_| world.live_pod().is_none()) {
+            let text = format!("the API server refuses the pod: {}", warning.note);
+            list.set(ConditionType::PodsScheduled, Truth::False, obstacles::refusal(&warning.note).as_str(), &text);
+        }
+        return;
+    };
     let mut set = |truth, reason: PodsScheduledReason, message: &str| list.set(ConditionType::PodsScheduled, truth, reason.as_str(), message);
     match world::pod_condition(pod, "PodScheduled") {
         Some(("True", ..)) => {
@@ -35,12 +42,17 @@ pub(super) fn pods_scheduled(list: &mut Builder<'_>, world: &World) {
 /// `Running`.
 pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
     let Inputs { job, before, world, attempts, now, .. } = *inputs;
-    let (truth, reason, message) = if world.job.as_deref().and_then(world::job_end).is_some() {
+    let (truth, reason, message) = if world.job.as_deref().and_then(|child| attempts.job_end(job, child)).is_some() {
         (Truth::False, RunningReason::Finished, String::new())
     } else if let Some(pod) = world.current_pod().or_else(|| world.live_pod()) {
-        let missing = world.missing_config_map.as_deref();
+        if attempts.makes_no_progress() {
+            let limit = job.spec.progress_deadline_seconds.unwrap_or_default();
+            let text = format!("no step was finished within progressDeadlineSeconds ({limit}); the trainer is restarted");
+            list.set(ConditionType::Running, Truth::False, RunningReason::NoProgress.as_str(), &text);
+            return;
+        }
         // Of a pod of which nothing is known yet the same is said as before there was one: no write for it.
-        doing(pod, world, missing, was_training(before), now).unwrap_or_else(not_started)
+        doing(pod, world, was_training(before), now).unwrap_or_else(not_started)
     } else if job.spec.suspend && world.job.is_none() {
         (Truth::False, RunningReason::Suspended, "suspended by spec.suspend".to_owned())
     } else if matches!(inputs.intent, super::Intent::Fail { .. }) {
@@ -51,11 +63,31 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
             list.keep(ConditionType::Running);
             return;
         }
-        (Truth::False, RunningReason::Restarting, "the last pod has ended and the next has not started".to_owned())
+        (Truth::False, RunningReason::Restarting, restarting(inputs))
     } else {
         not_started()
     };
     list.set(ConditionType::Running, truth, reason.as_str(), &message);
+}
+
+/// What comes after the last pod, and when.
+fn restarting(inputs: &Inputs<'_>) -> String {
+    let Inputs { job, world, attempts, .. } = *inputs;
+    let last = attempts.history.last();
+    let ended = match last.and_then(|last| last.cause) {
+        Some(AttemptCause::Failed) => format!("the last pod failed ({})", last.and_then(|last| last.reason).unwrap_or(Reason::TrainerCrashed)),
+        Some(AttemptCause::Lost) => "the last pod vanished".to_owned(),
+        _ => "the last pod was asked to end".to_owned(),
+    };
+    let Some(child) = world.job.as_deref().filter(|child| !world::is_deleting(child)) else { return format!("{ended}; the next one follows at once") };
+    if world.warning.is_some() {
+        return format!("{ended}, and the API server refuses the next one");
+    }
+    match attempts.next_start(child) {
+        _ if attempts.ended_free(child) && decide::is_renewable(job, child) => format!("{ended}; the next one follows at once"),
+        Some(due) => format!("{ended}; the Job controller starts the next one at {due}"),
+        None => format!("{ended}; the next one is to start"),
+    }
 }
 
 fn not_started() -> (Truth, RunningReason, String) {
@@ -63,7 +95,7 @@ fn not_started() -> (Truth, RunningReason, String) {
 }
 
 /// What a pod that has not ended is doing.
-fn doing(pod: &Pod, world: &World, missing_config_map: Option<&str>, was_training: bool, now: Timestamp) -> Option<(Truth, RunningReason, String)> {
+fn doing(pod: &Pod, world: &World, was_training: bool, now: Timestamp) -> Option<(Truth, RunningReason, String)> {
     if is_lost(pod, now) {
         let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default();
         let text = format!(
@@ -73,7 +105,7 @@ fn doing(pod: &Pod, world: &World, missing_config_map: Option<&str>, was_trainin
     }
     let state = world::trainer(pod).and_then(|container| container.state.as_ref());
     if let Some(waiting) = state.and_then(|state| state.waiting.as_ref()) {
-        return Some(waiting_for(waiting, missing_config_map));
+        return Some(waiting_for(waiting, world));
     }
     if state.is_some_and(|state| state.running.is_some()) {
         return Some(training(world, was_training, now));
@@ -116,30 +148,19 @@ fn training(world: &World, was_training: bool, now: Timestamp) -> (Truth, Runnin
 }
 
 /// A container that waits, by the kubelet's word.
-fn waiting_for(waiting: &ContainerStateWaiting, missing_config_map: Option<&str>) -> (Truth, RunningReason, String) {
+fn waiting_for(waiting: &ContainerStateWaiting, world: &World) -> (Truth, RunningReason, String) {
     let reason = waiting.reason.as_deref().unwrap_or_default();
     let message = waiting.message.clone().unwrap_or_default();
     match reason {
         "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "ImageInspectError" | "RegistryUnavailable" => {
             (Truth::False, RunningReason::ImagePullBackOff, message)
         }
-        "CreateContainerConfigError" if message.contains("not found") || message.contains("couldn't find key") => {
-            (Truth::False, RunningReason::SecretNotFound, message)
-        }
-        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => (Truth::False, RunningReason::CreateContainerError, message),
-        _ => match missing_config_map {
-            Some(name) => (Truth::False, RunningReason::SecretNotFound, format!("ConfigMap {name:?} does not exist in this namespace")),
+        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => (Truth::False, obstacles::container(&message), message),
+        _ => match &world.warning {
+            Some(warning) => (Truth::False, obstacles::start(warning), warning.note.clone()),
             None => (Truth::False, RunningReason::PullingImage, "the node pulls the image and mounts the volumes".to_owned()),
         },
     }
-}
-
-/// Whether the conditions say that the container is being created, which is when a missing ConfigMap shows.
-pub(crate) fn is_creating(pod: &Pod) -> bool {
-    world::trainer(pod)
-        .and_then(|container| container.state.as_ref())
-        .and_then(|state| state.waiting.as_ref())
-        .is_some_and(|waiting| waiting.reason.as_deref() == Some("ContainerCreating"))
 }
 
 /// Whether the job waits for a node.
