@@ -341,6 +341,7 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.scheduling.gpu.perReplica", json!(2)),
         ("spec.failurePolicy.maxRetries", json!(-1)),
         ("spec.activeDeadlineSeconds", json!(0)),
+        ("spec.progressDeadlineSeconds", json!(59)),
         ("spec.image", json!("no spaces allowed")),
     ] {
         let mut job = job("bounds");

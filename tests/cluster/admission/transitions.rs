@@ -102,6 +102,8 @@ async fn what_is_mutable_changes() {
         (suspended.clone(), json!({"suspend": false})),
         (json!({}), json!({"ttlSecondsAfterFinished": 5})),
         (json!({"activeDeadlineSeconds": 60}), json!({"activeDeadlineSeconds": 120})),
+        (json!({}), json!({"progressDeadlineSeconds": 600})),
+        (json!({"progressDeadlineSeconds": 600}), json!({"progressDeadlineSeconds": 900})),
         (json!({}), json!({"failurePolicy": {"maxRetries": 9}})),
         (suspended.clone(), json!({"scheduling": {"nodeSelector": {"pool": "gpu"}}})),
         (suspended.clone(), json!({"scheduling": {"gpu": {"products": ["Tesla-T4"]}}})),

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use finetune_testing::kubernetes;
-use finetune_testing::programs::{kubeconfig, kubectl, repository};
+use finetune_testing::programs::{kubeconfig, kubectl, kubectl_with_input, repository};
 
 /// Longest wait for anything that should happen within a second or two.
 pub(crate) const SOON: Duration = Duration::from_mins(1);
@@ -155,6 +155,25 @@ impl Stage {
             (Some(pod.as_str()) != before).then_some(pod)
         })
         .await
+    }
+
+    /// As the scheduler: the pod has a node, so that it is given time to end. There is no such node, nor a kubelet.
+    pub(crate) async fn bind(&self, pod: &str) {
+        let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("{}-nowhere", self.namespace)}});
+        if kubernetes::get(&self.client, "Node", "", &format!("{}-nowhere", self.namespace)).await.is_none() {
+            kubernetes::create(&self.client, &node, false).await.expect("a node");
+        }
+        let binding = json!({
+            "apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod, "namespace": self.namespace},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node["metadata"]["name"]},
+        });
+        kubectl_with_input(&["create", "-f", "-"], &binding.to_string()).expect("a binding");
+    }
+
+    /// As the kubelet: nothing is left of the pod.
+    pub(crate) async fn remove(&self, pod: &str) {
+        let now = kube::api::DeleteParams::default().grace_period(0);
+        let _gone_already = kubernetes::api(&self.client, "Pod", &self.namespace).delete(pod, &now).await;
     }
 
     /// As the kubelet: the trainer runs.
