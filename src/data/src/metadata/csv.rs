@@ -30,10 +30,10 @@ fn table(bytes: &[u8], collector: &mut Collector<'_>) -> Option<WholeFile> {
     if !reader.read_byte_record(&mut record).unwrap_or(false) || record.iter().all(|field| field.trim_ascii().is_empty()) {
         return Some(WholeFile::NoHeader);
     }
-    if let (1, Some(only)) = (record.len(), record.get(0)) {
-        if let Some(separator) = [b';', b'\t', b'|'].into_iter().find(|separator| only.contains(separator)) {
-            return Some(WholeFile::Separator(char::from(separator)));
-        }
+    if let (1, Some(only)) = (record.len(), record.get(0))
+        && let Some(separator) = [b';', b'\t', b'|'].into_iter().find(|separator| only.contains(separator))
+    {
+        return Some(WholeFile::Separator(char::from(separator)));
     }
     let Some(header) = record.iter().map(|name| std::str::from_utf8(name).ok().map(|name| name.trim().to_owned())).collect::<Option<Vec<String>>>() else {
         collector.problem(Some(1), None, ProblemKind::NotUtf8);
