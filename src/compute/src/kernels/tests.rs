@@ -187,6 +187,27 @@ fn attention_and_its_gradients() {
     }
 }
 
+/// A damaged weight shows in every result, not as a probability of 1e-38.
+#[test]
+fn nan_survives_attention_and_activations() {
+    let e = engine();
+    let shape = AttentionShape { batch: 1, heads: 1, head_dim: 8, image: 5, context: 0, context_queries: false };
+    let joint = |values: &[f32]| Joint { image: e.upload(values), context: None };
+    let (mut q, k, v) = (random(40, 1), random(40, 2), random(40, 3));
+    q[11] = f32::NAN;
+    let (out, lse) = e.attention(&shape, &joint(&q), &joint(&k), &joint(&v));
+    let (out, lse) = (e.download(&out.image), e.download(&lse));
+    for (token, row) in out.chunks_exact(8).enumerate() {
+        assert!(row.iter().all(|x| x.is_nan() == (token == 1)), "{token}: {row:?}");
+        assert_eq!(lse[token].is_nan(), token == 1);
+    }
+    let x = e.upload(&[1.0, f32::NAN, -1.0]);
+    for y in [e.gelu(&x), e.silu(&x)] {
+        let y = e.download(&y);
+        assert!(y[1].is_nan() && y[0].is_finite() && y[2].is_finite(), "{y:?}");
+    }
+}
+
 /// With and without LoRA and a dropout mask, for few and many rows: `y`, `dx`, `dA`, `dB`.
 #[test]
 fn linear_with_lora_and_its_gradients() {

@@ -105,13 +105,14 @@ pub(crate) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     lanes[0]
 }
 
-/// e^x to about one unit in the last place, for x clamped to [-87, 88].
+/// e^x to about one unit in the last place, for x clamped to [-87, 88]; NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // x = n ln 2 + r, |r| <= ln 2 / 2; n by adding 1.5 * 2^23, which leaves the integer in the low mantissa bits.
     const MAGIC: f32 = 12_582_912.0;
-    let x = if x > -87.0 { x } else { -87.0 };
-    let x = if x < 88.0 { x } else { 88.0 };
+    // Comparisons with NaN are false, so this order keeps it: a damaged weight must not become a small probability.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
     let shifted = x * std::f32::consts::LOG2_E + MAGIC;
     let n = shifted - MAGIC;
     // ln 2 in two parts (Cody and Waite).
@@ -128,6 +129,8 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::exp;
+
     #[test]
     fn exp_is_accurate() {
         let mut worst = 0.0_f64;
@@ -138,6 +141,29 @@ mod tests {
         }
         assert!(worst < 2.5e-7, "{worst}");
         assert!((super::exp(-1000.0) - (-87.0_f32).exp()).abs() < 1e-44);
+    }
+
+    vectorised! {
+        fn exp_each(x: &mut [f32]) {
+            for x in x {
+                *x = exp(*x);
+            }
+        }
+    }
+
+    /// In every lane, and in code compiled for each instruction set.
+    #[test]
+    fn exp_keeps_nan() {
+        for place in 0..19 {
+            let mut values = [1.0_f32; 19];
+            values[place] = f32::NAN;
+            exp_each(&mut values);
+            for (i, value) in values.iter().enumerate() {
+                assert_eq!(value.is_nan(), i == place, "{i}: {value}");
+            }
+        }
+        assert!(exp(-f32::NAN).is_nan());
+        assert!(exp(f32::NEG_INFINITY) > 0.0 && exp(f32::INFINITY).is_finite(), "infinities are clamped");
     }
 
     #[test]
