@@ -209,7 +209,7 @@ mod tests {
             });
             let near = ends.flat_map(|end| [end, end - 1e-3, end + 1e-3]);
             let mut refused = 0;
-            for value in near.chain([-1e9, -1.0, -1e-9, 0.0, 1e-9, 0.5, 1.0, 2.0, 7.5, 1e9, 1e30]) {
+            for value in near.chain([-1e9, 0.0, 0.5, 7.5, 1e30]) {
                 let mut spec = json!({
                     "model": {"source": {"objectStore": {"uri": "s3://models/sd3/"}}},
                     "dataset": {"uri": "s3://data/corgi/"},
