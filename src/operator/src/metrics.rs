@@ -400,8 +400,9 @@ impl Collector for JobsCollector {
         for source in &self.0.lock().unwrap_or_else(PoisonError::into_inner).0 {
             census.merge(source());
         }
-        let (jobs, longest, unknown): (Family<JobLabels, Gauge<i64>>, Family<JobLabels, Gauge<i64>>, Family<NamespaceLabels, Gauge<i64>>) =
-            (Family::default(), Family::default(), Family::default());
+        let jobs = Family::<JobLabels, Gauge<i64>>::default();
+        let longest = Family::<JobLabels, Gauge<i64>>::default();
+        let unknown = Family::<NamespaceLabels, Gauge<i64>>::default();
         for ((namespace, phase), count) in census.phases {
             let labels = JobLabels { namespace, phase };
             jobs.get_or_create(&labels).set(count.jobs);

@@ -2,7 +2,7 @@
 //! that is gone or forbidden stops nobody else; it is named here, in the log and in `finetune_watch_failing`.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kube::runtime::watcher;
@@ -149,7 +149,10 @@ impl Readiness {
 
 /// What is missing in a namespace, a line each.
 fn problems(namespace: &str, watched: &Watched) -> String {
-    let troubles: String = watched.troubles.iter().map(|(kind, trouble)| format!("{}\n", Problem { namespace, kind, trouble })).collect();
+    let mut troubles = String::new();
+    for (kind, trouble) in &watched.troubles {
+        let _infallible = writeln!(troubles, "{}", Problem { namespace, kind, trouble });
+    }
     if troubles.is_empty() && !watched.synced { format!("{}: the caches are not filled yet\n", Scope(namespace)) } else { troubles }
 }
 

@@ -130,7 +130,7 @@ async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readin
     let leading = async {
         tokio::select! {
             // The other end lives as long as this future.
-            _ = served.wait_for(|served| *served) => lead(client, options, metrics, readiness, shutdown).await,
+            _ = served.wait_for(|served| *served) => Box::pin(lead(client, options, metrics, readiness, shutdown)).await,
             () = waiting => Ok(()),
         }
     };
@@ -143,7 +143,7 @@ async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readin
 /// Waits for the lease, then controls until it is lost or `shutdown` resolves.
 async fn lead(client: &Client, options: &Options, metrics: &Arc<Metrics>, readiness: &Arc<Readiness>, shutdown: Shutdown) -> Result<(), RunError> {
     let Some(election) = &options.election else {
-        return control(client, options, metrics, readiness, &Leadership::without_election(), shutdown).await;
+        return Box::pin(control(client, options, metrics, readiness, &Leadership::without_election(), shutdown)).await;
     };
     let elector = Elector::new(client.clone(), &election.namespace, &election.name, &election.identity, election.intervals)?;
     let leadership = tokio::select! {

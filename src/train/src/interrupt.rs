@@ -119,7 +119,7 @@ fn ignores_hangup(status: &str) -> bool {
     mask.is_some_and(|mask| mask & 1 == 1)
 }
 
-#[expect(clippy::exit, reason = "a pass at work cannot be cancelled, and nobody wants to wait for its end any longer")]
+#[expect(clippy::exit, clippy::disallowed_methods, reason = "a pass at work cannot be cancelled, and nobody wants to wait for its end any longer")]
 fn end_at_once() -> ! {
     tracing::warn!("ended by a second SIGINT; what came after the last checkpoint is lost");
     std::process::exit(ENDED_BY_SIGINT)
