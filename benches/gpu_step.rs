@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use candle_core::{Device, Tensor};
 use finetune_common::rng::{Purpose, Stream};
-use finetune_compute::kernels::{Engine, Precision, starts_together};
+use finetune_common::tensor::HostTensor;
+use finetune_compute::kernels::{Engine, Precision, flat_offsets};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
 use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
 use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer as _, Param, clip_global_norm};
@@ -78,10 +78,10 @@ fn write_weights(config: &MmditConfig, folder: &Path) -> Result<()> {
     Ok(file.flush()?)
 }
 
-fn random(stream: &mut Stream, shape: &[usize]) -> Result<Tensor> {
+fn random(stream: &mut Stream, shape: &[usize]) -> Result<HostTensor> {
     let mut values = vec![0.0; shape.iter().product()];
     stream.fill_normal(&mut values);
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    Ok(HostTensor::new(values, shape)?)
 }
 
 struct Options {
@@ -187,7 +187,7 @@ fn timed(engine: &Engine, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
 /// One update from a micro-batch's gradients on the GPU to the model's new factors.
 fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
     let ops = engine.update_ops().context("not on a GPU")?;
-    let starts = starts_together(params.iter().map(|p| p.value.len()));
+    let starts = flat_offsets(params.iter().map(|p| p.value.len()));
     let mut values = vec![0.0; starts[params.len()]];
     Stream::new(3, Purpose::Noise, 0, 0).fill_normal(&mut values);
     let gradients = ops.upload(&values);
@@ -226,13 +226,13 @@ fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
 
 fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig, params: &[Param], pixels: usize, batch: usize) -> Result<()> {
     let ops = engine.update_ops().context("not on a GPU")?;
-    let mut sums = ops.zeros(starts_together(params.iter().map(|p| p.value.len()))[params.len()]);
+    let mut sums = ops.zeros(flat_offsets(params.iter().map(|p| p.value.len()))[params.len()]);
     let mut stream = Stream::new(1, Purpose::Noise, 0, 0);
     let latents = [batch, config.in_channels, pixels / 8, pixels / 8];
     let prompt = random(&mut stream, &[batch, 154, config.joint_attention_dim])?;
     let pooled = random(&mut stream, &[batch, config.pooled_projection_dim])?;
-    let x0: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
-    let noise: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+    let x0: Vec<f32> = random(&mut stream, &latents)?.into_values();
+    let noise: Vec<f32> = random(&mut stream, &latents)?.into_values();
     let table = SigmaTable::default();
     let kind = LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true };
     let (mut steps, mut forwards, mut last) = (Vec::new(), Vec::new(), 0.0);
@@ -240,8 +240,8 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
     for step in 0..options.steps + 3 {
         let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
         let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
-        let timesteps = Tensor::from_vec(indices.iter().map(|&i| table.timestep(i)).collect::<Vec<_>>(), batch, &Device::Cpu)?;
-        let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu)?;
+        let timesteps = HostTensor::vector(indices.iter().map(|&i| table.timestep(i)).collect());
+        let x_t = HostTensor::new(mix(&x0, &noise, &sigmas), latents)?;
         engine.synchronize();
         let last_step = options.profile && step == options.steps + 2;
         if last_step {

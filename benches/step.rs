@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use candle_core::{Device, Tensor};
 use finetune_common::rng::{Purpose, Stream};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
 use finetune_compute::optim::{AdamW, AdamWSettings, Optimizer as _, clip_global_norm};
 use finetune_model::Weights;
@@ -58,10 +58,10 @@ impl Options {
     }
 }
 
-fn random(stream: &mut Stream, shape: &[usize]) -> Result<Tensor> {
+fn random(stream: &mut Stream, shape: &[usize]) -> Result<HostTensor> {
     let mut values = vec![0.0; shape.iter().product()];
     stream.fill_normal(&mut values);
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    Ok(HostTensor::new(values, shape)?)
 }
 
 fn main() -> Result<()> {
@@ -86,19 +86,18 @@ fn main() -> Result<()> {
     let pooled = random(&mut stream, &[batch, config.pooled_projection_dim])?;
     let (mut times, mut last_loss) = (Vec::new(), 0.0);
     for step in 0..options.steps {
-        let x0: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
-        let noise: Vec<f32> = random(&mut stream, &latents)?.flatten_all()?.to_vec1()?;
+        let x0: Vec<f32> = random(&mut stream, &latents)?.into_values();
+        let noise: Vec<f32> = random(&mut stream, &latents)?.into_values();
         let started = Instant::now();
         model.set_lora(&params)?;
         let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
         let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
-        let timesteps = Tensor::from_vec(indices.iter().map(|&i| table.timestep(i)).collect::<Vec<_>>(), batch, &Device::Cpu)?;
-        let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu)?;
+        let timesteps = HostTensor::vector(indices.iter().map(|&i| table.timestep(i)).collect());
+        let x_t = HostTensor::new(mix(&x0, &noise, &sigmas), latents)?;
         let (velocity, saved) = model.forward(&x_t, &timesteps, &prompt, &pooled, None)?;
-        let velocity: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-        let loss = loss(kind, &velocity, &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
+        let loss = loss(kind, velocity.values(), &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
         last_loss = loss.mean();
-        let mut gradients = model.backward(saved, &Tensor::from_vec(loss.d_velocity, &latents, &Device::Cpu)?)?;
+        let mut gradients = model.backward(saved, &HostTensor::new(loss.d_velocity, latents)?)?;
         clip_global_norm(&mut gradients, 1.0);
         optimizer.step(&mut params, &gradients, 1e-4);
         times.push(started.elapsed().as_secs_f64() * 1e3);

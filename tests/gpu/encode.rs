@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, Precision};
 use finetune_model::ModelDir;
 use finetune_model::text::{EncodeProgress, PromptEmbedding, PromptEncoder};
@@ -27,12 +27,8 @@ fn go(_: EncodeProgress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn flat(t: &Tensor) -> Vec<f32> {
-    t.flatten_all().and_then(|t| t.to_vec1()).expect("f32 values")
-}
-
 fn values(e: &PromptEmbedding) -> (Vec<f32>, Vec<f32>) {
-    (flat(&e.embeds), flat(&e.pooled))
+    (e.embeds.values().to_vec(), e.pooled.values().to_vec())
 }
 
 fn captions(count: usize) -> Vec<String> {
@@ -94,16 +90,16 @@ fn pictures_are_those_of_the_cpu() {
         poison(&gpu);
         for (path, model) in cases("encode-image") {
             for (height, width) in [(64, 64), (40, 72)] {
-                let pixels = Tensor::from_vec(random(2 * 3 * height * width, 5), (2, 3, height, width), &Device::Cpu).unwrap();
+                let pixels = HostTensor::new(random(2 * 3 * height * width, 5), [2, 3, height, width]).unwrap();
                 let (on_gpu, on_cpu) = (VaeEncoder::load(&model, &gpu).unwrap(), VaeEncoder::load(&model, &Engine::cpu()).unwrap());
                 let (got, want) = (on_gpu.encode(&pixels).unwrap(), on_cpu.encode(&pixels).unwrap());
                 let again = on_gpu.encode(&pixels).unwrap();
-                assert_eq!(flat(&got.mean), flat(&again.mean), "the same twice");
+                assert_eq!(got.mean.values(), again.mean.values(), "the same twice");
                 let decode = |engine| VaeDecoder::load(&model, engine).unwrap().decode(&want.mean).unwrap();
                 let errors = [
-                    relative(&flat(&got.mean), &flat(&want.mean)),
-                    relative(&flat(&got.logvar), &flat(&want.logvar)),
-                    relative(&flat(&decode(&gpu)), &flat(&decode(&Engine::cpu()))),
+                    relative(got.mean.values(), want.mean.values()),
+                    relative(got.logvar.values(), want.logvar.values()),
+                    relative(decode(&gpu).values(), decode(&Engine::cpu()).values()),
                 ];
                 println!("{precision} {} {height}x{width}: {errors:?}", path.display());
                 if errors.iter().any(|&e| e.is_nan() || e > tolerance) {

@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, Precision};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{LossKind, Weighting, mix};
 use finetune_model::Weights;
 use finetune_model::lora::{EVERY_TARGET, LoraSpec};
 use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 use crate::support::{poison, random, relative};
 
@@ -32,10 +34,10 @@ fn config(heads: usize, head_dim: usize, dual: &[usize]) -> MmditConfig {
 
 fn weights(config: &MmditConfig) -> (tempfile::TempDir, Arc<Weights>) {
     let (d, p) = (config.width(), config.patch_size);
-    let mut tensors: HashMap<String, Tensor> = HashMap::new();
+    let mut tensors: HashMap<String, (Vec<usize>, Vec<u8>)> = HashMap::new();
     let mut add = |name: String, shape: &[usize], scale: f64, offset: f64| {
-        let values = random(shape.iter().product(), tensors.len() as u64);
-        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu).unwrap().affine(scale, offset).unwrap());
+        let values = random(shape.iter().product(), tensors.len() as u64).into_iter();
+        tensors.insert(name, (shape.to_vec(), values.flat_map(|v| (v * scale as f32 + offset as f32).to_le_bytes()).collect()));
     };
     for site in config.linear_sites() {
         add(format!("{}.weight", site.name), &[site.out_features, site.in_features], 1.0 / (site.in_features as f64).sqrt(), 0.0);
@@ -53,7 +55,8 @@ fn weights(config: &MmditConfig) -> (tempfile::TempDir, Arc<Weights>) {
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    candle_core::safetensors::save(&tensors, dir.path().join("diffusion_pytorch_model.safetensors")).unwrap();
+    let views = tensors.iter().map(|(name, (shape, bytes))| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &dir.path().join("diffusion_pytorch_model.safetensors")).unwrap();
     let weights = Arc::new(Weights::open(dir.path()).unwrap());
     (dir, weights)
 }
@@ -76,14 +79,14 @@ fn step(engine: &Engine, config: &MmditConfig, weights: &Arc<Weights>, targets: 
     model.set_lora(&params).unwrap();
     model.set_recompute(recompute);
     let size = 3;
-    let tensor = |shape: &[usize], seed| Tensor::from_vec(random(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
+    let tensor = |shape: &[usize], seed| HostTensor::new(random(shape.iter().product(), seed), shape).unwrap();
     let latents = [size, config.in_channels, 18, 14];
     let key = DropoutKey { seed: 9, samples: (0..size as u64).map(|b| (2, b + 10)).collect() };
-    let timestep = Tensor::from_vec((0..size).map(|b| 100.0 + 250.5 * b as f32).collect::<Vec<_>>(), size, &Device::Cpu).unwrap();
+    let timestep = HostTensor::vector((0..size).map(|b| 100.0 + 250.5 * b as f32).collect());
     let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], 51), tensor(&[size, config.pooled_projection_dim], 52));
     let run = || {
         let (velocity, saved) = model.forward(&tensor(&latents, 50), &timestep, &prompt, &pooled, Some(&key)).unwrap();
-        (velocity.flatten_all().unwrap().to_vec1().unwrap(), model.backward(saved, &tensor(&latents, 53)).unwrap())
+        (velocity.into_values(), model.backward(saved, &tensor(&latents, 53)).unwrap())
     };
     let (velocity, gradients) = run();
     assert!((velocity.clone(), gradients.clone()) == run(), "the second time gives other bits");
@@ -152,14 +155,14 @@ fn recorded_steps_give_the_same_bits_and_follow_inputs_and_parameters() {
     let config = config(2, 64, &[1]);
     let (_dir, weights) = weights(&config);
     let spec = LoraSpec { rank: 4, alpha: 4.0, dropout: 0.0, target_modules: ATTENTION.map(str::to_owned).to_vec() };
-    let tensor = |shape: &[usize], seed| Tensor::from_vec(random(shape.iter().product(), seed), shape, &Device::Cpu).unwrap();
+    let tensor = |shape: &[usize], seed| HostTensor::new(random(shape.iter().product(), seed), shape).unwrap();
     let kind = LossKind { weighting: Weighting::Cosmap, precondition_outputs: true };
     let step = |model: &Mmdit, seed: u64, size: usize| {
         let latents = [size, config.in_channels, 10, 14];
         let (x0, noise) = (random(latents.iter().product(), seed), random(latents.iter().product(), seed + 1));
         let sigmas: Vec<f32> = (0..size).map(|b| 0.2 + 0.17 * b as f32).collect();
-        let timesteps = Tensor::from_vec(sigmas.iter().map(|s| 1000.0 * s).collect::<Vec<_>>(), size, &Device::Cpu).unwrap();
-        let x = Tensor::from_vec(mix(&x0, &noise, &sigmas), &latents, &Device::Cpu).unwrap();
+        let timesteps = HostTensor::vector(sigmas.iter().map(|s| 1000.0 * s).collect());
+        let x = HostTensor::new(mix(&x0, &noise, &sigmas), latents).unwrap();
         let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], seed + 2), tensor(&[size, config.pooled_projection_dim], seed + 3));
         let coefficients: Vec<f64> = (0..size).map(|b| 0.1 + 0.05 * b as f64).collect();
         let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &coefficients };

@@ -1,7 +1,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use finetune_compute::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, StoredMatrix};
+use finetune_compute::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, Qkv, StoredMatrix};
 
 use crate::support::{Pair, pairs, random};
 
@@ -242,8 +242,14 @@ fn attention_and_its_gradients() {
                     |i: usize, wanted: bool| Joint { image: e.upload(&values[2 * i]), context: (wanted && nc > 0).then(|| e.upload(&values[2 * i + 1])) };
                 let (q, k, v, d) = (joint(0, context_queries), joint(1, true), joint(2, true), joint(3, context_queries));
                 let (out, lse) = e.attention(&shape, &q, &k, &v);
-                let (dq, dk, dv) = e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d);
-                [out, dq, dk, dv].map(|j| [e.download(&j.image), j.context.map(|c| e.download(&c)).unwrap_or_default()].concat())
+                let stream = |tokens, query| e.qkv(batch * tokens, shape.width(), query, false);
+                let mut gradients = Joint { image: stream(image, true), context: (nc > 0).then(|| stream(context, context_queries)) };
+                e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d, &mut gradients);
+                let part = |part: fn(&Qkv) -> Option<&Buffer>| {
+                    [Some(&gradients.image), gradients.context.as_ref()].map(|s| s.and_then(part).map(|b| e.download(b)).unwrap_or_default()).concat()
+                };
+                let out = [e.download(&out.image), out.context.map(|c| e.download(&c)).unwrap_or_default()].concat();
+                [out, part(|s| s.q.as_ref()), part(|s| Some(&s.k)), part(|s| Some(&s.v))]
             };
             for (what, (got, want)) in ["out", "dq", "dk", "dv"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
                 p.check(&format!("attention {batch}x{heads}x{head_dim} {image}+{context} {what}"), got, want);

@@ -1,7 +1,7 @@
 //! AdamW and its 8-bit form on the GPU against the host's: the same bits, whatever the sizes, also after a checkpoint.
 
 use finetune_common::rng::{Purpose, Stream};
-use finetune_compute::kernels::{Engine, Precision, starts_together};
+use finetune_compute::kernels::{Engine, Precision, flat_offsets};
 use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
 use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip};
 
@@ -31,7 +31,7 @@ fn gradients(update: usize) -> Vec<Vec<f32>> {
 
 /// Adds the gradients to the sums, in two halves.
 fn add(engine: &Engine, gpu: &mut GpuAdamW, gradients: &[Vec<f32>]) {
-    let starts = starts_together(gradients.iter().map(Vec::len));
+    let starts = flat_offsets(gradients.iter().map(Vec::len));
     let mut all = vec![0.0; starts[gradients.len()]];
     gradients.iter().zip(starts).for_each(|(g, start)| all[start..start + g.len()].copy_from_slice(g));
     let ops = engine.update_ops().unwrap();

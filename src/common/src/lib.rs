@@ -4,4 +4,5 @@ pub mod digest;
 pub mod listen;
 pub mod mmap;
 pub mod rng;
+pub mod tensor;
 pub mod yaml;

@@ -16,14 +16,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Device, Tensor};
 use futures::StreamExt as _;
-use safetensors::{Dtype, View as _};
+use safetensors::Dtype;
 use tokio::task::JoinSet;
 
 use super::pack::{self, Entry, Pack, Place, Raw};
 use super::transform::Transform;
 use finetune_common::digest::{Sha256Digest, sha256_parts};
+use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_store::{NoProgress, Store, StoreError, StoreErrorKind};
 
 /// Bytes after which a pack is closed.
@@ -49,15 +49,15 @@ pub enum CacheError {
     /// The mirror failed.
     #[error("failed to use the mirror of the cache")]
     Store(#[from] StoreError),
-    /// A tensor cannot be read.
-    #[error("failed to read tensor {name:?}")]
-    Tensor {
-        /// Its name.
-        name: String,
-        /// The cause.
-        #[source]
-        source: candle_core::Error,
+    /// An entry's tensor has another type than it was written with.
+    #[error("the cache holds a tensor of type {dtype:?} where f32 is expected: remove the cache folder and run again")]
+    Dtype {
+        /// Its type.
+        dtype: Dtype,
     },
+    /// An entry's tensor has other values than its shape.
+    #[error("the cache holds a damaged tensor: remove the cache folder and run again")]
+    Shape(#[from] ShapeError),
     /// A worker failed.
     #[error("failed to upload in the background")]
     Worker(#[from] tokio::task::JoinError),
@@ -78,7 +78,7 @@ pub fn prompt_key(caption: &str, encoders: &Sha256Digest, max_sequence_length: u
     sha256_parts([&b"prompt v1"[..], caption.as_bytes(), encoders, &max_sequence_length.to_le_bytes()])
 }
 
-/// A tensor of an entry, mapped from disk.
+/// A tensor of an entry: in memory until its pack is written, then mapped from disk.
 #[derive(Debug, Clone)]
 pub struct CachedTensor {
     dtype: Dtype,
@@ -111,12 +111,45 @@ impl CachedTensor {
         }
     }
 
-    /// A copy on `device`.
+    /// A tensor of f32 to be kept.
+    pub fn f32(tensor: &HostTensor) -> Self {
+        let bytes: Vec<u8> = tensor.values().iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self { dtype: Dtype::F32, shape: tensor.shape().to_vec(), source: Source::Memory(bytes.into()) }
+    }
+
+    /// Bytes to be kept, as the pixels of a picture.
     ///
     /// # Errors
-    /// If the device cannot hold it.
-    pub fn to_tensor(&self, device: &Device) -> candle_core::Result<Tensor> {
-        Tensor::from_raw_buffer(self.bytes(), DType::try_from(self.dtype)?, &self.shape, device)
+    /// If they do not fill the shape.
+    pub fn u8(bytes: Vec<u8>, shape: &[usize]) -> Result<Self, ShapeError> {
+        if shape.iter().product::<usize>() != bytes.len() {
+            return Err(ShapeError::Length { shape: shape.to_vec(), values: bytes.len() });
+        }
+        Ok(Self { dtype: Dtype::U8, shape: shape.to_vec(), source: Source::Memory(bytes.into()) })
+    }
+
+    /// Whole numbers to be kept, as counts of tokens.
+    ///
+    /// # Errors
+    /// If they do not fill the shape.
+    pub fn u32(values: &[u32], shape: &[usize]) -> Result<Self, ShapeError> {
+        if shape.iter().product::<usize>() != values.len() {
+            return Err(ShapeError::Length { shape: shape.to_vec(), values: values.len() });
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(Self { dtype: Dtype::U32, shape: shape.to_vec(), source: Source::Memory(bytes.into()) })
+    }
+
+    /// The values of a tensor of f32.
+    ///
+    /// # Errors
+    /// If it has another type, or the entry is damaged.
+    pub fn to_f32(&self) -> Result<HostTensor, CacheError> {
+        if self.dtype != Dtype::F32 {
+            return Err(CacheError::Dtype { dtype: self.dtype });
+        }
+        let values = self.bytes().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        Ok(HostTensor::new(values, self.shape.as_slice())?)
     }
 }
 
@@ -237,18 +270,19 @@ impl TensorCache {
     /// Adds an entry; one that exists already is left as it is. A full pack is written, and uploaded in the background.
     ///
     /// # Errors
-    /// If a tensor cannot be read or a pack not be written.
-    pub fn put(&mut self, key: Sha256Digest, tensors: &[(&str, &Tensor)]) -> Result<(), CacheError> {
+    /// If a pack cannot be written.
+    pub fn put(&mut self, key: Sha256Digest, tensors: &[(&str, CachedTensor)]) -> Result<(), CacheError> {
         if self.contains(&key) {
             return Ok(());
         }
         let mut entry = Entry::new();
         for (name, tensor) in tensors {
-            let failed = |source| CacheError::Tensor { name: (*name).to_owned(), source };
-            let tensor = tensor.to_device(&Device::Cpu).and_then(|t| t.contiguous()).map_err(failed)?;
-            let bytes: Arc<[u8]> = tensor.data().into();
+            let bytes: Arc<[u8]> = match &tensor.source {
+                Source::Memory(bytes) => Arc::clone(bytes),
+                Source::Pack(..) => tensor.bytes().into(),
+            };
             self.pending_bytes += bytes.len();
-            entry.insert((*name).to_owned(), Raw { dtype: tensor.dtype().into(), shape: tensor.dims().to_vec(), bytes });
+            entry.insert((*name).to_owned(), Raw { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes });
         }
         self.pending.insert(key, entry);
         if self.pending_bytes >= self.pack_bytes { self.close_pack() } else { Ok(()) }

@@ -6,21 +6,26 @@ fn key(n: usize) -> Sha256Digest {
     sha256(format!("entry {n}").as_bytes())
 }
 
-fn tensor(n: usize) -> Tensor {
-    Tensor::arange(n as f32, n as f32 + 300.0, &Device::Cpu).unwrap().reshape((3, 100)).unwrap()
+fn tensor(n: usize) -> HostTensor {
+    HostTensor::new((0..300).map(|i| (n + i) as f32).collect(), [3, 100]).unwrap()
+}
+
+fn pixels(n: usize) -> Vec<u8> {
+    (0..300).map(|i| (n + i) as u8).collect()
 }
 
 fn put(cache: &mut TensorCache, n: usize) {
-    let half = tensor(n).to_dtype(DType::BF16).unwrap();
-    cache.put(key(n), &[("mean", &tensor(n)), ("half", &half)]).unwrap();
+    let pixels = CachedTensor::u8(pixels(n), &[10, 10, 3]).unwrap();
+    cache.put(key(n), &[("mean", CachedTensor::f32(&tensor(n))), ("pixels", pixels)]).unwrap();
 }
 
 fn check(cache: &TensorCache, n: usize) {
     let mean = cache.get(&key(n), "mean").unwrap().unwrap();
     assert_eq!((mean.dtype(), mean.shape()), (Dtype::F32, &[3, 100][..]));
-    assert_eq!(mean.to_tensor(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap(), tensor(n).to_vec2::<f32>().unwrap());
-    let half = cache.get(&key(n), "half").unwrap().unwrap().to_tensor(&Device::Cpu).unwrap();
-    assert_eq!(half.dtype(), DType::BF16);
+    assert_eq!(mean.to_f32().unwrap(), tensor(n));
+    let picture = cache.get(&key(n), "pixels").unwrap().unwrap();
+    assert_eq!((picture.dtype(), picture.shape(), picture.bytes()), (Dtype::U8, &[10, 10, 3][..], &pixels(n)[..]));
+    assert!(matches!(picture.to_f32(), Err(CacheError::Dtype { dtype: Dtype::U8 })));
     assert!(cache.get(&key(n), "logvar").unwrap().is_none());
 }
 

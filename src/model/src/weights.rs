@@ -7,11 +7,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
 use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use safetensors::{Dtype, SafeTensors};
 
 use finetune_common::mmap::MappedFile;
+use finetune_compute::kernels::{Precision, StoredMatrix};
 
 /// Why weights cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -95,17 +95,6 @@ pub enum WeightsError {
         /// The type in the file.
         dtype: Dtype,
     },
-    /// The tensor could not be made on the device.
-    #[error("failed to load tensor {name:?} of {path}")]
-    Device {
-        /// The file or folder.
-        path: PathBuf,
-        /// The tensor's name.
-        name: String,
-        /// The cause.
-        #[source]
-        source: Box<candle_core::Error>,
-    },
 }
 
 type Result<T, E = WeightsError> = std::result::Result<T, E>;
@@ -148,6 +137,16 @@ impl View<'_> {
     /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The type of the values, if it is one that can be computed with.
+    pub fn precision(&self) -> Option<Precision> {
+        match self.dtype {
+            Dtype::F32 => Some(Precision::F32),
+            Dtype::F16 => Some(Precision::F16),
+            Dtype::BF16 => Some(Precision::Bf16),
+            _ => None,
+        }
     }
 
     /// Writes values `start..start + out.len()` to `out` as f32. Exact for f16, bf16 and f32.
@@ -196,6 +195,19 @@ impl View<'_> {
         let mut values = vec![0.0_f32; self.len()];
         let good = values.par_chunks_mut(PIECE).enumerate().map(|(i, piece)| self.read_f32(i * PIECE, piece)).reduce(|| true, |a, b| a && b);
         good.then_some(values)
+    }
+}
+
+/// Of two dimensions, and of a type that can be computed with.
+impl StoredMatrix for View<'_> {
+    fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let width = self.shape.last().copied().unwrap_or(0);
+        let mut blocks = out.chunks_exact_mut(columns.len().max(1)).zip(rows);
+        assert!(blocks.all(|(out, row)| self.read_f32(row * width + columns.start, out)), "should be a checked weight");
+    }
+
+    fn stored(&self) -> Option<(Precision, &[u8])> {
+        Some((self.precision()?, self.bytes))
     }
 }
 
@@ -347,36 +359,6 @@ impl Weights {
         view.to_f32().ok_or_else(|| WeightsError::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: view.dtype })
     }
 
-    /// The tensor converted to `dtype` on `device`.
-    ///
-    /// # Errors
-    /// If there is none of this name, it is not stored as f16, bf16 or f32, or the device has no room.
-    pub fn tensor(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let view = self.view(name)?;
-        let failed = |source| WeightsError::Device { path: self.path.clone(), name: name.to_owned(), source: Box::new(source) };
-        let stored = match view.dtype {
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F32 => DType::F32,
-            other => return Err(WeightsError::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: other }),
-        };
-        if stored != dtype && dtype == DType::F32 && device.is_cpu() {
-            return Tensor::from_vec(self.f32(name)?, view.shape, device).map_err(failed);
-        }
-        // To the device in the stored type first: half the bytes over the bus.
-        let tensor = Tensor::from_raw_buffer(view.bytes, stored, view.shape, device).map_err(failed)?;
-        tensor.to_dtype(dtype).map_err(failed)
-    }
-
-    /// [`Weights::tensor`], if its shape is `shape`.
-    ///
-    /// # Errors
-    /// As [`Weights::tensor`], and if the shape differs.
-    pub fn tensor_of_shape(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-        self.view_of_shape(name, shape)?;
-        self.tensor(name, dtype, device)
-    }
-
     /// Asks for the pages of the tensors whose names begin with `prefix` to be read ahead. Best effort.
     pub fn will_need(&self, prefix: &str) {
         self.each(prefix, MappedFile::will_need);
@@ -479,7 +461,7 @@ mod tests {
         assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
         weights.release("");
         assert_eq!(weights.f32("b").unwrap(), [3.0, 4.0]);
-        assert!(matches!(weights.tensor("c", DType::F32, &Device::Cpu), Err(WeightsError::MissingTensor { .. })));
+        assert!(matches!(weights.f32("c"), Err(WeightsError::MissingTensor { .. })));
         assert!(matches!(weights.view_of_shape("a", &[1, 2]), Err(WeightsError::Shape { .. })));
     }
 
@@ -545,7 +527,8 @@ mod tests {
         let mut part = [0.0; 3];
         assert!(weights.view("h").unwrap().read_f32(4997, &mut part) && !weights.view("h").unwrap().read_f32(4998, &mut part));
         assert!(matches!(weights.f32("ids"), Err(WeightsError::Dtype { .. })));
-        let tensor = weights.tensor("b", DType::BF16, &Device::Cpu).unwrap();
-        assert_eq!((tensor.dtype(), tensor.dims()), (DType::BF16, &[5000][..]));
+        let (b, ids) = (weights.view("b").unwrap(), weights.view("ids").unwrap());
+        assert_eq!((b.precision(), b.shape, ids.precision()), (Some(Precision::Bf16), &[5000][..], None));
+        assert_eq!(b.stored(), Some((Precision::Bf16, &bf16[..])));
     }
 }

@@ -131,7 +131,7 @@ impl TrainError {
                 PrepareError::Text(_) | PrepareError::Vae(_) | PrepareError::Layout(_) => Reason::ModelLoadFailed,
                 PrepareError::Draw(error) => draw_reason(error),
                 PrepareError::Cache(error) | PrepareError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
-                PrepareError::Prepared(_) | PrepareError::Tensor(_) => Reason::TrainerCrashed,
+                PrepareError::Prepared(_) | PrepareError::Shape(_) => Reason::TrainerCrashed,
             },
             Self::Checkpoint(error) => checkpoint_reason(error),
             Self::Trainer(error) => match error {
@@ -146,6 +146,7 @@ impl TrainError {
                 PublishError::OutputExists { .. } | PublishError::ForeignResult { .. } | PublishError::Damaged { .. } => Reason::OutputExists,
                 PublishError::Json(_) => Reason::TrainerCrashed,
             },
+            Self::Validation(ValidationError::Sample(SampleError::NotFinite { .. })) => Reason::Diverged,
             Self::Local { .. } | Self::Validation(_) => Reason::TrainerCrashed,
             Self::PermissionLost { .. } => Reason::PermissionLost,
             Self::Interrupted { .. } => Reason::Interrupted,
@@ -188,7 +189,7 @@ fn mmdit_reason(error: &MmditError) -> Reason {
     match error {
         MmditError::Lora(_) => Reason::InvalidConfig,
         MmditError::Device(error) => device_reason(error),
-        MmditError::Tensor(_) | MmditError::Input { .. } => Reason::TrainerCrashed,
+        MmditError::Shape(_) | MmditError::Input { .. } => Reason::TrainerCrashed,
         _ => Reason::ModelLoadFailed,
     }
 }
@@ -198,8 +199,10 @@ fn draw_reason(error: &SampleError) -> Reason {
     match error {
         SampleError::Stopped => Reason::Interrupted,
         SampleError::Mmdit(error) => mmdit_reason(error),
-        SampleError::Layout(_) | SampleError::Weights(_) | SampleError::Vae(_) | SampleError::Text(_) => Reason::ModelLoadFailed,
-        SampleError::Lora(_) | SampleError::Setting { .. } | SampleError::Write { .. } | SampleError::Tensor(_) => Reason::TrainerCrashed,
+        SampleError::Layout(_) | SampleError::Weights(_) | SampleError::Vae(_) | SampleError::Text(_) | SampleError::NotFinite { .. } => {
+            Reason::ModelLoadFailed
+        }
+        SampleError::Lora(_) | SampleError::Setting { .. } | SampleError::Write { .. } | SampleError::Shape(_) => Reason::TrainerCrashed,
     }
 }
 

@@ -1,7 +1,5 @@
 //! The evaluation loss: fixed pictures, noise and timesteps, so that two measurements differ by the weights alone.
 
-use candle_core::Device;
-
 use super::step::{self, Draw, Example, Objective};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_model::mmdit::{Mmdit, MmditError};
@@ -36,7 +34,6 @@ fn draw(objective: &Objective, example: &Example, sample: usize, index: u64) -> 
 pub fn evaluate(
     model: &Mmdit,
     objective: &Objective,
-    device: &Device,
     examples: &[(usize, Example)],
     batch: usize,
     mut proceed: impl FnMut() -> bool,
@@ -48,7 +45,7 @@ pub fn evaluate(
             if !proceed() {
                 return Ok(None);
             }
-            let losses = step::losses(model, objective, device, &vec![example; draws.len()], draws)?;
+            let losses = step::losses(model, objective, &vec![example; draws.len()], draws)?;
             sum += losses.iter().sum::<f64>();
             count += losses.len() as u64;
         }
@@ -60,6 +57,7 @@ pub fn evaluate(
 mod tests {
     use super::*;
     use crate::step::LatentScaling;
+    use finetune_common::tensor::HostTensor;
     use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
 
     #[test]
@@ -79,8 +77,7 @@ mod tests {
             seed: 3,
             dropout: false,
         };
-        let none = candle_core::Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
-        let example = Example { mean: vec![0.0; 4], logvar: vec![0.0; 4], shape: [1, 2, 2], embeds: none.clone(), pooled: none };
+        let example = Example { mean: vec![0.0; 4], logvar: vec![0.0; 4], shape: [1, 2, 2], embeds: HostTensor::zeros([1]), pooled: HostTensor::zeros([1]) };
         for i in 0..TIMESTEPS {
             let level = draw(&objective, &example, 0, i).level as u64;
             assert!((i * 125..(i + 1) * 125).contains(&level), "{i}: {level}");

@@ -5,7 +5,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
 use tokio::task::block_in_place;
 
 use super::checkpoint::{self, CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
@@ -329,7 +328,6 @@ impl Run<'_> {
                 micro_batch: memory.micro_batch,
                 recomputed_blocks: memory.recomputed_blocks,
             },
-            device: Device::Cpu,
         };
         let sampler = Sampler::new(SamplerConfig {
             samples: self.dataset.samples.iter().map(|s| s.image_digest).collect(),

@@ -1,7 +1,5 @@
 //! The parameters in training with their sums of gradients and their optimizer: on the host, or where the model is.
 
-use candle_core::Device;
-
 use super::step::{self, Example, Objective};
 use super::trainer::TrainerError;
 use finetune_api::plan::OptimizerConfig;
@@ -14,8 +12,6 @@ use finetune_model::mmdit::{Mmdit, MmditError};
 
 /// What a micro-batch is made of.
 pub struct MicroBatch<'a> {
-    /// Device of the tensors.
-    pub device: &'a Device,
     /// What the loss is made of.
     pub objective: &'a Objective,
     /// The samples, then their class pictures.

@@ -3,10 +3,9 @@
 //! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
 //! the micro-batch nor what ran before changes it.
 
-use candle_core::{Device, Tensor};
-
 use super::parameters::MicroBatch;
 use finetune_common::rng::{Purpose, Stream};
+use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
 use finetune_model::mmdit::{FlowTarget, Mmdit, MmditError};
@@ -53,10 +52,10 @@ pub struct Example {
     pub logvar: Vec<f32>,
     /// [C, h, w].
     pub shape: [usize; 3],
-    /// Prompt embeddings, [S, J] on the host.
-    pub embeds: Tensor,
-    /// Pooled embeddings, `[P]` on the host.
-    pub pooled: Tensor,
+    /// Prompt embeddings, [S, J].
+    pub embeds: HostTensor,
+    /// Pooled embeddings, `[P]`.
+    pub pooled: HostTensor,
 }
 
 /// What is drawn for one item of a batch.
@@ -91,33 +90,30 @@ pub struct Inputs {
     noise: Vec<f32>,
     sigmas: Vec<f32>,
     /// [B, C, h, w].
-    x: Tensor,
+    x: HostTensor,
     /// [B].
-    timestep: Tensor,
+    timestep: HostTensor,
     /// [B, S, J].
-    embeds: Tensor,
+    embeds: HostTensor,
     /// [B, P].
-    pooled: Tensor,
+    pooled: HostTensor,
 }
 
 impl Inputs {
-    /// Mixes latents and noise and stacks the batch on `device`; only these embeddings are ever there.
+    /// Mixes latents and noise and stacks the batch.
     ///
     /// # Errors
-    /// If examples have different shapes, or a tensor cannot be made.
-    pub fn new(table: &SigmaTable, examples: &[&Example], draws: &[Draw], device: &Device) -> candle_core::Result<Self> {
+    /// If examples have different shapes.
+    pub fn new(table: &SigmaTable, examples: &[&Example], draws: &[Draw]) -> Result<Self, ShapeError> {
         let x0: Vec<f32> = draws.iter().flat_map(|d| d.x0.iter().copied()).collect();
         let noise: Vec<f32> = draws.iter().flat_map(|d| d.noise.iter().copied()).collect();
         let sigmas: Vec<f32> = draws.iter().map(|d| table.sigma(d.level)).collect();
-        let timesteps: Vec<f32> = draws.iter().map(|d| table.timestep(d.level)).collect();
-        let count = draws.len();
         let [c, h, w] = examples.first().map_or([0; 3], |e| e.shape);
-        let stack = |tensors: Vec<&Tensor>| Tensor::stack(&tensors, 0)?.to_device(device);
         Ok(Self {
-            x: Tensor::from_vec(flow_matching::mix(&x0, &noise, &sigmas), (count, c, h, w), device)?,
-            timestep: Tensor::from_vec(timesteps, count, device)?,
-            embeds: stack(examples.iter().map(|e| &e.embeds).collect())?,
-            pooled: stack(examples.iter().map(|e| &e.pooled).collect())?,
+            x: HostTensor::new(flow_matching::mix(&x0, &noise, &sigmas), [draws.len(), c, h, w])?,
+            timestep: HostTensor::vector(draws.iter().map(|d| table.timestep(d.level)).collect()),
+            embeds: HostTensor::stack(&examples.iter().map(|e| &e.embeds).collect::<Vec<_>>())?,
+            pooled: HostTensor::stack(&examples.iter().map(|e| &e.pooled).collect::<Vec<_>>())?,
             x0,
             noise,
             sigmas,
@@ -160,22 +156,21 @@ pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch<'_>, sum: &mut finetun
 }
 
 /// The inputs of a micro-batch, and the names of its dropout masks.
-fn draw(batch: &MicroBatch<'_>) -> candle_core::Result<(Inputs, Option<DropoutKey>)> {
-    let &MicroBatch { device, objective, examples, ordinals, epoch, .. } = batch;
+fn draw(batch: &MicroBatch<'_>) -> Result<(Inputs, Option<DropoutKey>), ShapeError> {
+    let &MicroBatch { objective, examples, ordinals, epoch, .. } = batch;
     let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
     let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
-    Ok((Inputs::new(&objective.table, examples, &draws, device)?, dropout))
+    Ok((Inputs::new(&objective.table, examples, &draws)?, dropout))
 }
 
 /// The losses of a batch without gradients, one per sample.
 ///
 /// # Errors
 /// If the model refuses the inputs.
-pub fn losses(model: &Mmdit, objective: &Objective, device: &Device, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
-    let inputs = Inputs::new(&objective.table, examples, draws, device)?;
+pub fn losses(model: &Mmdit, objective: &Objective, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
+    let inputs = Inputs::new(&objective.table, examples, draws)?;
     let velocity = model.forward_only(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, 1.0, &[])?;
-    let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-    Ok(flow_matching::loss(objective.kind, &values, &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
+    Ok(flow_matching::loss(objective.kind, velocity.values(), &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
 }
 
 #[cfg(test)]
@@ -195,8 +190,7 @@ mod tests {
     }
 
     fn example(n: usize, logvar: f32) -> Example {
-        let none = Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap();
-        Example { mean: vec![0.5; n], logvar: vec![logvar; n], shape: [1, 1, n], embeds: none.clone(), pooled: none }
+        Example { mean: vec![0.5; n], logvar: vec![logvar; n], shape: [1, 1, n], embeds: HostTensor::zeros([1]), pooled: HostTensor::zeros([1]) }
     }
 
     #[test]
@@ -251,7 +245,7 @@ mod tests {
             .collect();
         model.set_lora(&params).unwrap();
         let (channels, joint, pooled) = (model.config().in_channels, model.config().joint_attention_dim, model.config().pooled_projection_dim);
-        let tensor = |shape: &[usize], index| Tensor::from_vec(random(shape.iter().product(), index), shape, &Device::Cpu).unwrap();
+        let tensor = |shape: &[usize], index| HostTensor::new(random(shape.iter().product(), index), shape).unwrap();
         let examples: Vec<Example> = (0..4)
             .map(|i| Example {
                 mean: random(channels * 16, 100 + i),
@@ -265,7 +259,7 @@ mod tests {
         let (weight, prior) = (0.25, 0.7);
         let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
             let (examples, ordinals): (Vec<&Example>, Vec<u64>) = range.map(|i| (&examples[i], i as u64)).unzip();
-            let batch = MicroBatch { device: &Device::Cpu, objective: &objective, examples: &examples, ordinals: &ordinals, epoch: 3, coefficients };
+            let batch = MicroBatch { objective: &objective, examples: &examples, ordinals: &ordinals, epoch: 3, coefficients };
             micro_batch(&model, &batch).unwrap()
         };
         assert_eq!(coefficients(2, weight, None), [weight; 2]);

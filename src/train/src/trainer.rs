@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-use candle_core::Device;
-
 use super::checkpoint::{ExecutionPlan, Snapshot, State};
 use super::division;
 use super::history::{self, History, Record};
@@ -69,8 +67,6 @@ pub enum TrainerError {
 
 /// The fixed parts of a run.
 pub struct Settings {
-    /// Device of the model.
-    pub device: Device,
     /// What the loss is made of.
     pub objective: Objective,
     /// Batches per update.
@@ -239,14 +235,14 @@ impl Trainer {
                 return Ok(None);
             }
             let batch = self.sampler.next_batch();
-            let Settings { objective, device, accumulation, prior_weight, plan, .. } = &self.settings;
+            let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
             let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
             let (mut loss, mut prior_loss) = (0.0, 0.0);
             for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
                 let (examples, ordinals) = self.inputs(batch.epoch, items)?;
                 let coefficients = step::coefficients(items.len(), weight, *prior_weight);
                 let examples: Vec<&Example> = examples.iter().collect();
-                let micro = MicroBatch { device, objective, examples: &examples, ordinals: &ordinals, epoch: batch.epoch, coefficients: &coefficients };
+                let micro = MicroBatch { objective, examples: &examples, ordinals: &ordinals, epoch: batch.epoch, coefficients: &coefficients };
                 let losses = self.parameters.add(&self.model, &micro)?;
                 let (own, class) = losses.split_at(items.len());
                 let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
@@ -301,8 +297,8 @@ impl Trainer {
         self.model.trim();
         let samples = super::evaluate::subset(self.prepared.samples());
         let examples: Vec<(usize, Example)> = samples.into_iter().map(|s| Ok((s, self.prepared.example(s, 0, 0)?))).collect::<Result<_, PreparedError>>()?;
-        let Settings { objective, device, plan, .. } = &self.settings;
-        let loss = super::evaluate::evaluate(&self.model, objective, device, &examples, plan.micro_batch as usize, || !interrupt.requested())?;
+        let Settings { objective, plan, .. } = &self.settings;
+        let loss = super::evaluate::evaluate(&self.model, objective, &examples, plan.micro_batch as usize, || !interrupt.requested())?;
         if let Some(loss) = loss {
             finite(self.step, "evaluation loss", loss)?;
             let record = Record { step: self.step, epoch: self.epochs(), time: history::now(), evaluation_loss: Some(loss), ..Record::default() };

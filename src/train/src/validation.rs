@@ -5,7 +5,6 @@ use std::io::Cursor;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
-use candle_core::Device;
 use image::{ImageFormat, RgbImage};
 
 use super::checkpoint::Checkpoints;
@@ -14,6 +13,7 @@ use super::interrupt::Interrupt;
 use super::prepare::PreparedError;
 use super::trainer::Trainer;
 use finetune_api::plan::ValidationConfig;
+use finetune_common::tensor::ShapeError;
 use finetune_compute::kernels::Engine;
 use finetune_model::ModelDir;
 use finetune_model::layout::{LayoutError, SchedulerConfig};
@@ -40,9 +40,9 @@ pub enum ValidationError {
     /// A prompt's embedding is gone.
     #[error(transparent)]
     Prepared(#[from] PreparedError),
-    /// A tensor operation failed.
-    #[error("failed to make a tensor")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// The PNG could not be made.
     #[error("failed to encode a picture")]
     Png(#[from] image::ImageError),
@@ -92,20 +92,20 @@ impl<'a> Painter<'a> {
     /// # Errors
     /// If the model fails.
     pub fn draw(&self, prompts: &[String], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
-        let negative = PromptBatch::stack(&[&self.negative], &Device::Cpu)?;
+        let negative = PromptBatch::stack(&[&self.negative])?;
         let settings = Denoise { lora_scale, ..self.settings.clone() };
         let channels = self.trainer.model().config().in_channels;
         let mut pictures = Vec::new();
         for (index, text) in prompts.iter().enumerate() {
             let (embeds, pooled) = self.trainer.prepared().prompt(text)?;
-            let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }], &Device::Cpu)?;
-            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side, &Device::Cpu)?;
+            let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }])?;
+            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side);
             let mut on_step = |_| if self.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let latents = match denoise(self.trainer.model(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
                 Err(SampleError::Stopped) => return Ok(None),
                 latents => latents?,
             };
-            pictures.extend(to_pictures(&self.decoder.decode(&self.decoder.config().unscale(&latents)?)?)?);
+            pictures.extend(to_pictures(&self.decoder.decode(&self.decoder.config().unscale(latents))?)?);
         }
         Ok(Some(pictures))
     }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::cpu::attention;
+use super::cpu::attention::{self, Streams};
 use super::cpu::{gemm::Packed, linear, norm, pointwise};
-use super::operands::{AttentionShape, Factors, Frozen, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats};
+use super::operands::{AttentionShape, Factors, Frozen, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, Qkv};
 use super::pool::{Buffer, Pool};
 use super::{DeviceError, Precision};
 use finetune_common::rng::{Purpose, Stream};
@@ -30,11 +30,13 @@ pub(super) enum Backend {
 macro_rules! on_gpu {
     ($engine:expr, $gpu:ident => $operation:expr) => {
         #[cfg(feature = "cuda")]
-        if let Backend::Cuda($gpu) = &$engine.backend {
+        if let $crate::kernels::engine::Backend::Cuda($gpu) = &$engine.backend {
             return $operation;
         }
     };
 }
+
+pub(super) use on_gpu;
 
 impl Engine {
     /// The engine of the CPU.
@@ -68,15 +70,6 @@ impl Engine {
     pub fn is_cuda(&self) -> bool {
         on_gpu!(self, _gpu => true);
         false
-    }
-
-    /// The operations of networks that are not trained, if the engine is on a GPU.
-    #[cfg(feature = "cuda")]
-    pub fn encode_ops(&self) -> Option<super::EncodeOps<'_>> {
-        match &self.backend {
-            Backend::Cpu(_) => None,
-            Backend::Cuda(gpu) => Some(super::EncodeOps(gpu)),
-        }
     }
 
     /// The operations of optimizers, if the engine is on a GPU.
@@ -441,7 +434,7 @@ impl Engine {
         (out, lse)
     }
 
-    /// The backward of [`Engine::attention`]: gradients of q, k and v.
+    /// The backward of [`Engine::attention`]: assigns the gradients of q, k and v of both streams.
     pub fn attention_backward(
         &self,
         shape: &AttentionShape,
@@ -449,11 +442,19 @@ impl Engine {
         out: &Joint<Buffer>,
         lse: &Buffer,
         d_out: &Joint<Buffer>,
-    ) -> (Joint<Buffer>, Joint<Buffer>, Joint<Buffer>) {
-        on_gpu!(self, gpu => gpu.attention_backward(shape, (q, k, v), out, lse, d_out));
-        let like = |j: &Joint<Buffer>| Joint { image: self.alloc(j.image.len()), context: j.context.as_ref().map(|c| self.alloc(c.len())) };
-        let (mut dq, mut dk, mut dv) = (like(q), like(k), like(v));
-        attention::backward(shape, q.host(), k.host(), v.host(), out.host(), lse.host(), d_out.host(), dq.host_mut(), dk.host_mut(), dv.host_mut());
-        (dq, dk, dv)
+        gradients: &mut Joint<Qkv>,
+    ) {
+        on_gpu!(self, gpu => gpu.attention_backward(shape, (q, k, v), out, lse, d_out, gradients));
+        let Joint { image, context } = gradients;
+        let mut unused = self.alloc(0);
+        let d_image_q = image.q.as_mut().unwrap_or(&mut unused).host_mut();
+        let (d_context_q, d_context_k, d_context_v) = match context {
+            Some(Qkv { q, k, v, .. }) => (q.as_mut().map(Buffer::host_mut), Some(k.host_mut()), Some(v.host_mut())),
+            None => (None, None, None),
+        };
+        let d_q = Streams { image: d_image_q, context: d_context_q };
+        let d_k = Streams { image: image.k.host_mut(), context: d_context_k };
+        let d_v = Streams { image: image.v.host_mut(), context: d_context_v };
+        attention::backward(shape, q.host(), k.host(), v.host(), out.host(), lse.host(), d_out.host(), d_q, d_k, d_v);
     }
 }

@@ -2,16 +2,16 @@
 //! the loss where the output is. On the CPU they do not exist or are made of the plain ones.
 
 use super::Buffer;
-use super::engine::{Backend, Engine};
-use super::operands::{FrozenMatrix, LoraMatrix, Modulation, NormStats};
+use super::engine::{Backend, Engine, on_gpu};
+use super::operands::{FrozenMatrix, LoraMatrix, Modulation, NormStats, Qkv};
 
-/// Layers with the same input whose weights lie together. Only a GPU's engine makes it.
+/// Layers with the same input as one product: their weights lie below each other. Only a GPU's engine makes it.
 #[derive(Debug)]
-pub struct Stack {
+pub struct FusedLinear {
     #[cfg(feature = "cuda")]
-    weights: super::cuda::DeviceStack,
+    weights: super::cuda::DeviceFusedLinear,
     #[cfg(feature = "cuda")]
-    lora: Option<super::cuda::DeviceStackLora>,
+    lora: Option<super::cuda::DeviceFusedLora>,
 }
 
 /// What the loss of a sample depends on.
@@ -61,22 +61,46 @@ pub struct PatchLayout {
 
 /// Where every LoRA parameter goes on the device. Only a GPU's engine makes it.
 #[derive(Debug)]
-pub struct LoraSpread {
+pub struct LoraScatter {
     #[cfg(feature = "cuda")]
-    spread: super::cuda::DeviceSpread,
+    scatter: super::cuda::DeviceScatter,
 }
 
-/// Tensors that lie together begin at multiples of this many values.
-const TOGETHER: usize = 64;
+/// Tensors of a flat buffer begin at multiples of this many values.
+const ALIGNMENT: usize = 64;
 
-/// Where tensors of these lengths begin that lie together, and where the last one ends.
-pub fn starts_together(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
-    let mut starts = vec![0];
-    starts.extend(lengths.scan(0, |end, len| {
-        *end += len.next_multiple_of(TOGETHER);
+/// Where tensors of these lengths begin in a flat buffer, and where the last one ends.
+pub fn flat_offsets(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let mut offsets = vec![0];
+    offsets.extend(lengths.scan(0, |end, len| {
+        *end += len.next_multiple_of(ALIGNMENT);
         Some(*end)
     }));
-    starts
+    offsets
+}
+
+/// Tensors of parameters, as their gradients, in f32. On a GPU they are parts of one flat buffer: what is written to a part is in it.
+#[derive(Debug)]
+pub struct FlatBuffer {
+    pub(super) parts: Vec<Buffer>,
+    pub(super) whole: Option<Buffer>,
+}
+
+impl FlatBuffer {
+    /// The tensors, in order.
+    pub fn parts(&self) -> &[Buffer] {
+        &self.parts
+    }
+
+    /// The tensors, to be written.
+    pub fn parts_mut(&mut self) -> &mut [Buffer] {
+        &mut self.parts
+    }
+
+    /// All of them on a GPU: parts begin at [`flat_offsets`], zeros between them.
+    pub fn whole(&self) -> Option<&Buffer> {
+        self.whole.as_ref()
+    }
 }
 
 /// Where a layer's parameters lie among all: A's first value, B's first value, and the scale that B carries.
@@ -85,81 +109,96 @@ pub type LoraSource = (usize, usize, f32);
 #[cfg_attr(not(feature = "cuda"), expect(unused_variables, clippy::needless_pass_by_value, reason = "used with the feature"))]
 impl Engine {
     /// Lays the weights [out, in] and biases of layers with the same input together, if that makes them faster here.
-    pub fn stack(&self, weights: &mut [&mut FrozenMatrix], biases: &mut [&mut Buffer]) -> Option<Stack> {
+    pub fn fuse(&self, weights: &mut [&mut FrozenMatrix], biases: &mut [&mut Buffer]) -> Option<FusedLinear> {
         match &self.backend {
             Backend::Cpu(_) => None,
             #[cfg(feature = "cuda")]
             Backend::Cuda(gpu) => {
                 let mut weights: Vec<_> = weights.iter_mut().map(|w| w.device_mut()).collect();
-                gpu.stack(&mut weights, biases).map(|weights| Stack { weights, lora: None })
+                gpu.fuse(&mut weights, biases).map(|weights| FusedLinear { weights, lora: None })
             }
         }
     }
 
-    /// Sets the LoRA of a stack's layers: those that have any.
-    pub fn stack_lora(&self, stack: &mut Stack, layers: &[Option<&LoraMatrix>]) {
+    /// Sets the LoRA of fused layers: of those that have any.
+    pub fn fuse_lora(&self, fused: &mut FusedLinear, layers: &[Option<&LoraMatrix>]) {
         #[cfg(feature = "cuda")]
         if let Backend::Cuda(gpu) = &self.backend {
             let layers: Vec<_> = layers.iter().map(|l| l.map(LoraMatrix::device)).collect();
-            stack.lora = gpu.stack_lora(&stack.weights, &layers);
+            fused.lora = gpu.fuse_lora(&fused.weights, &layers);
         }
     }
 
-    /// Where the parameters of all layers with LoRA go, and of the stacks that they are in (the layers with LoRA of each, in order), so
-    /// that [`Engine::spread_lora`] sets them at once. `None`: this engine sets them one by one.
-    pub fn lora_spread(&self, layers: &[(&LoraMatrix, LoraSource)], stacks: &[(&Stack, Vec<LoraSource>)], parameters: usize) -> Option<LoraSpread> {
+    /// Where the parameters of all layers with LoRA go, and of the fused layers that they are part of (those with LoRA, in order), so
+    /// that [`Engine::scatter_lora`] sets them at once. `None`: this engine sets them one by one.
+    pub fn lora_scatter(
+        &self,
+        layers: &[(&LoraMatrix, LoraSource)],
+        fused_layers: &[(&FusedLinear, Vec<LoraSource>)],
+        parameters: usize,
+    ) -> Option<LoraScatter> {
         match &self.backend {
             Backend::Cpu(_) => None,
             #[cfg(feature = "cuda")]
             Backend::Cuda(gpu) => {
                 let layers: Vec<_> = layers.iter().map(|(lora, source)| (lora.device(), *source)).collect();
-                let stacks: Vec<_> = stacks.iter().filter_map(|(stack, sources)| Some((&stack.weights, stack.lora.as_ref()?, sources.clone()))).collect();
-                Some(LoraSpread { spread: gpu.lora_spread(&layers, &stacks, parameters) })
+                let fused_layers: Vec<_> =
+                    fused_layers.iter().filter_map(|(fused, sources)| Some((&fused.weights, fused.lora.as_ref()?, sources.clone()))).collect();
+                Some(LoraScatter { scatter: gpu.lora_scatter(&layers, &fused_layers, parameters) })
             }
         }
     }
 
-    /// Sets all parameters, which begin at [`starts_together`].
-    pub fn spread_lora(&self, spread: &LoraSpread, parameters: &[f32]) {
+    /// Sets all parameters, which begin at [`flat_offsets`].
+    pub fn scatter_lora(&self, scatter: &LoraScatter, parameters: &[f32]) {
         #[cfg(feature = "cuda")]
         if let Backend::Cuda(gpu) = &self.backend {
-            gpu.spread_lora(&spread.spread, &super::UpdateOps(gpu).upload(parameters));
+            gpu.scatter_lora(&scatter.scatter, &super::UpdateOps(gpu).upload(parameters));
         }
     }
 
-    /// As [`Engine::spread_lora`], from a buffer of f32 on the device.
-    pub fn spread_lora_from(&self, spread: &LoraSpread, parameters: &Buffer) {
+    /// As [`Engine::scatter_lora`], from a buffer of f32 on the device.
+    pub fn scatter_lora_from(&self, scatter: &LoraScatter, parameters: &Buffer) {
         #[cfg(feature = "cuda")]
         if let Backend::Cuda(gpu) = &self.backend {
-            gpu.spread_lora(&spread.spread, parameters);
+            gpu.scatter_lora(&scatter.scatter, parameters);
         }
     }
 
     /// `y = x Wᵀ + bias + s · scale · (x Aᵀ) Bᵀ` of all layers: y of each, and t = s · x Aᵀ for the backward. s = 0 leaves LoRA out.
-    pub fn stack_forward(&self, rows: usize, x: &Buffer, stack: &Stack, lora_scale: f32) -> (Vec<Buffer>, Option<Buffer>) {
+    pub fn fused_forward(&self, rows: usize, x: &Buffer, fused: &FusedLinear, lora_scale: f32) -> (Vec<Buffer>, Option<Buffer>) {
         match &self.backend {
             Backend::Cpu(_) => unreachable!("a GPU's layers in an operation of the CPU"),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => gpu.stack_forward(rows, x, &stack.weights, stack.lora.as_ref().filter(|_| lora_scale != 0.0).map(|l| (l, lora_scale))),
+            Backend::Cuda(gpu) => gpu.fused_forward(rows, x, &fused.weights, fused.lora.as_ref().filter(|_| lora_scale != 0.0).map(|l| (l, lora_scale))),
         }
     }
 
-    /// The backward of [`Engine::stack_forward`] (with s = 1): assigns dx, adds LoRA's gradients to those given for each layer that has
-    /// LoRA (A's, B's, the layer's scale). `dy` is the gradient of any of the results: columns of the same matrix as the others'.
-    /// `lora`: the forward's x and t.
-    pub fn stack_backward(
+    /// Memory for the gradients of a stream's query (if there is one), key and value [rows, width]. `packed`: as columns of one matrix, which
+    /// [`Engine::fused_backward`] takes.
+    pub fn qkv(&self, rows: usize, width: usize, query: bool, packed: bool) -> Qkv {
+        if packed {
+            on_gpu!(self, gpu => gpu.packed_qkv(rows, width, query));
+        }
+        let part = || self.alloc(rows * width);
+        Qkv::separate(query.then(part), part(), part())
+    }
+
+    /// The backward of [`Engine::fused_forward`] (with s = 1): assigns dx, adds LoRA's gradients to those given for each layer that has
+    /// LoRA (A's, B's, the layer's scale). `dy`: the gradients of the results, packed. `lora`: the forward's x and t.
+    pub fn fused_backward(
         &self,
         rows: usize,
-        dy: &Buffer,
-        stack: &Stack,
+        dy: &Qkv,
+        fused: &FusedLinear,
         lora: Option<(&Buffer, &Buffer)>,
         dx: Option<&mut Buffer>,
         gradients: &[(&Buffer, &Buffer, f32)],
     ) {
         #[cfg(feature = "cuda")]
-        if let Backend::Cuda(gpu) = &self.backend {
-            let lora = stack.lora.as_ref().zip(lora).map(|(l, (x, t))| (l, x, t));
-            gpu.stack_backward(rows, dy, &stack.weights, lora, dx, gradients);
+        if let (Backend::Cuda(gpu), Some(dy)) = (&self.backend, &dy.packed) {
+            let lora = fused.lora.as_ref().zip(lora).map(|(l, (x, t))| (l, x, t));
+            gpu.fused_backward(rows, dy, &fused.weights, lora, dx, gradients);
         }
     }
 
@@ -278,30 +317,21 @@ impl Engine {
         }
     }
 
-    /// Zeros in f32 for each length. On a GPU all of them lie together, so that [`Engine::download_all`] is one copy.
-    pub fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
-        match &self.backend {
-            Backend::Cpu(_) => lengths.iter().map(|len| self.zeros(*len)).collect(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => gpu.zeros_together(lengths),
-        }
+    /// Zeros in f32 for parameters of these lengths.
+    pub fn flat_zeros(&self, lengths: &[usize]) -> FlatBuffer {
+        on_gpu!(self, gpu => gpu.flat_zeros(lengths));
+        FlatBuffer { parts: lengths.iter().map(|len| self.zeros(*len)).collect(), whole: None }
     }
 
-    /// All of what [`Engine::zeros_together`] made on a GPU, as one buffer: parts begin at [`starts_together`], zeros between them.
-    #[cfg(feature = "cuda")]
-    pub fn whole(&self, buffers: &[Buffer]) -> Option<Buffer> {
-        match &self.backend {
-            Backend::Cpu(_) => None,
-            Backend::Cuda(gpu) => Some(gpu.whole(buffers)),
-        }
-    }
-
-    /// Copies on the host of what [`Engine::zeros_together`] made.
-    pub fn download_all(&self, buffers: &[Buffer]) -> Vec<Vec<f32>> {
-        match &self.backend {
-            Backend::Cpu(_) => buffers.iter().map(|b| self.download(b)).collect(),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(gpu) => gpu.download_all(buffers),
+    /// Copies of the parts on the host: on a GPU by one copy of all.
+    pub fn download_parts(&self, buffer: &FlatBuffer) -> Vec<Vec<f32>> {
+        match &buffer.whole {
+            None => buffer.parts.iter().map(|part| self.download(part)).collect(),
+            Some(whole) => {
+                let values = self.download(whole);
+                let offsets = flat_offsets(buffer.parts.iter().map(Buffer::len));
+                buffer.parts.iter().zip(offsets).map(|(part, offset)| values[offset..offset + part.len()].to_vec()).collect()
+            }
         }
     }
 }

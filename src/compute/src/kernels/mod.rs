@@ -15,18 +15,18 @@ mod device;
 mod engine;
 mod fused;
 mod operands;
+mod picture;
 mod pool;
 #[cfg(test)]
 mod tests;
+mod text;
 
-pub use cpu::conv::{ConvShape, conv2d};
-pub use cpu::group_norm::group_norm_silu;
 #[cfg(feature = "cuda")]
-pub use cuda::{
-    AdamWNumbers, CodedMoment, CudaError, EncodeOps, LayerSource, Matrix, Range, StoredRows, TextActivation, TextAttention, Timer, UpdateOps, Window,
-};
+pub use cuda::{AdamWScalars, CodedMoment, CudaError, Range, Timer, UpdateOps};
 pub use device::{DeviceError, Precision, UnknownPrecision, catch};
 pub use engine::{Engine, StoredMatrix};
-pub use fused::{FlowData, FlowSample, LoraSource, LoraSpread, PatchLayout, Recording, Stack, starts_together};
-pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats};
+pub use fused::{FlatBuffer, FlowData, FlowSample, FusedLinear, LoraScatter, LoraSource, PatchLayout, Recording, flat_offsets};
+pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, Qkv};
+pub use picture::{Convolution, GroupNorm, HostConvolution, Picture, Resampling};
 pub use pool::Buffer;
+pub use text::{LayerMatrix, LayerSource, StoredRows, TextActivation, TextAttention};

@@ -142,6 +142,30 @@ pub struct Joint<T> {
     pub context: Option<T>,
 }
 
+/// Query, key and value of one stream, or their gradients: [rows, width] each.
+///
+/// Where they come from one product they are columns of one matrix, and what is written to a part is in it; the backward of that product takes
+/// the matrix. Elsewhere each is memory of its own.
+#[derive(Debug)]
+pub struct Qkv {
+    /// Query; absent where the stream is only attended to.
+    pub q: Option<Buffer>,
+    /// Key.
+    pub k: Buffer,
+    /// Value.
+    pub v: Buffer,
+    /// [rows, q, k, v side by side].
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read on a GPU"))]
+    pub(super) packed: Option<Buffer>,
+}
+
+impl Qkv {
+    /// Each in memory of its own.
+    pub fn separate(q: Option<Buffer>, k: Buffer, v: Buffer) -> Self {
+        Self { q, k, v, packed: None }
+    }
+}
+
 impl Joint<Buffer> {
     pub(super) fn host(&self) -> Streams<&[f32]> {
         Streams { image: self.image.host(), context: self.context.as_ref().map(Buffer::host) }

@@ -42,7 +42,12 @@ impl Buffer {
     /// `len` values on the host, of any content.
     pub(super) fn new(pool: &Arc<Pool>, len: usize) -> Self {
         let data = pool.take(len).unwrap_or_else(|| vec![0.0; len]);
-        Self { storage: Storage::Host(HostMemory { data, pool: Arc::clone(pool) }) }
+        Self { storage: Storage::Host(HostMemory { data, pool: Some(Arc::clone(pool)) }) }
+    }
+
+    /// These values, whose memory goes back to the system: large, and of sizes that seldom come again.
+    pub(super) fn unpooled(data: Vec<f32>) -> Self {
+        Self { storage: Storage::Host(HostMemory { data, pool: None }) }
     }
 
     #[cfg(feature = "cuda")]
@@ -100,13 +105,13 @@ impl Buffer {
 #[derive(Debug)]
 struct HostMemory {
     data: Vec<f32>,
-    pool: Arc<Pool>,
+    pool: Option<Arc<Pool>>,
 }
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        if !self.data.is_empty() {
-            self.pool.give(std::mem::take(&mut self.data));
+        if let Some(pool) = self.pool.as_ref().filter(|_| !self.data.is_empty()) {
+            pool.give(std::mem::take(&mut self.data));
         }
     }
 }

@@ -178,13 +178,199 @@ fn attention_and_its_gradients() {
         assert_close(&flat(&out), &reference_attention(&shape, &wide(&point)), "forward");
         let w = random(flat(&out).len(), 2);
         let d_out = Joint { image: e.upload(&w[..ni]), context: (w.len() > ni).then(|| e.upload(&w[ni..])) };
-        let (dq, dk, dv) = e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d_out);
-        let mut got = flat(&dq);
-        got.resize(ni + nc, 0.0);
-        got.extend(flat(&dk));
-        got.extend(flat(&dv));
+        let stream = |tokens, query| e.qkv(shape.batch * tokens, shape.width(), query, true);
+        let mut d = Joint { image: stream(image, true), context: (nc > 0).then(|| stream(context, context_queries)) };
+        e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d_out, &mut d);
+        let part = |part: fn(&Qkv) -> Option<&Buffer>, len: usize| {
+            let streams = [Some(&d.image), d.context.as_ref()].map(|s| s.and_then(part).map(|b| e.download(b)).unwrap_or_default());
+            let mut values = streams.concat();
+            values.resize(len, 0.0);
+            values
+        };
+        let got = [part(|s| s.q.as_ref(), ni + nc), part(|s| Some(&s.k), ni + nc), part(|s| Some(&s.v), ni + nc)].concat();
         assert_close(&got, &slopes(&point, &w, |point| reference_attention(&shape, point)), "dq, dk, dv");
     }
+}
+
+#[test]
+fn norms_and_activations_of_text_encoders() {
+    let e = engine();
+    let (rows, d) = (37, 21);
+    let (x, weight, bias) = (random(rows * d, 1), random(d, 2), random(d, 3));
+    let (xb, wb, bb) = (e.upload(&x), e.upload(&weight), e.upload(&bias));
+    let wide_rows = |f: &dyn Fn(&[f64]) -> Vec<f64>| wide(&x).chunks(d).flat_map(f).collect::<Vec<f64>>();
+    let layer = |x: &[f64]| {
+        let mean = x.iter().sum::<f64>() / d as f64;
+        let root = (x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d as f64 + 1e-5).sqrt();
+        (0..d).map(|i| (x[i] - mean) / root * f64::from(weight[i]) + f64::from(bias[i])).collect()
+    };
+    assert_close(&e.download(&e.layer_norm(&xb, &wb, &bb, 1e-5)), &wide_rows(&layer), "LayerNorm");
+    let rms = |x: &[f64]| {
+        let root = (x.iter().map(|v| v * v).sum::<f64>() / d as f64 + 1e-3).sqrt();
+        (0..d).map(|i| x[i] / root * f64::from(weight[i])).collect()
+    };
+    assert_close(&e.download(&e.rms_norm_rows(&xb, &wb, 1e-3)), &wide_rows(&rms), "RMSNorm");
+    let tanh = |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
+    let (pairs, width) = (random(6 * 2 * 11, 4), 11);
+    let gated: Vec<f64> = wide(&pairs).chunks(2 * width).flat_map(|row| (0..width).map(|i| tanh(row[i]) * row[width + i]).collect::<Vec<_>>()).collect();
+    assert_close(&e.download(&e.gated_gelu(&e.upload(&pairs), width)), &gated, "gated GELU");
+    let activated = |activation| {
+        let mut y = e.upload(&x);
+        e.activate(&mut y, activation);
+        e.download(&y)
+    };
+    let quick: Vec<f64> = wide(&x).iter().map(|x| x / (1.0 + (-1.702 * x).exp())).collect();
+    assert_close(&activated(TextActivation::QuickGelu), &quick, "quick GELU");
+    // Φ by the series of the error function, which converges fast enough for |x| < 6.
+    let erf = |z: f64| {
+        let (mut term, mut sum) = (z, z);
+        for n in 1..200 {
+            term *= -z * z / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * 2.0 / std::f64::consts::PI.sqrt()
+    };
+    let exact: Vec<f64> = wide(&x).iter().map(|x| 0.5 * x * (1.0 + erf(x / 2.0_f64.sqrt()))).collect();
+    assert_close(&activated(TextActivation::Gelu), &exact, "GELU");
+}
+
+/// Layers in a file, of two parts each.
+struct Stored {
+    values: Vec<f32>,
+    outputs: usize,
+    inputs: usize,
+    seen: std::sync::Mutex<Vec<String>>,
+}
+
+struct Part<'a>(&'a [f32], usize);
+
+impl StoredMatrix for Part<'_> {
+    fn read_block(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, out: &mut [f32]) {
+        for (out, row) in out.chunks_exact_mut(columns.len()).zip(rows) {
+            out.copy_from_slice(&self.0[row * self.1..][columns.clone()]);
+        }
+    }
+
+    fn stored(&self) -> Option<(Precision, &[u8])> {
+        None
+    }
+}
+
+impl LayerSource for Stored {
+    fn matrices(&self, index: usize) -> Vec<StoredRows<'_>> {
+        let size = self.outputs * self.inputs;
+        let part = |part| Box::new(Part(&self.values[(2 * index + part) * size..][..size], self.inputs)) as Box<dyn StoredMatrix>;
+        vec![StoredRows { parts: vec![part(0), part(1)], kind: Precision::F32, part_outputs: self.outputs, inputs: self.inputs }]
+    }
+
+    fn will_need(&self, index: usize) {
+        self.seen.lock().unwrap().push(format!("need {index}"));
+    }
+
+    fn done(&self, index: usize) {
+        self.seen.lock().unwrap().push(format!("done {index}"));
+    }
+}
+
+/// Rows that cross from one part into the next, sums longer than a block, with and without bias, set and added.
+#[test]
+fn layers_pass_through_one_after_another() {
+    let e = engine();
+    for (rows, outputs, inputs) in [(1, 3, 5), (30, 70, 300), (7, 130, 257)] {
+        let layers = 3;
+        let source = Stored { values: random(layers * 2 * outputs * inputs, 1), outputs, inputs, seen: std::sync::Mutex::default() };
+        let (x, bias, before) = (random(rows * inputs, 2), random(2 * outputs, 3), random(rows * 2 * outputs, 4));
+        let mut order = Vec::new();
+        e.stream_layers(layers, &source, &mut |index, matrices| {
+            order.push(index);
+            let weight = &source.values[index * 2 * outputs * inputs..][..2 * outputs * inputs];
+            assert_eq!((matrices.len(), matrices[0].outputs()), (1, 2 * outputs));
+            for (bias, accumulate) in [(None, false), (None, true), (Some(&bias), false), (Some(&bias), true)] {
+                let mut y = e.upload(&before);
+                e.layer_product(rows, &e.upload(&x), matrices[0], bias.map(|b| e.upload(b)).as_ref(), &mut y, accumulate);
+                let want: Vec<f64> = (0..rows * 2 * outputs)
+                    .map(|i| {
+                        let (row, o) = (i / (2 * outputs), i % (2 * outputs));
+                        let sum: f64 = (0..inputs).map(|k| f64::from(x[row * inputs + k]) * f64::from(weight[o * inputs + k])).sum();
+                        sum + bias.map_or(0.0, |b| f64::from(b[o])) + if accumulate { f64::from(before[i]) } else { 0.0 }
+                    })
+                    .collect();
+                assert_close(&e.download(&y), &want, "product");
+            }
+            if index == 1 { Err("stop") } else { Ok(()) }
+        })
+        .unwrap_err();
+        assert_eq!(order, [0, 1]);
+        assert_eq!(*source.seen.lock().unwrap(), ["need 0", "need 1", "done 0", "need 2"]);
+    }
+}
+
+#[test]
+fn rows_of_a_table_are_embedded() {
+    let e = engine();
+    let table = random(5 * 4, 1);
+    let got = e.download(&e.embed(&Part(&table, 4), 4, &[3, 0, 3], 4));
+    assert_eq!(got, [&table[12..16], &table[..4], &table[12..16], &[0.0; 4]].concat());
+    let (mut first, mut second) = ([0.0; 5], [0.0; 2]);
+    e.download_to(&e.upload(&table), &mut [&mut first, &mut second]);
+    assert_eq!([&first[..], &second].concat(), table[..7]);
+}
+
+/// The operations of the autoencoder against their definitions, on one small picture.
+#[test]
+fn pictures_are_convolved_normalised_and_mixed() {
+    let e = engine();
+    let (channels, height, width) = (4, 5, 6);
+    let pixels = height * width;
+    let x = random(channels * pixels, 1);
+    let picture = e.upload_picture(&x, (channels, height, width), e.padded_channels(channels));
+    assert_eq!(e.download_picture(&picture, channels), x);
+    assert_eq!(e.download_picture(&picture, 1), x[..pixels]);
+    let at = |c: usize, row: i64, column: i64| {
+        if (0..height as i64).contains(&row) && (0..width as i64).contains(&column) {
+            f64::from(x[(c * height + row as usize) * width + column as usize])
+        } else {
+            0.0
+        }
+    };
+    for (resampling, out_height, out_width) in [(Resampling::Same, 5, 6), (Resampling::Halve, 2, 3), (Resampling::Double, 10, 12)] {
+        let (weight, bias) = (random(3 * channels * 9, 2), random(3, 3));
+        let host = HostConvolution { weight: &weight, bias: &bias, inputs: channels, outputs: 3, kernel: 3 };
+        let convolution = e.convolution(host, (channels, 3), resampling);
+        let y = e.convolve(&picture, &convolution, None);
+        assert_eq!((y.height(), y.width()), (out_height, out_width));
+        let mut want = Vec::new();
+        for o in 0..3 {
+            for row in 0..out_height as i64 {
+                for column in 0..out_width as i64 {
+                    let mut sum = f64::from(bias[o]);
+                    for c in 0..channels {
+                        for tap in 0..9_i64 {
+                            let (r, q) = (tap / 3, tap % 3);
+                            sum += f64::from(weight[(o * channels + c) * 9 + tap as usize])
+                                * match resampling {
+                                    Resampling::Same => at(c, row + r - 1, column + q - 1),
+                                    Resampling::Halve => at(c, 2 * row + r, 2 * column + q),
+                                    // Padding comes after doubling.
+                                    Resampling::Double => at(c, (row + r - 1).div_euclid(2), (column + q - 1).div_euclid(2)),
+                                };
+                        }
+                    }
+                    want.push(sum);
+                }
+            }
+        }
+        assert_close(&e.download_picture(&y, 3), &want, "convolution");
+        let twice: Vec<f64> = want.iter().map(|v| 2.0 * v).collect();
+        assert_close(&e.download_picture(&e.convolve(&picture, &convolution, Some(y)), 3), &twice, "added to what was there");
+    }
+    let norm = e.group_norm(2, &[1.0, 2.0, 3.0, 4.0], &[0.1, 0.2, 0.3, 0.4], 1e-6);
+    let got = e.download_picture(&e.normalise(&picture, &norm, false), channels);
+    let group = &wide(&x)[..2 * pixels];
+    let mean = group.iter().sum::<f64>() / (2 * pixels) as f64;
+    let root = (group.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (2 * pixels) as f64 + 1e-6).sqrt();
+    let want: Vec<f64> = group.iter().enumerate().map(|(i, v)| (v - mean) / root * [1.0, 2.0][i / pixels] + f64::from([0.1_f32, 0.2][i / pixels])).collect();
+    assert_close(&got[..2 * pixels], &want, "group norm");
 }
 
 /// A damaged weight shows in every result, not as a probability of 1e-38.

@@ -1,7 +1,7 @@
 //! Attention of the image stream, joint with the context stream or alone, with its projections.
 
 use super::{Gradients, Linear, LinearSaved, Pass};
-use crate::kernels::{AttentionShape, Buffer, Engine, Joint, LoraSource, NormStats, Stack};
+use crate::kernels::{AttentionShape, Buffer, Engine, FusedLinear, Joint, LoraSource, NormStats, Qkv};
 
 /// Projections of one stream.
 #[derive(Debug)]
@@ -16,30 +16,30 @@ pub struct Projections {
     pub out: Option<Linear>,
     /// RMSNorm weights of queries and keys `[head_dim]`.
     pub norms: Option<(Buffer, Buffer)>,
-    /// Query, key and value laid together, where the engine is faster then; see [`Projections::stack`].
-    pub stack: Option<Stack>,
+    /// Query, key and value as one product, where the engine is faster then; see [`Projections::fuse`].
+    pub fused: Option<FusedLinear>,
 }
 
 impl Projections {
-    /// Lays query, key and value together, if the engine is faster then.
-    pub fn stack(&mut self, engine: &Engine) {
+    /// Fuses query, key and value into one product, if the engine is faster then.
+    pub fn fuse(&mut self, engine: &Engine) {
         let mut layers: Vec<&mut Linear> = self.q.iter_mut().collect();
         layers.extend([&mut self.k, &mut self.v]);
-        self.stack = Linear::stack(engine, &mut layers);
+        self.fused = Linear::fuse(engine, &mut layers);
     }
 
-    /// Tells the stack that LoRA was set or taken away.
-    pub fn stack_lora(&mut self, engine: &Engine) {
-        let Some(mut stack) = self.stack.take() else { return };
+    /// Sets the fused layers' LoRA again, after it was set or taken away.
+    pub fn fuse_lora(&mut self, engine: &Engine) {
+        let Some(mut fused) = self.fused.take() else { return };
         let layers: Vec<_> = self.each().map(|l| l.lora().map(|(factors, ..)| factors)).collect();
-        engine.stack_lora(&mut stack, &layers);
-        self.stack = Some(stack);
+        engine.fuse_lora(&mut fused, &layers);
+        self.fused = Some(fused);
     }
 
-    /// The stack, and where the parameters of its layers with LoRA lie.
-    fn lora_sources(&self, source: &dyn Fn(usize, f32) -> LoraSource) -> Option<(&Stack, Vec<LoraSource>)> {
+    /// The fused layers, and where the parameters of those with LoRA lie.
+    fn lora_sources(&self, source: &dyn Fn(usize, f32) -> LoraSource) -> Option<(&FusedLinear, Vec<LoraSource>)> {
         let sources: Vec<_> = self.each().filter_map(Linear::lora).map(|(_, slot, scale)| source(slot, scale)).collect();
-        self.stack.as_ref().filter(|_| !sources.is_empty()).map(|stack| (stack, sources))
+        self.fused.as_ref().filter(|_| !sources.is_empty()).map(|fused| (fused, sources))
     }
 
     fn each(&self) -> impl Iterator<Item = &Linear> {
@@ -65,7 +65,7 @@ type NormSaved = Option<(Buffer, NormStats)>;
 
 /// x Aᵀ of layers that were projected together, if there is LoRA.
 #[derive(Debug)]
-struct StackSaved {
+struct FusedSaved {
     t: Option<Buffer>,
 }
 
@@ -73,10 +73,10 @@ struct StackSaved {
 struct StreamSaved {
     /// Input [rows, D], if a projection of it has LoRA.
     x: Option<Buffer>,
-    /// Whether it has been left out.
-    left_out: bool,
+    /// Whether it was discarded.
+    discarded: bool,
     /// Whether query, key and value were projected together, and then what their LoRA keeps.
-    stacked: Option<StackSaved>,
+    fused_saved: Option<FusedSaved>,
     q: Option<LinearSaved>,
     k: LinearSaved,
     v: LinearSaved,
@@ -101,23 +101,23 @@ pub struct AttentionSaved {
 }
 
 impl AttentionSaved {
-    /// Leaves the inputs out: who has them or can compute them again brings them back before the backward.
-    pub fn leave_out_inputs(&mut self) {
+    /// Discards the inputs: the caller restores them before the backward.
+    pub fn discard_inputs(&mut self) {
         for stream in std::iter::once(&mut self.image).chain(&mut self.context) {
-            stream.left_out = stream.x.take().is_some();
+            stream.discarded = stream.x.take().is_some();
         }
     }
 
-    /// Which inputs have been left out: the image's, the context's.
-    pub fn left_out(&self) -> (bool, bool) {
-        (self.image.left_out, self.context.as_ref().is_some_and(|context| context.left_out))
+    /// Which inputs were discarded: the image's, the context's.
+    pub fn discarded(&self) -> (bool, bool) {
+        (self.image.discarded, self.context.as_ref().is_some_and(|context| context.discarded))
     }
 
-    /// Brings inputs back.
-    pub fn bring_back(&mut self, x: Option<Buffer>, c: Option<Buffer>) {
+    /// Restores discarded inputs.
+    pub fn restore_inputs(&mut self, x: Option<Buffer>, c: Option<Buffer>) {
         for (stream, input) in std::iter::once(&mut self.image).chain(&mut self.context).zip([x, c]) {
             if input.is_some() {
-                (stream.x, stream.left_out) = (input, false);
+                (stream.x, stream.discarded) = (input, false);
             }
         }
     }
@@ -143,15 +143,15 @@ impl Projections {
         };
         // Dropout gives each layer an input of its own.
         let dropped = pass.dropout.is_some_and(|(_, p)| p > 0.0) && self.each().any(Linear::has_lora);
-        let mut stacked = None;
+        let mut fused_saved = None;
         let (q, k, v, q_saved, k_saved, v_saved);
-        if let Some(stack) = self.stack.as_ref().filter(|_| !dropped) {
-            let (parts, t) = pass.engine.stack_forward(rows, &x, stack, pass.lora_scale);
+        if let Some(fused) = self.fused.as_ref().filter(|_| !dropped) {
+            let (parts, t) = pass.engine.fused_forward(rows, &x, fused, pass.lora_scale);
             let mut parts = parts.into_iter();
             q = self.q.as_ref().and_then(|_| parts.next());
             (k, v) = (parts.next().unwrap_or_else(|| pass.engine.alloc(0)), parts.next().unwrap_or_else(|| pass.engine.alloc(0)));
             (q_saved, k_saved, v_saved) = (q.as_ref().map(|_| LinearSaved::default()), LinearSaved::default(), LinearSaved::default());
-            stacked = Some(StackSaved { t });
+            fused_saved = Some(FusedSaved { t });
         } else {
             (q, q_saved) = self.q.as_ref().map(|q| q.forward(pass, rows, &x)).unzip();
             (k, k_saved) = self.k.forward(pass, rows, &x);
@@ -164,44 +164,35 @@ impl Projections {
             q,
             k,
             v,
-            saved: StreamSaved { x, left_out: false, stacked, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None },
+            saved: StreamSaved { x, discarded: false, fused_saved, q: q_saved, k: k_saved, v: v_saved, q_norm: q_norm.flatten(), k_norm, out: None },
         }
     }
 
     /// dx [rows, D] of the three projections together, if `need_input`.
-    fn backward(
-        &self,
-        pass: Pass<'_>,
-        rows: usize,
-        saved: &StreamSaved,
-        (dq, mut dk, dv): (Option<Buffer>, Buffer, Buffer),
-        need_input: bool,
-        gradients: &mut Gradients,
-    ) -> Option<Buffer> {
+    fn backward(&self, pass: Pass<'_>, rows: usize, saved: &StreamSaved, mut d: Qkv, need_input: bool, gradients: &mut Gradients) -> Option<Buffer> {
         let x = saved.x.as_ref();
-        let mut dx = need_input.then(|| pass.engine.alloc(dk.len()));
-        if let (Some((_, weight)), Some((before, stats))) = (&self.norms, &saved.k_norm) {
-            pass.engine.rms_norm_backward(before, weight, stats, &mut dk);
-        }
-        if let (Some(stack), Some(StackSaved { t })) = (&self.stack, &saved.stacked) {
-            if let (Some((weight, _)), Some((before, stats)), Some(mut dq)) = (&self.norms, &saved.q_norm, dq) {
-                pass.engine.rms_norm_backward(before, weight, stats, &mut dq);
+        let mut dx = need_input.then(|| pass.engine.alloc(d.k.len()));
+        if let Some((q_weight, k_weight)) = &self.norms {
+            if let Some((before, stats)) = &saved.k_norm {
+                pass.engine.rms_norm_backward(before, k_weight, stats, &mut d.k);
             }
+            if let (Some((before, stats)), Some(dq)) = (&saved.q_norm, &mut d.q) {
+                pass.engine.rms_norm_backward(before, q_weight, stats, dq);
+            }
+        }
+        if let (Some(fused), Some(FusedSaved { t })) = (&self.fused, &saved.fused_saved) {
             let targets = |(_, slot, scale)| {
                 let (da, db) = gradients.of(slot);
                 (da, db, scale)
             };
             let targets: Vec<_> = self.each().filter_map(Linear::lora).map(targets).collect();
-            pass.engine.stack_backward(rows, &dk, stack, x.zip(t.as_ref()), dx.as_mut(), &targets);
+            pass.engine.fused_backward(rows, &d, fused, x.zip(t.as_ref()), dx.as_mut(), &targets);
             return dx;
         }
-        self.k.backward(pass, rows, x, &saved.k, &dk, dx.as_mut().map(|d| (d, false)), gradients);
-        self.v.backward(pass, rows, x, &saved.v, &dv, dx.as_mut().map(|d| (d, true)), gradients);
-        if let (Some(q), Some(q_saved), Some(mut dq)) = (&self.q, &saved.q, dq) {
-            if let (Some((weight, _)), Some((before, stats))) = (&self.norms, &saved.q_norm) {
-                pass.engine.rms_norm_backward(before, weight, stats, &mut dq);
-            }
-            q.backward(pass, rows, x, q_saved, &dq, dx.as_mut().map(|d| (d, true)), gradients);
+        self.k.backward(pass, rows, x, &saved.k, &d.k, dx.as_mut().map(|d| (d, false)), gradients);
+        self.v.backward(pass, rows, x, &saved.v, &d.v, dx.as_mut().map(|d| (d, true)), gradients);
+        if let (Some(q), Some(q_saved), Some(dq)) = (&self.q, &saved.q, &d.q) {
+            q.backward(pass, rows, x, q_saved, dq, dx.as_mut().map(|d| (d, true)), gradients);
         }
         dx
     }
@@ -219,18 +210,18 @@ impl Attention {
         self.projects_with_lora() || outs.into_iter().any(Linear::has_lora)
     }
 
-    /// See [`Projections::stack`].
-    pub fn stack(&mut self, engine: &Engine) {
-        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.stack(engine));
+    /// See [`Projections::fuse`].
+    pub fn fuse(&mut self, engine: &Engine) {
+        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.fuse(engine));
     }
 
-    /// See [`Projections::stack_lora`].
-    pub fn stack_lora(&mut self, engine: &Engine) {
-        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.stack_lora(engine));
+    /// See [`Projections::fuse_lora`].
+    pub fn fuse_lora(&mut self, engine: &Engine) {
+        [Some(&mut self.image), self.context.as_mut()].into_iter().flatten().for_each(|p| p.fuse_lora(engine));
     }
 
-    /// The stacks with LoRA, and where the parameters of their layers lie.
-    pub fn lora_stacks<'a>(&'a self, source: &'a dyn Fn(usize, f32) -> LoraSource) -> impl Iterator<Item = (&'a Stack, Vec<LoraSource>)> {
+    /// The fused layers with LoRA, and where their parameters lie.
+    pub fn fused_lora<'a>(&'a self, source: &'a dyn Fn(usize, f32) -> LoraSource) -> impl Iterator<Item = (&'a FusedLinear, Vec<LoraSource>)> {
         std::iter::once(&self.image).chain(&self.context).filter_map(move |p| p.lora_sources(source))
     }
 
@@ -317,10 +308,17 @@ impl Attention {
         };
         let Some(d_image) = d_image else { return (None, None) };
         let d_out = Joint { image: d_image, context: d_context };
-        let (dq, dk, dv) = pass.engine.attention_backward(shape, (&saved.q, &saved.k, &saved.v), &saved.out, &saved.lse, &d_out);
-        let dx = self.image.backward(pass, rows, &saved.image, (Some(dq.image), dk.image, dv.image), need.0, gradients);
-        let dc = match (&self.context, &saved.context, dk.context, dv.context) {
-            (Some(p), Some(s), Some(dk), Some(dv)) => p.backward(pass, context_rows, s, (dq.context, dk, dv), need.1, gradients),
+        // Packed where they come from one product, whose backward then is one, too.
+        let width = shape.width();
+        let packed = |stream: &StreamSaved, rows, query| pass.engine.qkv(rows, width, query, stream.fused_saved.is_some());
+        let mut d = Joint {
+            image: packed(&saved.image, rows, true),
+            context: saved.context.as_ref().map(|context| packed(context, context_rows, shape.context_queries)),
+        };
+        pass.engine.attention_backward(shape, (&saved.q, &saved.k, &saved.v), &saved.out, &saved.lse, &d_out, &mut d);
+        let dx = self.image.backward(pass, rows, &saved.image, d.image, need.0, gradients);
+        let dc = match (&self.context, &saved.context, d.context) {
+            (Some(p), Some(s), Some(d)) => p.backward(pass, context_rows, s, d, need.1, gradients),
             _ => None,
         };
         (dx, dc)

@@ -1,39 +1,39 @@
 //! A linear layer with a frozen weight and optional LoRA.
 
 use super::Pass;
-use crate::kernels::{Buffer, Engine, FrozenMatrix, LoraMatrix, Stack};
+use crate::kernels::{Buffer, Engine, FlatBuffer, FrozenMatrix, FusedLinear, LoraMatrix};
 
 /// Gradients of the LoRA parameters: A and B of each module in the layout's order, in f32 on the device.
 #[derive(Debug)]
 pub struct Gradients {
-    values: Vec<Buffer>,
+    values: FlatBuffer,
 }
 
 impl Gradients {
     /// Zeros for parameters of these lengths.
     pub fn zeros(engine: &Engine, lengths: impl Iterator<Item = usize>) -> Self {
-        Self { values: engine.zeros_together(&lengths.collect::<Vec<_>>()) }
+        Self { values: engine.flat_zeros(&lengths.collect::<Vec<_>>()) }
     }
 
     /// On the host, in order.
     pub fn download(&self, engine: &Engine) -> Vec<Vec<f32>> {
-        engine.download_all(&self.values)
+        engine.download_parts(&self.values)
     }
 
-    /// All of them on a GPU, as [`Engine::whole`].
-    #[cfg(feature = "cuda")]
-    pub fn whole(&self, engine: &Engine) -> Option<Buffer> {
-        engine.whole(&self.values)
+    /// All of them on a GPU, one after another: see [`FlatBuffer::whole`].
+    pub fn whole(&self) -> Option<&Buffer> {
+        self.values.whole()
     }
 
     /// A's and B's gradients of the module at `slot`, for an engine that adds to them where they are.
     pub(super) fn of(&self, slot: usize) -> (&Buffer, &Buffer) {
-        (&self.values[2 * slot], &self.values[2 * slot + 1])
+        let parts = self.values.parts();
+        (&parts[2 * slot], &parts[2 * slot + 1])
     }
 
     /// A's and B's gradients of the module at `slot`.
     fn pair(&mut self, slot: usize) -> (&mut Buffer, &mut Buffer) {
-        let (low, high) = self.values.split_at_mut(2 * slot + 1);
+        let (low, high) = self.values.parts_mut().split_at_mut(2 * slot + 1);
         (&mut low[2 * slot], &mut high[0])
     }
 }
@@ -91,14 +91,14 @@ impl Linear {
         self.lora = Some(Lora { slot, scale, factors: engine.lora(rank, self.inputs, self.outputs, a, b, scale) });
     }
 
-    /// Lays the weights of layers with the same input together, if the engine is faster then.
-    pub fn stack(engine: &Engine, layers: &mut [&mut Self]) -> Option<Stack> {
+    /// Fuses layers with the same input into one product, if the engine is faster then.
+    pub fn fuse(engine: &Engine, layers: &mut [&mut Self]) -> Option<FusedLinear> {
         let (mut weights, mut biases) = (Vec::new(), Vec::new());
         for layer in layers {
             weights.push(&mut layer.weight);
             biases.extend(layer.bias.as_mut());
         }
-        engine.stack(&mut weights, &mut biases)
+        engine.fuse(&mut weights, &mut biases)
     }
 
     /// Its LoRA: factors, place in the layout, scale.

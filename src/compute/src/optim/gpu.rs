@@ -5,7 +5,7 @@ use super::adamw::{Moments, Scalars};
 use super::adamw8bit::{Quantized, Slot};
 use super::quantize::BLOCK;
 use super::{AdamW, AdamW8bit, Optimizer as _, Param, StateError, StateTensor};
-use crate::kernels::{AdamWNumbers, Buffer, CodedMoment, DeviceError, Engine, Range, UpdateOps, catch, starts_together};
+use crate::kernels::{AdamWScalars, Buffer, CodedMoment, DeviceError, Engine, Range, UpdateOps, catch, flat_offsets};
 
 /// An optimizer of the host that a GPU can replace.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ impl GpuAdamW {
     /// If the device fails or has too little memory.
     pub fn new(engine: &Engine, params: &[Param], host: HostAdamW) -> Result<Option<Self>, DeviceError> {
         let Some(ops) = engine.update_ops() else { return Ok(None) };
-        let starts = starts_together(params.iter().map(|p| p.value.len()));
+        let starts = flat_offsets(params.iter().map(|p| p.value.len()));
         let total = starts[params.len()];
         catch(|| {
             let (moments, step) = upload(ops, &host, &starts);
@@ -103,7 +103,7 @@ impl GpuAdamW {
         })
     }
 
-    /// The parameters, laid out as [`starts_together`] says.
+    /// The parameters, laid out as [`flat_offsets`] says.
     pub fn values(&self) -> &Buffer {
         &self.values
     }
@@ -208,9 +208,9 @@ pub enum RestoreError {
     Device(#[from] DeviceError),
 }
 
-fn numbers(scalars: &Scalars, clip: f32) -> AdamWNumbers {
+fn numbers(scalars: &Scalars, clip: f32) -> AdamWScalars {
     let Scalars { keep, one_minus_beta1, beta2, one_minus_beta2, root_correction2, epsilon, step_size } = *scalars;
-    AdamWNumbers { keep, one_minus_beta1, beta2, one_minus_beta2, root_correction2, epsilon, step_size, clip }
+    AdamWScalars { keep, one_minus_beta1, beta2, one_minus_beta2, root_correction2, epsilon, step_size, clip }
 }
 
 /// Tensors at their places, zeros between them.

@@ -71,11 +71,11 @@ pub(super) struct BlockSaved {
 }
 
 impl BlockSaved {
-    /// Leaves out the modulated inputs of attention, one D of eleven: [`Block::bring_back_inputs`] computes them again.
-    pub(super) fn leave_out_inputs(&mut self) {
-        self.attention.leave_out_inputs();
+    /// Discards the modulated inputs of attention, one D of eleven: [`Block::recompute_inputs`] computes them again.
+    pub(super) fn discard_inputs(&mut self) {
+        self.attention.discard_inputs();
         if let Some((_, second, _)) = &mut self.second {
-            second.leave_out_inputs();
+            second.discard_inputs();
         }
     }
 }
@@ -168,19 +168,19 @@ impl Block {
         (x2, c2, saved)
     }
 
-    /// Computes the inputs of attention again that [`BlockSaved::leave_out_inputs`] has left out: the same bits.
-    pub(super) fn bring_back_inputs(&self, pass: Pass<'_>, batch: usize, saved: &mut BlockSaved, modulation: &BlockModulation) {
+    /// Recomputes the inputs of attention that [`BlockSaved::discard_inputs`] has discarded: the same bits.
+    pub(super) fn recompute_inputs(&self, pass: Pass<'_>, batch: usize, saved: &mut BlockSaved, modulation: &BlockModulation) {
         let (engine, d) = (pass.engine, self.width);
         let m = self.image_modulation(&modulation.image, batch, saved.x.len() / d);
         let mc = self.context_modulation(&modulation.context, batch, saved.c.len() / d);
         let (context_shift, context_scale) = self.context_offsets();
-        let (image, context) = saved.attention.left_out();
+        let (image, context) = saved.attention.discarded();
         let xn = image.then(|| engine.modulate(&saved.x, m, SHIFT * d, SCALE * d).0);
         let cn = context.then(|| engine.modulate(&saved.c, mc, context_shift, context_scale).0);
-        saved.attention.bring_back(xn, cn);
+        saved.attention.restore_inputs(xn, cn);
         if let Some((_, second, _)) = &mut saved.second {
-            let xn = second.left_out().0.then(|| engine.modulate(&saved.x, m, SHIFT_2 * d, SCALE_2 * d).0);
-            second.bring_back(xn, None);
+            let xn = second.discarded().0.then(|| engine.modulate(&saved.x, m, SHIFT_2 * d, SCALE_2 * d).0);
+            second.restore_inputs(xn, None);
         }
     }
 

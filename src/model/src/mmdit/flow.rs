@@ -2,10 +2,9 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::Tensor;
-
 use super::run::{Inputs, Mode, unscaled};
 use super::{Mmdit, MmditError};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Buffer, FlowData, FlowSample, PatchLayout, Recording};
 use finetune_compute::nn::flow_matching::{self, LossKind};
 use finetune_compute::nn::{DropoutKey, Gradients};
@@ -36,18 +35,17 @@ impl Mmdit {
     /// If an input does not fit, or the device fails.
     pub fn flow_step(
         &self,
-        x: &Tensor,
-        timestep: &Tensor,
-        prompt_embeds: &Tensor,
-        pooled: &Tensor,
+        x: &HostTensor,
+        timestep: &HostTensor,
+        prompt_embeds: &HostTensor,
+        pooled: &HostTensor,
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
     ) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
         if !self.engine.is_cuda() {
             let (velocity, saved) = self.forward(x, timestep, prompt_embeds, pooled, dropout)?;
-            let values: Vec<f32> = velocity.flatten_all()?.to_vec1()?;
-            let loss = flow_matching::loss(target.kind, &values, target.x0, target.noise, target.sigmas, target.coefficients);
-            let d_velocity = Tensor::from_vec(loss.d_velocity, velocity.dims(), velocity.device())?;
+            let loss = flow_matching::loss(target.kind, velocity.values(), target.x0, target.noise, target.sigmas, target.coefficients);
+            let d_velocity = HostTensor::new(loss.d_velocity, velocity.shape())?;
             return Ok((loss.per_sample, self.backward(saved, &d_velocity)?));
         }
         self.scaled_flow_step((x, timestep, prompt_embeds, pooled), dropout, target, &mut |gradients, scale, last| {
@@ -56,21 +54,21 @@ impl Mmdit {
         })
     }
 
-    /// [`Mmdit::flow_step`] on a GPU, whose gradients are added to `sum` there ([`finetune_compute::kernels::starts_together`] says where each lies).
+    /// [`Mmdit::flow_step`] on a GPU, whose gradients are added to `sum` there ([`finetune_compute::kernels::flat_offsets`] says where each lies).
     ///
     /// # Errors
     /// If an input does not fit, or the device fails.
     #[cfg(feature = "cuda")]
     pub fn flow_step_into(
         &self,
-        inputs: (&Tensor, &Tensor, &Tensor, &Tensor),
+        inputs: (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         sum: &mut Buffer,
     ) -> Result<Vec<f64>, MmditError> {
         let add = &mut |gradients: &Gradients, scale: f32, last: bool| {
-            let (ops, whole) = self.engine.update_ops().zip(gradients.whole(&self.engine))?;
-            (last || ops.square_sum(&whole).is_finite()).then(|| ops.add_scaled(sum, &whole, 1.0 / scale))
+            let (ops, whole) = self.engine.update_ops().zip(gradients.whole())?;
+            (last || ops.square_sum(whole).is_finite()).then(|| ops.add_scaled(sum, whole, 1.0 / scale))
         };
         self.scaled_flow_step(inputs, dropout, target, add).map(|(losses, ())| losses)
     }
@@ -79,7 +77,7 @@ impl Mmdit {
     /// whether there will be no others.
     fn scaled_flow_step<T>(
         &self,
-        inputs: (&Tensor, &Tensor, &Tensor, &Tensor),
+        inputs: (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         take: &mut dyn FnMut(&Gradients, f32, bool) -> Option<T>,
@@ -106,7 +104,7 @@ impl Mmdit {
     /// On a GPU, gradients multiplied by `scale`. The second step of the same sizes is recorded, later ones replay it.
     fn try_flow_step<T>(
         &self,
-        (x, timestep, prompt_embeds, pooled): (&Tensor, &Tensor, &Tensor, &Tensor),
+        (x, timestep, prompt_embeds, pooled): (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         scale: f64,
@@ -123,7 +121,7 @@ impl Mmdit {
         };
         // Each step's dropout masks are others.
         let records = engine.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
-        let key = (x.dims().to_vec(), prompt_embeds.dims().to_vec(), target.kind.precondition_outputs);
+        let key = (x.shape().to_vec(), prompt_embeds.shape().to_vec(), target.kind.precondition_outputs);
         let mut recorded = self.recorded.0.lock().unwrap_or_else(PoisonError::into_inner);
         match recorded.iter().find(|step| step.key == key).map(|step| &step.state).filter(|_| records) {
             Some(State::Recorded(step)) => {

@@ -3,8 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use safetensors::Dtype;
-
 use super::block::{Block, Needs};
 use super::config::MmditConfig;
 use super::embed::{Embedder, Positions};
@@ -16,32 +14,25 @@ use finetune_compute::nn::{Attention, FeedForward, Linear, Projections};
 /// Models up to so many values are converted to f32 once; the weights of larger ones are converted in passing.
 const CONVERT_ONCE: usize = 200_000_000;
 
-/// A weight [rows, columns] in its file.
+/// A weight in its file.
 struct InFile {
     weights: Arc<Weights>,
     name: String,
-    columns: usize,
 }
 
 impl StoredMatrix for InFile {
     fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
         // Name, shape and type were checked when the layer was made.
-        let good = self.weights.view(&self.name).is_ok_and(|view| {
-            let mut blocks = out.chunks_exact_mut(columns.len().max(1)).zip(rows);
-            blocks.all(|(out, row)| view.read_f32(row * self.columns + columns.start, out))
-        });
-        assert!(good, "should be a checked weight");
+        let view = self.weights.view(&self.name);
+        assert!(view.is_ok(), "should be a checked weight");
+        if let Ok(view) = view {
+            view.read_block(rows, columns, out);
+        }
     }
 
     fn stored(&self) -> Option<(Precision, &[u8])> {
         let view = self.weights.view(&self.name).ok()?;
-        let precision = match view.dtype {
-            Dtype::F32 => Precision::F32,
-            Dtype::F16 => Precision::F16,
-            Dtype::BF16 => Precision::Bf16,
-            _ => return None,
-        };
-        Some((precision, view.bytes))
+        Some((view.precision()?, view.bytes))
     }
 }
 
@@ -51,7 +42,7 @@ struct Loader<'a> {
     config: &'a MmditConfig,
     engine: &'a Engine,
     /// The same device in f32.
-    exact: &'a Engine,
+    in_f32: &'a Engine,
     /// Whether weights become f32 once on the host.
     convert: bool,
     ordinal: usize,
@@ -77,8 +68,8 @@ impl Loader<'_> {
     }
 
     /// As [`Loader::linear`], computed in f32.
-    fn exact_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
-        self.next_linear(name, inputs, outputs, self.exact)
+    fn f32_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+        self.next_linear(name, inputs, outputs, self.in_f32)
     }
 
     fn next_linear(&mut self, name: &str, inputs: usize, outputs: usize, engine: &Engine) -> Result<Linear, MmditError> {
@@ -92,7 +83,7 @@ impl Loader<'_> {
             if !view.read_f32(0, &mut [0.0]) {
                 return Err(MmditError::Weight { name: weight, problem: format!("stored as {}, which is not a supported float", view.dtype) });
             }
-            let stored = Arc::new(InFile { weights: Arc::clone(self.weights), name: weight, columns: inputs });
+            let stored = Arc::new(InFile { weights: Arc::clone(self.weights), name: weight });
             let model = self.engine.precision();
             if engine.precision() == model { engine.frozen_stored(outputs, inputs, stored) } else { engine.frozen_kept(outputs, inputs, stored, model) }
         };
@@ -107,7 +98,7 @@ impl Loader<'_> {
 
     fn embedder(&mut self, name: &str, inputs: usize) -> Result<Embedder, MmditError> {
         let d = self.config.width();
-        Ok(Embedder { linear_1: self.exact_linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.exact_linear(&format!("{name}.linear_2"), d, d)? })
+        Ok(Embedder { linear_1: self.f32_linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.f32_linear(&format!("{name}.linear_2"), d, d)? })
     }
 
     /// RMSNorm weights of queries and keys.
@@ -129,8 +120,8 @@ impl Loader<'_> {
         Ok(Attention {
             heads: self.config.num_attention_heads,
             head_dim: self.config.attention_head_dim,
-            image: Projections { q: Some(q), k, v, out: Some(out), norms, stack: None },
-            context: Some(Projections { q: if last { None } else { Some(qc) }, k: kc, v: vc, out: out_context, norms: context_norms, stack: None }),
+            image: Projections { q: Some(q), k, v, out: Some(out), norms, fused: None },
+            context: Some(Projections { q: if last { None } else { Some(qc) }, k: kc, v: vc, out: out_context, norms: context_norms, fused: None }),
         })
     }
 
@@ -139,7 +130,7 @@ impl Loader<'_> {
         let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
         let out = self.square(&part("to_out.0"))?;
         let norms = self.norms(&part("norm_q"), &part("norm_k"))?;
-        let image = Projections { q: Some(q), k, v, out: Some(out), norms, stack: None };
+        let image = Projections { q: Some(q), k, v, out: Some(out), norms, fused: None };
         Ok(Attention { heads: self.config.num_attention_heads, head_dim: self.config.attention_head_dim, image, context: None })
     }
 
@@ -154,17 +145,17 @@ impl Loader<'_> {
         let mut block = Block {
             width: d,
             last,
-            norm1: self.exact_linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
-            norm1_context: self.exact_linear(&part("norm1_context.linear"), d, if last { 2 * d } else { 6 * d })?,
+            norm1: self.f32_linear(&part("norm1.linear"), d, if dual { 9 * d } else { 6 * d })?,
+            norm1_context: self.f32_linear(&part("norm1_context.linear"), d, if last { 2 * d } else { 6 * d })?,
             attention: self.joint_attention(&part("attn"), last)?,
             attention2: if dual { Some(self.image_attention(&part("attn2"))?) } else { None },
             feed_forward: self.feed_forward(&part("ff"))?,
             feed_forward_context: if last { None } else { Some(self.feed_forward(&part("ff_context"))?) },
             needs: Needs::default(),
         };
-        block.attention.stack(self.engine);
+        block.attention.fuse(self.engine);
         if let Some(attention) = &mut block.attention2 {
-            attention.stack(self.engine);
+            attention.fuse(self.engine);
         }
         Ok(block)
     }
@@ -179,8 +170,8 @@ pub(super) fn converts_once(config: &MmditConfig) -> bool {
 pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
     config.check()?;
     let d = config.width();
-    let exact = engine.in_precision(Precision::F32)?;
-    let mut loader = Loader { weights, config: &config, engine: &engine, exact: &exact, convert, ordinal: 0 };
+    let in_f32 = engine.in_precision(Precision::F32)?;
+    let mut loader = Loader { weights, config: &config, engine: &engine, in_f32: &in_f32, convert, ordinal: 0 };
 
     let p = config.patch_size;
     let inputs = config.in_channels * p * p;
@@ -194,20 +185,20 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let pooled = loader.embedder("time_text_embed.text_embedder", config.pooled_projection_dim)?;
     let context_embedder = loader.linear("context_embedder", config.joint_attention_dim, d)?;
     let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
-    let mut norm_out = loader.exact_linear("norm_out.linear", d, 2 * d)?;
+    let mut norm_out = loader.f32_linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
     let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
     let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
     layers.push(&mut norm_out);
-    let modulation = Linear::stack(&exact, &mut layers);
+    let modulation = Linear::fuse(&in_f32, &mut layers);
     if on_gpu {
         // What the layers had before they were laid together.
         engine.trim();
     }
     Ok(Mmdit {
         engine,
-        exact,
+        in_f32,
         config,
         layout: crate::lora::LoraLayout::default(),
         patch,
@@ -220,7 +211,7 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
         modulation,
         proj_out,
         recompute,
-        spread: None,
+        scatter: None,
         recorded: super::flow::Recorded::default(),
         in_file: !convert && !on_gpu,
     })

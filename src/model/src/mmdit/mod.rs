@@ -25,7 +25,8 @@ pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
-use finetune_compute::kernels::{DeviceError, Engine, LoraSpread, Stack, starts_together};
+use finetune_common::tensor::ShapeError;
+use finetune_compute::kernels::{DeviceError, Engine, FusedLinear, LoraScatter, flat_offsets};
 use finetune_compute::nn::Linear;
 use finetune_compute::optim::Param;
 
@@ -87,9 +88,9 @@ pub enum MmditError {
     /// A weight is missing or has another shape.
     #[error(transparent)]
     Weights(Box<WeightsError>),
-    /// A tensor cannot be read or made.
-    #[error("failed to convert a tensor")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
 }
 
 impl From<WeightsError> for MmditError {
@@ -104,7 +105,7 @@ pub struct Mmdit {
     engine: Engine,
     /// The same device in f32, for what makes the modulations of a sample: one number that is wrong there is wrong in all its tokens.
     /// Computed in bf16 they make most of the error of LoRA's gradients.
-    exact: Engine,
+    in_f32: Engine,
     config: MmditConfig,
     layout: LoraLayout,
     patch: Linear,
@@ -114,13 +115,13 @@ pub struct Mmdit {
     context_embedder: Linear,
     blocks: Vec<Block>,
     norm_out: Linear,
-    /// The layers that make all modulations laid together, where the engine is faster then: the blocks' in order, then the last norm's.
-    modulation: Option<Stack>,
+    /// The layers that make all modulations as one product, where the engine is faster then: the blocks' in order, then the last norm's.
+    modulation: Option<FusedLinear>,
     proj_out: Linear,
     recompute: Vec<bool>,
     recorded: Recorded,
-    /// Where the device wants the LoRA parameters, if it takes all at once: those of `engine`, those of `exact`.
-    spread: Option<(LoraSpread, LoraSpread)>,
+    /// Where the device wants the LoRA parameters, if it takes all at once: those of `engine`, those of `in_f32`.
+    scatter: Option<(LoraScatter, LoraScatter)>,
     /// Weights stay in their file.
     in_file: bool,
 }
@@ -168,13 +169,13 @@ impl Mmdit {
         }
         self.layout = layout;
         self.recorded.clear();
-        self.spread = None;
+        self.scatter = None;
         self.each_linear(&mut |_, linear| linear.clear_lora());
         // Zeros first, so that the layers know what they carry.
         let zeros: Vec<Param> =
             self.layout.parameters().into_iter().map(|(name, shape)| Param { value: vec![0.0; shape.iter().product()], name, shape }).collect();
         self.set_lora(&zeros)?;
-        self.spread = finetune_compute::kernels::catch(|| self.lora_spread())?;
+        self.scatter = finetune_compute::kernels::catch(|| self.lora_scatter())?;
         let needs = self.gradient_needs();
         self.blocks.iter_mut().zip(needs).for_each(|(block, needs)| block.needs = needs);
         Ok(&self.layout)
@@ -186,13 +187,13 @@ impl Mmdit {
     /// Names the first parameter that does not fit.
     pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
         self.layout.check(params)?;
-        if let Some((spread, exact)) = &self.spread {
-            let starts = starts_together(params.iter().map(|p| p.value.len()));
+        if let Some((scatter, in_f32)) = &self.scatter {
+            let starts = flat_offsets(params.iter().map(|p| p.value.len()));
             let mut all = vec![0.0; starts[params.len()]];
             params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
             finetune_compute::kernels::catch(|| {
-                self.engine.spread_lora(spread, &all);
-                self.exact.spread_lora(exact, &all);
+                self.engine.scatter_lora(scatter, &all);
+                self.in_f32.scatter_lora(in_f32, &all);
             })?;
             return Ok(());
         }
@@ -206,9 +207,9 @@ impl Mmdit {
                 }
             });
             for block in &mut self.blocks {
-                block.attention.stack_lora(&self.engine);
+                block.attention.fuse_lora(&self.engine);
                 if let Some(attention) = &mut block.attention2 {
-                    attention.stack_lora(&self.engine);
+                    attention.fuse_lora(&self.engine);
                 }
             }
         });
@@ -217,17 +218,17 @@ impl Mmdit {
         Ok(())
     }
 
-    /// As [`Mmdit::set_lora`], from f32 values on the GPU that lie as [`starts_together`] says. False: this model takes them from the host only.
+    /// As [`Mmdit::set_lora`], from f32 values on the GPU that lie as [`flat_offsets`] says. False: this model takes them from the host only.
     ///
     /// # Errors
     /// If the device fails.
     #[cfg(feature = "cuda")]
     pub fn set_lora_from(&mut self, values: &finetune_compute::kernels::Buffer) -> Result<bool, MmditError> {
-        match &self.spread {
-            Some((spread, exact)) => {
+        match &self.scatter {
+            Some((scatter, in_f32)) => {
                 finetune_compute::kernels::catch(|| {
-                    self.engine.spread_lora_from(spread, values);
-                    self.exact.spread_lora_from(exact, values);
+                    self.engine.scatter_lora_from(scatter, values);
+                    self.in_f32.scatter_lora_from(in_f32, values);
                 })?;
                 Ok(true)
             }
@@ -236,25 +237,26 @@ impl Mmdit {
     }
 
     /// Where the device wants the parameters, if it takes all at once.
-    fn lora_spread(&self) -> Option<(LoraSpread, LoraSpread)> {
-        let starts = starts_together(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
+    fn lora_scatter(&self) -> Option<(LoraScatter, LoraScatter)> {
+        let starts = flat_offsets(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
         let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
         // Layers lend their factors one after another.
-        let stacks: Vec<_> = self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.lora_stacks(&source)).collect();
-        let (mut layers, mut exact) = (vec![&self.context_embedder, &self.proj_out], vec![&self.norm_out]);
+        let fused_layers: Vec<_> =
+            self.blocks.iter().flat_map(|b| std::iter::once(&b.attention).chain(&b.attention2)).flat_map(|a| a.fused_lora(&source)).collect();
+        let (mut layers, mut in_f32) = (vec![&self.context_embedder, &self.proj_out], vec![&self.norm_out]);
         for embedder in [&self.timestep, &self.pooled] {
-            exact.extend([&embedder.linear_1, &embedder.linear_2]);
+            in_f32.extend([&embedder.linear_1, &embedder.linear_2]);
         }
         for block in &self.blocks {
-            exact.extend([&block.norm1, &block.norm1_context]);
+            in_f32.extend([&block.norm1, &block.norm1_context]);
             block.each_linear_ref(&mut layers);
         }
         let total = starts[starts.len() - 1];
-        let [layers, exact] = [layers, exact].map(|layers| {
+        let [layers, in_f32] = [layers, in_f32].map(|layers| {
             let with_lora = layers.into_iter().filter_map(Linear::lora);
             with_lora.map(|(factors, slot, scale)| (factors, source(slot, scale))).collect::<Vec<_>>()
         });
-        self.engine.lora_spread(&layers, &stacks, total).zip(self.exact.lora_spread(&exact, &[], total))
+        self.engine.lora_scatter(&layers, &fused_layers, total).zip(self.in_f32.lora_scatter(&in_f32, &[], total))
     }
 
     /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
@@ -272,18 +274,18 @@ impl Mmdit {
     }
 
     fn each_linear(&mut self, f: &mut dyn FnMut(&Engine, &mut Linear)) {
-        let (engine, exact) = (&self.engine, &self.exact);
+        let (engine, in_f32) = (&self.engine, &self.in_f32);
         for embedder in [&mut self.timestep, &mut self.pooled] {
-            f(exact, &mut embedder.linear_1);
-            f(exact, &mut embedder.linear_2);
+            f(in_f32, &mut embedder.linear_1);
+            f(in_f32, &mut embedder.linear_2);
         }
         f(engine, &mut self.context_embedder);
         for block in &mut self.blocks {
-            f(exact, &mut block.norm1);
-            f(exact, &mut block.norm1_context);
+            f(in_f32, &mut block.norm1);
+            f(in_f32, &mut block.norm1_context);
             block.each_linear(&mut |linear| f(engine, linear));
         }
-        f(exact, &mut self.norm_out);
+        f(in_f32, &mut self.norm_out);
         f(engine, &mut self.proj_out);
     }
 

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
-
 use super::block::{BlockModulation, BlockSaved};
 use super::embed::{self, EmbedderSaved};
 use super::{Mmdit, MmditError};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Buffer, Modulation, NormStats, Precision};
 use finetune_compute::nn::{DropoutKey, Gradients, LinearSaved, Pass};
 
@@ -94,13 +93,13 @@ impl Mmdit {
     /// If an input does not fit.
     pub fn forward(
         &self,
-        x: &Tensor,
-        timestep: &Tensor,
-        prompt_embeds: &Tensor,
-        pooled: &Tensor,
+        x: &HostTensor,
+        timestep: &HostTensor,
+        prompt_embeds: &HostTensor,
+        pooled: &HostTensor,
         dropout: Option<&DropoutKey>,
-    ) -> Result<(Tensor, Saved), MmditError> {
-        if let Some(key) = dropout.filter(|k| k.samples.len() != x.dims().first().copied().unwrap_or(0)) {
+    ) -> Result<(HostTensor, Saved), MmditError> {
+        if let Some(key) = dropout.filter(|k| k.samples.len() != x.samples()) {
             return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
         }
         finetune_compute::kernels::catch(|| {
@@ -111,10 +110,10 @@ impl Mmdit {
     }
 
     /// The output [B · h/p · w/p, p · p · C] as velocity [B, C, h, w] on the host.
-    fn velocity(&self, out: &Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<Tensor, MmditError> {
+    fn velocity(&self, out: &Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<HostTensor, MmditError> {
         let (channels, p) = (self.config.out_channels(), self.config.patch_size);
         let velocity = embed::unpatchify(&self.engine.download(out), batch, channels, pixels, p);
-        Ok(Tensor::from_vec(velocity, (batch, channels, pixels.0, pixels.1), &Device::Cpu)?)
+        Ok(HostTensor::new(velocity, [batch, channels, pixels.0, pixels.1])?)
     }
 
     /// Predicts the velocity without keeping anything, with the LoRA scaled by `lora_scale` (0: the base model) and
@@ -124,13 +123,13 @@ impl Mmdit {
     /// If an input does not fit.
     pub fn forward_only(
         &self,
-        x: &Tensor,
-        timestep: &Tensor,
-        prompt_embeds: &Tensor,
-        pooled: &Tensor,
+        x: &HostTensor,
+        timestep: &HostTensor,
+        prompt_embeds: &HostTensor,
+        pooled: &HostTensor,
         lora_scale: f64,
         skip_blocks: &[usize],
-    ) -> Result<Tensor, MmditError> {
+    ) -> Result<HostTensor, MmditError> {
         finetune_compute::kernels::catch(|| {
             let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
             let (out, saved) = self.run(&inputs, None, lora_scale as f32, Mode::Only { skip_blocks });
@@ -138,25 +137,25 @@ impl Mmdit {
         })?
     }
 
-    fn sizes(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Sizes, MmditError> {
+    fn sizes(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<Sizes, MmditError> {
         let config = &self.config;
-        let refuse = |input, tensor: &Tensor, expected: String| Err(MmditError::Input { input, got: tensor.dims().to_vec(), expected });
+        let refuse = |input, tensor: &HostTensor, expected: String| Err(MmditError::Input { input, got: tensor.shape().to_vec(), expected });
         let (p, most) = (config.patch_size, config.pos_embed_max_size * config.patch_size);
-        let &[batch, channels, height, width] = x.dims() else {
+        let &[batch, channels, height, width] = x.shape() else {
             return refuse("the noisy latent", x, "four dimensions".into());
         };
         let fits = |side: usize| side > 0 && side.is_multiple_of(p) && side <= most;
         if batch == 0 || channels != config.in_channels || !fits(height) || !fits(width) {
             return refuse("the noisy latent", x, format!("[batch, {}, height, width] with sides that are multiples of {p} up to {most}", config.in_channels));
         }
-        if timestep.dims() != [batch] {
+        if timestep.shape() != [batch] {
             return refuse("the timestep", timestep, format!("[{batch}]"));
         }
-        let context = match *prompt_embeds.dims() {
+        let context = match *prompt_embeds.shape() {
             [b, tokens, width] if b == batch && tokens > 0 && width == config.joint_attention_dim => tokens,
             _ => return refuse("the prompt embedding", prompt_embeds, format!("[{batch}, tokens, {}]", config.joint_attention_dim)),
         };
-        if pooled.dims() != [batch, config.pooled_projection_dim] {
+        if pooled.shape() != [batch, config.pooled_projection_dim] {
             return refuse("the pooled prompt embedding", pooled, format!("[{batch}, {}]", config.pooled_projection_dim));
         }
         Ok(Sizes { batch, pixels: (height, width), patches: (height / p, width / p), context })
@@ -165,7 +164,7 @@ impl Mmdit {
     /// For the blocks, and for what makes modulations.
     fn passes<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> (Pass<'a>, Pass<'a>) {
         let pass = Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) };
-        (pass, Pass { engine: &self.exact, ..pass })
+        (pass, Pass { engine: &self.in_f32, ..pass })
     }
 
     /// Asks for weights of block `i` that stay in their file to be read before they are used.
@@ -195,55 +194,62 @@ impl Mmdit {
     }
 
     /// The inputs as the device wants them.
-    pub(super) fn host_inputs(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<HostInputs, MmditError> {
+    pub(super) fn host_inputs(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<HostInputs, MmditError> {
         let sizes = self.sizes(x, timestep, prompt_embeds, pooled)?;
         let (channels, p) = (self.config.in_channels, self.config.patch_size);
         Ok(HostInputs {
             sizes,
-            patches: embed::patchify(&to_host(x)?, sizes.batch, channels, sizes.pixels, p),
-            features: embed::timestep_features(&to_host(timestep)?),
+            patches: embed::patchify(x.values(), sizes.batch, channels, sizes.pixels, p),
+            features: embed::timestep_features(timestep.values()),
         })
     }
 
     /// The inputs on the device.
-    pub(super) fn upload(&self, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<Inputs, MmditError> {
+    pub(super) fn upload(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<Inputs, MmditError> {
         let (engine, host) = (&self.engine, self.host_inputs(x, timestep, prompt_embeds, pooled)?);
         let positions = self.positions.crop(engine, &self.config, host.sizes.patches.0, host.sizes.patches.1);
         let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
-        let put = |values: &[f32]| engine.upload(values);
         Ok(Inputs {
             sizes: host.sizes,
             positions,
-            patches: put(&host.patches),
-            features: self.exact.upload(&host.features),
-            pooled: with_values(pooled, |values| self.exact.upload(values))?,
-            prompt: with_values(prompt_embeds, put)?,
+            patches: engine.upload(&host.patches),
+            features: self.in_f32.upload(&host.features),
+            pooled: self.in_f32.upload(pooled.values()),
+            prompt: engine.upload(prompt_embeds.values()),
         })
     }
 
     /// As [`Mmdit::upload`], in the place of inputs of the same sizes.
-    pub(super) fn overwrite(&self, inputs: &Inputs, x: &Tensor, timestep: &Tensor, prompt_embeds: &Tensor, pooled: &Tensor) -> Result<(), MmditError> {
+    pub(super) fn overwrite(
+        &self,
+        inputs: &Inputs,
+        x: &HostTensor,
+        timestep: &HostTensor,
+        prompt_embeds: &HostTensor,
+        pooled: &HostTensor,
+    ) -> Result<(), MmditError> {
         let host = self.host_inputs(x, timestep, prompt_embeds, pooled)?;
         self.engine.overwrite(&inputs.patches, &host.patches);
         self.engine.overwrite(&inputs.features, &host.features);
-        with_values(pooled, |values| self.engine.overwrite(&inputs.pooled, values))?;
-        with_values(prompt_embeds, |values| self.engine.overwrite(&inputs.prompt, values))
+        self.engine.overwrite(&inputs.pooled, pooled.values());
+        self.engine.overwrite(&inputs.prompt, prompt_embeds.values());
+        Ok(())
     }
 
     pub(super) fn run(&self, inputs: &Inputs, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (Buffer, Saved) {
-        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
+        let (config, engine, in_f32) = (&self.config, &self.engine, &self.in_f32);
         let sizes = inputs.sizes;
         let Sizes { batch, patches, .. } = sizes;
-        let (pass, exact_pass) = self.passes(dropout, lora_scale);
+        let (pass, f32_pass) = self.passes(dropout, lora_scale);
         let d = config.width();
 
         let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &inputs.patches);
         engine.add(&mut x, &inputs.positions);
 
-        let (mut conditioning, timestep_saved) = self.timestep.forward(exact_pass, batch, exact.copy(&inputs.features));
-        let (pooled, pooled_saved) = self.pooled.forward(exact_pass, batch, exact.copy(&inputs.pooled));
-        exact.add(&mut conditioning, &pooled);
-        let activated = exact.silu(&conditioning);
+        let (mut conditioning, timestep_saved) = self.timestep.forward(f32_pass, batch, in_f32.copy(&inputs.features));
+        let (pooled, pooled_saved) = self.pooled.forward(f32_pass, batch, in_f32.copy(&inputs.pooled));
+        in_f32.add(&mut conditioning, &pooled);
+        let activated = in_f32.silu(&conditioning);
 
         let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &inputs.prompt);
         let prompt = self.context_embedder.has_lora().then(|| engine.copy(&inputs.prompt));
@@ -253,10 +259,10 @@ impl Mmdit {
         (0..self.blocks.len()).for_each(|i| self.read_ahead(i, "norm1"));
         self.read_ahead(0, "");
         let together = self.modulation.as_ref().filter(|_| !self.modulation_has_lora());
-        let mut parts = together.map(|stack| exact.stack_forward(batch, &activated, stack, 0.0).0.into_iter());
+        let mut parts = together.map(|fused| in_f32.fused_forward(batch, &activated, fused, 0.0).0.into_iter());
         let mut modulate = |layer: &finetune_compute::nn::Linear| match parts.as_mut().and_then(Iterator::next) {
             Some(part) => (part, LinearSaved::default()),
-            None => layer.forward(exact_pass, batch, &activated),
+            None => layer.forward(f32_pass, batch, &activated),
         };
         for block in &self.blocks {
             let (image, saved) = modulate(&block.norm1);
@@ -288,7 +294,7 @@ impl Mmdit {
                 Some(inputs) => inputs,
                 None if keep => {
                     if short {
-                        saved.leave_out_inputs();
+                        saved.discard_inputs();
                     }
                     Kept::Activations(Box::new(saved))
                 }
@@ -325,14 +331,14 @@ impl Mmdit {
     ///
     /// # Errors
     /// If `d_velocity` does not fit.
-    pub fn backward(&self, saved: Saved, d_velocity: &Tensor) -> Result<Vec<Vec<f32>>, MmditError> {
+    pub fn backward(&self, saved: Saved, d_velocity: &HostTensor) -> Result<Vec<Vec<f32>>, MmditError> {
         let Sizes { batch, pixels, .. } = saved.sizes;
         let (channels, p) = (self.config.out_channels(), self.config.patch_size);
-        if d_velocity.dims() != [batch, channels, pixels.0, pixels.1] {
+        if d_velocity.shape() != [batch, channels, pixels.0, pixels.1] {
             let expected = format!("{:?}", [batch, channels, pixels.0, pixels.1]);
-            return Err(MmditError::Input { input: "the velocity's gradient", got: d_velocity.dims().to_vec(), expected });
+            return Err(MmditError::Input { input: "the velocity's gradient", got: d_velocity.shape().to_vec(), expected });
         }
-        let mut patches = embed::unpatchify_backward(&to_host(d_velocity)?, batch, channels, pixels, p);
+        let mut patches = embed::unpatchify_backward(d_velocity.values(), batch, channels, pixels, p);
         let scale = self.gradient_scale(patches.iter().fold(0.0_f32, |most, d| most.max(d.abs())));
         if scale != 1.0 {
             patches.iter_mut().for_each(|d| *d *= scale);
@@ -348,10 +354,10 @@ impl Mmdit {
 
     /// Gradients of the LoRA parameters, given those of the output's patches.
     pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Gradients {
-        let (config, engine, exact) = (&self.config, &self.engine, &self.exact);
+        let (config, engine, in_f32) = (&self.config, &self.engine, &self.in_f32);
         let Sizes { batch, patches, context, .. } = saved.sizes;
         let dropout = saved.dropout.take();
-        let (pass, exact_pass) = self.passes(dropout.as_ref(), 1.0);
+        let (pass, f32_pass) = self.passes(dropout.as_ref(), 1.0);
         let (d, rows) = (config.width(), batch * patches.0 * patches.1);
         let mut gradients = Gradients::zeros(engine, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
 
@@ -364,14 +370,14 @@ impl Mmdit {
         self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
         let Some(d_normal) = d_normal else { return gradients };
         let mut dx = engine.zeros(rows * d);
-        let mut d_norm_out = norm_out_trained.then(|| exact.zeros(batch * 2 * d));
+        let mut d_norm_out = norm_out_trained.then(|| in_f32.zeros(batch * 2 * d));
         let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
         engine.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
         drop(d_normal);
 
         // Blocks, last first; the context's gradient begins in the last.
         let mut dc = engine.zeros(batch * context * d);
-        let mut d_activated = conditioning_trained.then(|| exact.zeros(batch * d));
+        let mut d_activated = conditioning_trained.then(|| in_f32.zeros(batch * d));
         let activated = &saved.conditioning.1;
         for (i, block) in self.blocks.iter().enumerate().rev() {
             if i > 0 && self.is_trained(i - 1) {
@@ -379,12 +385,12 @@ impl Mmdit {
             }
             let modulation = &saved.modulations[i];
             let mut d_modulation = BlockModulation {
-                image: exact.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
-                context: exact.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
+                image: in_f32.zeros(if block.needs.modulation { modulation.image.len() } else { 0 }),
+                context: in_f32.zeros(if block.needs.context_modulation { modulation.context.len() } else { 0 }),
             };
             let activations = match saved.blocks.pop() {
                 Some(Kept::Activations(mut activations)) => {
-                    block.bring_back_inputs(pass, batch, &mut activations, modulation);
+                    block.recompute_inputs(pass, batch, &mut activations, modulation);
                     activations
                 }
                 Some(Kept::Inputs(x, c)) => Box::new(block.forward(pass, batch, x, c, modulation).2),
@@ -394,7 +400,7 @@ impl Mmdit {
             let (image, context) = &saved.modulation_layers[i];
             let mut conditioned = |linear: &finetune_compute::nn::Linear, layer: &LinearSaved, dm: &Buffer, wanted: bool| {
                 if wanted {
-                    linear.backward(exact_pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
+                    linear.backward(f32_pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
                 }
             };
             conditioned(&block.norm1, image, &d_modulation.image, block.needs.modulation);
@@ -407,12 +413,12 @@ impl Mmdit {
         }
         if let Some(dm) = &d_norm_out {
             let d_activated = d_activated.as_mut().map(|b| (b, true));
-            self.norm_out.backward(exact_pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
+            self.norm_out.backward(f32_pass, batch, Some(activated), &saved.norm_out_layer, dm, d_activated, &mut gradients);
         }
         if let Some(mut d_conditioning) = d_activated {
-            exact.silu_backward(&saved.conditioning.0, &mut d_conditioning);
-            self.timestep.backward(exact_pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
-            self.pooled.backward(exact_pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
+            in_f32.silu_backward(&saved.conditioning.0, &mut d_conditioning);
+            self.timestep.backward(f32_pass, batch, &saved.timestep, &d_conditioning, &mut gradients);
+            self.pooled.backward(f32_pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
         }
         gradients
     }
@@ -424,18 +430,4 @@ pub(super) fn unscaled(mut gradients: Vec<Vec<f32>>, scale: f32) -> Vec<Vec<f32>
         gradients.iter_mut().flatten().for_each(|g| *g /= scale);
     }
     gradients
-}
-
-/// Calls `f` with a tensor's values, without a copy where it can be.
-fn with_values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T, MmditError> {
-    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
-        _ => Ok(f(&to_host(&tensor)?)),
-    }
-}
-
-fn to_host(tensor: &Tensor) -> Result<Vec<f32>, MmditError> {
-    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 use super::load::load;
 use super::*;
 use crate::lora::EVERY_TARGET;
 use finetune_common::rng::{Purpose, Stream};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::optim::{AdamW, AdamWSettings, Optimizer as _};
 
@@ -37,12 +39,11 @@ fn random(len: usize, seed: u64, scale: f64) -> Vec<f32> {
 /// Weights of `config` in a safetensors file: f32, or f16.
 fn weights(config: &MmditConfig, half: bool) -> (tempfile::TempDir, Arc<Weights>) {
     let d = config.width();
-    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
     let mut add = |name: String, shape: &[usize], scale: f64, offset: f64| {
-        let values = random(shape.iter().product(), tensors.len() as u64, scale);
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap().affine(1.0, offset).unwrap();
-        let tensor = if half { tensor.to_dtype(candle_core::DType::F16).unwrap() } else { tensor };
-        tensors.insert(name, tensor);
+        let values = random(shape.iter().product(), tensors.len() as u64, scale).into_iter().map(|v| v + offset as f32);
+        let bytes = if half { values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect() } else { values.flat_map(f32::to_le_bytes).collect() };
+        tensors.insert(name, (shape.to_vec(), bytes));
     };
     for site in config.linear_sites() {
         add(format!("{}.weight", site.name), &[site.out_features, site.in_features], 1.0 / (site.in_features as f64).sqrt(), 0.0);
@@ -61,8 +62,9 @@ fn weights(config: &MmditConfig, half: bool) -> (tempfile::TempDir, Arc<Weights>
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    let tensors: std::collections::HashMap<String, Tensor> = tensors.into_iter().collect();
-    candle_core::safetensors::save(&tensors, dir.path().join("diffusion_pytorch_model.safetensors")).unwrap();
+    let dtype = if half { Dtype::F16 } else { Dtype::F32 };
+    let views = tensors.iter().map(|(name, (shape, bytes))| (name, TensorView::new(dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &dir.path().join("diffusion_pytorch_model.safetensors")).unwrap();
     let weights = Arc::new(Weights::open(dir.path()).unwrap());
     (dir, weights)
 }
@@ -85,20 +87,20 @@ fn model(config: &MmditConfig, spec: &LoraSpec) -> (tempfile::TempDir, Mmdit, Ve
 }
 
 struct Batch {
-    x: Tensor,
-    timestep: Tensor,
-    prompt: Tensor,
-    pooled: Tensor,
-    d_velocity: Tensor,
+    x: HostTensor,
+    timestep: HostTensor,
+    prompt: HostTensor,
+    pooled: HostTensor,
+    d_velocity: HostTensor,
     key: DropoutKey,
 }
 
 fn batch(config: &MmditConfig, size: usize) -> Batch {
-    let tensor = |shape: &[usize], seed| Tensor::from_vec(random(shape.iter().product(), seed, 1.0), shape, &Device::Cpu).unwrap();
+    let tensor = |shape: &[usize], seed| HostTensor::new(random(shape.iter().product(), seed, 1.0), shape).unwrap();
     let latents = [size, config.in_channels, 6, 4];
     Batch {
         x: tensor(&latents, 50),
-        timestep: Tensor::from_vec((0..size).map(|b| 100.0 + 250.5 * b as f32).collect::<Vec<_>>(), size, &Device::Cpu).unwrap(),
+        timestep: HostTensor::vector((0..size).map(|b| 100.0 + 250.5 * b as f32).collect()),
         prompt: tensor(&[size, 7, config.joint_attention_dim], 51),
         pooled: tensor(&[size, config.pooled_projection_dim], 52),
         d_velocity: tensor(&latents, 53),
@@ -108,7 +110,7 @@ fn batch(config: &MmditConfig, size: usize) -> Batch {
 
 impl Batch {
     fn part(&self, start: usize, len: usize) -> Self {
-        let cut = |t: &Tensor| t.narrow(0, start, len).unwrap().contiguous().unwrap();
+        let cut = |t: &HostTensor| t.part(start..start + len).unwrap();
         Self {
             x: cut(&self.x),
             timestep: cut(&self.timestep),
@@ -130,8 +132,8 @@ impl Batch {
     }
 }
 
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
+fn values(tensor: &HostTensor) -> Vec<f32> {
+    tensor.values().to_vec()
 }
 
 fn relative(got: &[f32], want: &[f32]) -> f64 {
@@ -280,13 +282,13 @@ fn what_does_not_fit_is_named() {
     let (dir, weights) = weights(&config, false);
     let model = Mmdit::load(Arc::clone(&weights), config.clone(), &Engine::cpu()).unwrap();
     let good = batch(&config, 2);
-    let error = |x: &Tensor, t: &Tensor, e: &Tensor, p: &Tensor| model.forward_only(x, t, e, p, 1.0, &[]).unwrap_err().to_string();
-    let odd = good.x.narrow(2, 0, 5).unwrap();
+    let error = |x: &HostTensor, t: &HostTensor, e: &HostTensor, p: &HostTensor| model.forward_only(x, t, e, p, 1.0, &[]).unwrap_err().to_string();
+    let odd = HostTensor::zeros([2, 4, 5, 4]);
     assert!(error(&odd, &good.timestep, &good.prompt, &good.pooled).contains("multiples of 2"));
-    let wide = Tensor::zeros((2, 4, 20, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let wide = HostTensor::zeros([2, 4, 20, 4]);
     assert!(error(&wide, &good.timestep, &good.prompt, &good.pooled).contains("up to 16"));
-    assert!(error(&good.x, &good.timestep.narrow(0, 0, 1).unwrap(), &good.prompt, &good.pooled).contains("timestep"));
-    assert!(error(&good.x, &good.timestep, &good.prompt.narrow(2, 0, 3).unwrap(), &good.pooled).contains("prompt"));
+    assert!(error(&good.x, &good.timestep.part(0..1).unwrap(), &good.prompt, &good.pooled).contains("timestep"));
+    assert!(error(&good.x, &good.timestep, &HostTensor::zeros([2, 7, 3]), &good.pooled).contains("prompt"));
     assert!(error(&good.x, &good.timestep, &good.prompt, &good.prompt).contains("pooled"));
     let other = MmditConfig { num_layers: 4, ..config };
     assert!(Mmdit::load(weights, other, &Engine::cpu()).unwrap_err().to_string().contains("transformer_blocks.2.norm1_context"));

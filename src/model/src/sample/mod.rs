@@ -3,8 +3,6 @@
 
 use std::ops::ControlFlow;
 
-use candle_core::{Device, Tensor};
-
 use crate::layout::{LayoutError, SchedulerConfig};
 use crate::lora::LoraError;
 use crate::mmdit::{Mmdit, MmditError};
@@ -12,6 +10,7 @@ use crate::text::{PromptEmbedding, TextError};
 use crate::vae::VaeError;
 use crate::weights::WeightsError;
 use finetune_common::rng::{Purpose, Stream};
+use finetune_common::tensor::{HostTensor, ShapeError};
 
 mod font;
 mod picture;
@@ -64,9 +63,20 @@ pub enum SampleError {
         #[source]
         source: image::ImageError,
     },
-    /// A tensor operation failed.
-    #[error("failed to compute pictures")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// NaN or infinity came out of a network.
+    #[error(
+        "the {what} are not finite (NaN or infinity): the weights of the {network} are damaged, or their values are too large for the \
+         precision computed in (try fp32), or the LoRA was trained until it diverged"
+    )]
+    NotFinite {
+        /// What was computed.
+        what: &'static str,
+        /// The network.
+        network: &'static str,
+    },
     /// The caller asked to stop.
     #[error("sampling was stopped")]
     Stopped,
@@ -115,20 +125,20 @@ impl Default for Denoise {
 #[derive(Debug, Clone)]
 pub struct PromptBatch {
     /// [B, S, J].
-    pub embeds: Tensor,
+    pub embeds: HostTensor,
     /// [B, P].
-    pub pooled: Tensor,
+    pub pooled: HostTensor,
 }
 
 impl PromptBatch {
-    /// One prompt for each sample, on `device`.
+    /// One prompt for each sample.
     ///
     /// # Errors
-    /// If the prompts differ in shape or the device has no room.
-    pub fn stack(prompts: &[&PromptEmbedding], device: &Device) -> candle_core::Result<Self> {
-        let embeds: Vec<&Tensor> = prompts.iter().map(|p| &p.embeds).collect();
-        let pooled: Vec<&Tensor> = prompts.iter().map(|p| &p.pooled).collect();
-        Ok(Self { embeds: Tensor::stack(&embeds, 0)?.to_device(device)?, pooled: Tensor::stack(&pooled, 0)?.to_device(device)? })
+    /// If the prompts differ in shape.
+    pub fn stack(prompts: &[&PromptEmbedding]) -> Result<Self, ShapeError> {
+        let embeds: Vec<&HostTensor> = prompts.iter().map(|p| &p.embeds).collect();
+        let pooled: Vec<&HostTensor> = prompts.iter().map(|p| &p.pooled).collect();
+        Ok(Self { embeds: HostTensor::stack(&embeds)?, pooled: HostTensor::stack(&pooled)? })
     }
 }
 
@@ -138,23 +148,28 @@ pub trait Velocity {
     ///
     /// # Errors
     /// If an input does not fit or the device fails.
-    fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError>;
+    fn velocity(&self, x: &HostTensor, timestep: &HostTensor, prompts: &PromptBatch, lora_scale: f64, skip_blocks: &[usize])
+    -> Result<HostTensor, SampleError>;
 }
 
 impl Velocity for Mmdit {
-    fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError> {
+    fn velocity(
+        &self,
+        x: &HostTensor,
+        timestep: &HostTensor,
+        prompts: &PromptBatch,
+        lora_scale: f64,
+        skip_blocks: &[usize],
+    ) -> Result<HostTensor, SampleError> {
         Ok(self.forward_only(x, timestep, &prompts.embeds, &prompts.pooled, lora_scale, skip_blocks)?)
     }
 }
 
 /// Initial latents [1, channels, height, width] of picture `index`: standard normal, named by (seed, index).
-///
-/// # Errors
-/// If the device has no room.
-pub fn initial_latents(seed: u64, index: u64, channels: usize, height: usize, width: usize, device: &Device) -> candle_core::Result<Tensor> {
-    let mut values = vec![0.0; channels * height * width];
-    Stream::new(seed, Purpose::SampleLatents, index, 0).fill_normal(&mut values);
-    Tensor::from_vec(values, (1, channels, height, width), device)
+pub fn initial_latents(seed: u64, index: u64, channels: usize, height: usize, width: usize) -> HostTensor {
+    let mut latents = HostTensor::zeros([1, channels, height, width]);
+    Stream::new(seed, Purpose::SampleLatents, index, 0).fill_normal(latents.values_mut());
+    latents
 }
 
 /// Denoises `latents` [B, C, h, w], standard normal, to x0. `on_step` gets the number of steps done; `Break` stops.
@@ -162,16 +177,16 @@ pub fn initial_latents(seed: u64, index: u64, channels: usize, height: usize, wi
 /// Guidance computes unconditional and conditional predictions in one batch, in this order.
 ///
 /// # Errors
-/// If a setting is out of range, an input does not fit, or `on_step` asked to stop.
+/// If a setting is out of range, an input does not fit, the model's output is not finite, or `on_step` asked to stop.
 pub fn denoise(
     model: &impl Velocity,
     scheduler: &SchedulerConfig,
-    latents: &Tensor,
+    latents: &HostTensor,
     prompts: &PromptBatch,
     negative: &PromptBatch,
     settings: &Denoise,
     on_step: &mut dyn FnMut(usize) -> ControlFlow<()>,
-) -> Result<Tensor, SampleError> {
+) -> Result<HostTensor, SampleError> {
     if settings.steps == 0 || settings.steps > 10_000 {
         return Err(SampleError::Setting { setting: "the number of steps", value: settings.steps.to_string(), expected: "between 1 and 10000".into() });
     }
@@ -182,31 +197,37 @@ pub fn denoise(
     }
     let guided = settings.guidance_scale > 1.0;
     let both = if guided {
-        PromptBatch { embeds: Tensor::cat(&[&negative.embeds, &prompts.embeds], 0)?, pooled: Tensor::cat(&[&negative.pooled, &prompts.pooled], 0)? }
+        PromptBatch { embeds: HostTensor::concat(&[&negative.embeds, &prompts.embeds])?, pooled: HostTensor::concat(&[&negative.pooled, &prompts.pooled])? }
     } else {
         prompts.clone()
     };
-    let batch = latents.dim(0)?;
+    let batch = latents.samples();
     let levels = sigmas(scheduler, settings.steps);
     let steps = settings.steps as f64;
     let mut x = latents.clone();
     for (i, pair) in levels.windows(2).enumerate() {
         let t = pair[0] * scheduler.num_train_timesteps as f32;
-        let timestep = |n: usize| Tensor::full(t, n, x.device());
+        let timestep = |n: usize| HostTensor::full(t, [n]);
         let mut v;
         if guided {
-            let predictions = model.velocity(&Tensor::cat(&[&x, &x], 0)?, &timestep(2 * batch)?, &both, settings.lora_scale, &[])?;
-            let (without, with) = (predictions.narrow(0, 0, batch)?, predictions.narrow(0, batch, batch)?);
-            v = (&without + ((&with - &without)? * settings.guidance_scale)?)?;
+            let predictions = model.velocity(&HostTensor::concat(&[&x, &x])?, &timestep(2 * batch), &both, settings.lora_scale, &[])?;
+            let (without, with) = (predictions.part(0..batch)?, predictions.part(batch..2 * batch)?);
+            let scale = settings.guidance_scale as f32;
+            v = without.zip(&with, |without, with| without + (with - without) * scale)?;
             // As the pipeline: only together with guidance, strictly between the fractions.
             if let Some(skip) = settings.skip_layers.as_ref().filter(|s| i as f64 > steps * s.start && (i as f64) < steps * s.stop) {
-                let skipped = model.velocity(&x, &timestep(batch)?, prompts, settings.lora_scale, &skip.layers)?;
-                v = (v + ((with - skipped)? * skip.scale)?)?;
+                let skipped = model.velocity(&x, &timestep(batch), prompts, settings.lora_scale, &skip.layers)?;
+                let scale = skip.scale as f32;
+                v = v.zip(&with.zip(&skipped, |with, skipped| (with - skipped) * scale)?, |v, away| v + away)?;
             }
         } else {
-            v = model.velocity(&x, &timestep(batch)?, &both, settings.lora_scale, &[])?;
+            v = model.velocity(&x, &timestep(batch), &both, settings.lora_scale, &[])?;
         }
-        x = (x + (v * f64::from(pair[1] - pair[0]))?)?;
+        let change = pair[1] - pair[0];
+        x = x.zip(&v, |x, v| x + v * change)?;
+        if !x.is_finite() {
+            return Err(SampleError::NotFinite { what: "latents", network: "transformer" });
+        }
         if on_step(i + 1).is_break() {
             return Err(SampleError::Stopped);
         }
@@ -218,8 +239,6 @@ pub fn denoise(
 mod tests {
     use std::cell::RefCell;
 
-    use candle_core::DType;
-
     use super::*;
 
     /// Predicts `pooled - x` plus the number of skipped blocks, and notes every call.
@@ -228,22 +247,33 @@ mod tests {
     }
 
     impl Velocity for Fake {
-        fn velocity(&self, x: &Tensor, timestep: &Tensor, prompts: &PromptBatch, _lora_scale: f64, skip_blocks: &[usize]) -> Result<Tensor, SampleError> {
-            self.calls.borrow_mut().push((x.dim(0)?, timestep.to_vec1::<f32>()?[0], skip_blocks.to_vec()));
-            let target = prompts.pooled.reshape(((), 1, 1, 1))?;
-            Ok((x.neg()?.broadcast_add(&target)? + skip_blocks.len() as f64)?)
+        fn velocity(
+            &self,
+            x: &HostTensor,
+            timestep: &HostTensor,
+            prompts: &PromptBatch,
+            _lora_scale: f64,
+            skip_blocks: &[usize],
+        ) -> Result<HostTensor, SampleError> {
+            self.calls.borrow_mut().push((x.samples(), timestep.values()[0], skip_blocks.to_vec()));
+            let mut velocity = x.clone();
+            let size = x.values().len() / x.samples();
+            for (velocity, target) in velocity.values_mut().chunks_mut(size).zip(prompts.pooled.values()) {
+                velocity.iter_mut().for_each(|v| *v = target - *v + skip_blocks.len() as f32);
+            }
+            Ok(velocity)
         }
     }
 
     fn prompts(value: f32) -> PromptBatch {
-        PromptBatch { embeds: Tensor::zeros((1, 2, 3), DType::F32, &Device::Cpu).unwrap(), pooled: Tensor::full(value, (1, 1), &Device::Cpu).unwrap() }
+        PromptBatch { embeds: HostTensor::zeros([1, 2, 3]), pooled: HostTensor::full(value, [1, 1]) }
     }
 
     fn run(settings: &Denoise) -> (Vec<(usize, f32, Vec<usize>)>, f32) {
         let fake = Fake { calls: RefCell::default() };
-        let x = initial_latents(1, 0, 2, 3, 4, &Device::Cpu).unwrap();
+        let x = initial_latents(1, 0, 2, 3, 4);
         let out = denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(0.5), settings, &mut |_| ControlFlow::Continue(())).unwrap();
-        (fake.calls.into_inner(), out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0])
+        (fake.calls.into_inner(), out.values()[0])
     }
 
     #[test]
@@ -269,17 +299,17 @@ mod tests {
     #[test]
     fn one_step_is_exact() {
         let fake = Fake { calls: RefCell::default() };
-        let x = Tensor::zeros((1, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
+        let x = HostTensor::zeros([1, 1, 1, 1]);
         let settings = Denoise { steps: 1, guidance_scale: 3.0, ..Denoise::default() };
         let out = denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(1.0), &settings, &mut |_| ControlFlow::Continue(())).unwrap();
         // v = 1 + 3 (2 - 1) = 4, x = 0 + (0 - 1) 4.
-        assert!((out.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0] + 4.0).abs() < 1e-6);
+        assert!((out.values()[0] + 4.0).abs() < 1e-6);
     }
 
     #[test]
     fn settings_are_checked_and_stopping_stops() {
         let fake = Fake { calls: RefCell::default() };
-        let x = initial_latents(1, 0, 1, 1, 1, &Device::Cpu).unwrap();
+        let x = initial_latents(1, 0, 1, 1, 1);
         let go = |settings: &Denoise| denoise(&fake, &SchedulerConfig::default(), &x, &prompts(2.0), &prompts(1.0), settings, &mut |_| ControlFlow::Break(()));
         assert!(matches!(go(&Denoise { steps: 0, ..Denoise::default() }), Err(SampleError::Setting { .. })));
         assert!(matches!(go(&Denoise { guidance_scale: f64::NAN, ..Denoise::default() }), Err(SampleError::Setting { .. })));
@@ -287,9 +317,22 @@ mod tests {
         assert_eq!(fake.calls.borrow().len(), 1);
     }
 
+    /// A model whose weights hold NaN draws nothing; a picture of it would be black.
+    #[test]
+    fn a_velocity_that_is_not_finite_is_an_error() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let fake = Fake { calls: RefCell::default() };
+            let x = HostTensor::zeros([1, 1, 1, 1]);
+            let settings = Denoise { steps: 3, guidance_scale: 1.0, ..Denoise::default() };
+            let out = denoise(&fake, &SchedulerConfig::default(), &x, &prompts(bad), &prompts(1.0), &settings, &mut |_| ControlFlow::Continue(()));
+            assert!(matches!(out, Err(SampleError::NotFinite { what: "latents", .. })), "{out:?}");
+            assert_eq!(fake.calls.borrow().len(), 1, "at once");
+        }
+    }
+
     #[test]
     fn latents_are_named_by_seed_and_index() {
-        let values = |seed, index| initial_latents(seed, index, 4, 3, 2, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values = |seed, index| initial_latents(seed, index, 4, 3, 2).into_values();
         assert_eq!(values(1, 2), values(1, 2));
         assert_ne!(values(1, 2), values(1, 3));
         assert_ne!(values(1, 2), values(2, 2));

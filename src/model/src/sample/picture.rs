@@ -2,33 +2,38 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use super::SampleError;
+use finetune_common::tensor::HostTensor;
 
 /// Pictures of decoded values [B, 3, H, W] in about [-1, 1]: x/2 + 0.5, clamped to [0, 1], in 255ths.
 ///
 /// # Errors
-/// If the shape does not fit.
-pub fn to_pictures(decoded: &Tensor) -> Result<Vec<RgbImage>, SampleError> {
-    let (batch, channels, height, width) = decoded.dims4()?;
-    if channels != 3 {
-        return Err(SampleError::Setting { setting: "the number of channels", value: channels.to_string(), expected: "3".into() });
+/// If the shape does not fit, or a value is not finite.
+pub fn to_pictures(decoded: &HostTensor) -> Result<Vec<RgbImage>, SampleError> {
+    let &[_, 3, height, width] = decoded.shape() else {
+        return Err(SampleError::Setting {
+            setting: "the shape of decoded pictures",
+            value: format!("{:?}", decoded.shape()),
+            expected: "[B, 3, H, W]".into(),
+        });
+    };
+    if !decoded.is_finite() {
+        return Err(SampleError::NotFinite { what: "decoded pictures", network: "VAE" });
     }
-    let values = to_unit(decoded)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1::<f32>()?;
-    let bytes: Vec<u8> = values.iter().map(|x| (x * 255.0).round_ties_even() as u8).collect();
-    let pictures = bytes.chunks_exact(3 * height * width).filter_map(|b| RgbImage::from_raw(width as u32, height as u32, b.to_vec())).collect::<Vec<_>>();
-    debug_assert_eq!(pictures.len(), batch);
+    let unit = to_unit(decoded.clone());
+    let (pixels, mut pictures) = (height * width, Vec::new());
+    for planes in unit.values().chunks_exact((3 * pixels).max(1)) {
+        let bytes = (0..pixels).flat_map(|i| [0, 1, 2].map(|channel| (planes[channel * pixels + i] * 255.0).round_ties_even() as u8)).collect();
+        pictures.extend(RgbImage::from_raw(width as u32, height as u32, bytes));
+    }
     Ok(pictures)
 }
 
 /// Decoded values to [0, 1]: x/2 + 0.5, clamped.
-///
-/// # Errors
-/// If the device fails.
-pub fn to_unit(decoded: &Tensor) -> candle_core::Result<Tensor> {
-    ((decoded / 2.0)? + 0.5)?.clamp(0.0, 1.0)
+pub fn to_unit(decoded: HostTensor) -> HostTensor {
+    decoded.map(|x| (x / 2.0 + 0.5).clamp(0.0, 1.0))
 }
 
 /// Writes a picture as PNG, whatever the file's name; through a temporary file beside it, so that no half of a picture
@@ -78,12 +83,15 @@ mod tests {
     #[test]
     fn values_become_pixels_and_files() {
         let values = vec![-1.0_f32, 1.0, 0.0, 5.0, -5.0, 0.5];
-        let decoded = Tensor::from_vec(values, (1, 3, 1, 2), &Device::Cpu).unwrap();
+        let decoded = HostTensor::new(values, [1, 3, 1, 2]).unwrap();
         let pictures = to_pictures(&decoded).unwrap();
         assert_eq!(pictures.len(), 1);
         // Channel planes [-1, 1], [0, 5], [-5, 0.5] of two pixels.
         assert_eq!(pictures[0].get_pixel(0, 0).0, [0, 128, 0]);
         assert_eq!(pictures[0].get_pixel(1, 0).0, [255, 255, 191]);
+        let damaged = HostTensor::new(vec![0.0, f32::NAN, 0.0], [1, 3, 1, 1]).unwrap();
+        assert!(matches!(to_pictures(&damaged), Err(SampleError::NotFinite { .. })));
+        assert!(to_pictures(&HostTensor::zeros([1, 4, 1, 1])).is_err());
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/folder/a.png");
         save_png(&pictures[0], &path).unwrap();

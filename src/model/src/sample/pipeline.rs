@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
 use image::RgbImage;
 
 use super::{Denoise, PromptBatch, SampleError, denoise, initial_latents, to_pictures};
@@ -13,6 +12,7 @@ use crate::mmdit::{Mmdit, MmditConfig};
 use crate::text::{EncodeProgress, PromptEncoder};
 use crate::vae::{VaeConfig, VaeDecoder};
 use crate::weights::Weights;
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
 
 /// What a [`Pipeline`] makes.
@@ -107,20 +107,20 @@ impl Pipeline {
         let mut embeddings = encoder.encode(&captions, &mut |progress| on_stage(Stage::Encoding(progress)))?;
         drop(encoder);
         let Some(negative) = embeddings.pop() else { return Ok(Vec::new()) };
-        let negative = PromptBatch::stack(&[&negative], &Device::Cpu)?;
+        let negative = PromptBatch::stack(&[&negative])?;
 
         let transformer = self.load_transformer()?;
         let scheduler = self.model.scheduler()?;
         let steps = settings.denoise.steps;
         let total = steps * prompts.len() * variants.len();
-        let mut latents: Vec<Vec<Tensor>> = Vec::with_capacity(variants.len());
+        let mut latents: Vec<Vec<HostTensor>> = Vec::with_capacity(variants.len());
         for (variant, scale) in variants.iter().enumerate() {
             let how = Denoise { lora_scale: *scale, ..settings.denoise.clone() };
             let mut row = Vec::with_capacity(prompts.len());
             for (index, prompt) in embeddings.iter().enumerate() {
                 let before = (variant * prompts.len() + index) * steps;
-                let noise = initial_latents(settings.seed, index as u64, self.transformer.in_channels, height, width, &Device::Cpu)?;
-                let prompt = PromptBatch::stack(&[prompt], &Device::Cpu)?;
+                let noise = initial_latents(settings.seed, index as u64, self.transformer.in_channels, height, width);
+                let prompt = PromptBatch::stack(&[prompt])?;
                 row.push(denoise(&transformer, &scheduler, &noise, &prompt, &negative, &how, &mut |done| {
                     on_stage(Stage::Sampling { done: before + done, total })
                 })?);
@@ -133,10 +133,10 @@ impl Pipeline {
         let total = prompts.len() * variants.len();
         let mut done = 0;
         let mut pictures = Vec::with_capacity(variants.len());
-        for row in &latents {
+        for row in latents {
             let mut drawn = Vec::with_capacity(row.len());
             for latent in row {
-                drawn.extend(to_pictures(&decoder.decode(&self.vae.unscale(latent)?)?)?);
+                drawn.extend(to_pictures(&decoder.decode(&self.vae.unscale(latent))?)?);
                 done += 1;
                 if on_stage(Stage::Decoding { done, total }).is_break() {
                     return Err(SampleError::Stopped);

@@ -3,14 +3,13 @@
 //! Stable Diffusion 3 takes `hidden_states[-2]` (the output of the last but one layer, without the final norm) and the
 //! projection of the end token's final state. Attention is causal; padding is not masked.
 
-use candle_core::{Device, IndexOp as _, Tensor};
-use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::TextError;
-use super::layers::{LayerNorm, LayerReader, Linear, attention, embed};
+use super::layers::{Batching, Layers, Shape, linear, table, vector};
 use crate::layout::ComponentConfig;
-use crate::weights::Weights;
+use crate::weights::{Weights, WeightsError};
+use finetune_compute::kernels::{Buffer, Engine, StoredMatrix as _, TextActivation, TextAttention};
 
 /// `config.json` of a CLIP text encoder.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -90,53 +89,12 @@ impl ComponentConfig for ClipConfig {
     }
 }
 
-/// What CLIP says about captions.
+/// What CLIP makes of a batch of captions.
 pub(super) struct ClipOutput {
-    /// `hidden_states[-2]` [captions, tokens, hidden_size].
-    pub(super) hidden: Tensor,
-    /// [captions, projection_dim].
-    pub(super) pooled: Tensor,
-}
-
-struct Layer {
-    norm1: LayerNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
-impl Layer {
-    fn load(reader: &LayerReader, config: &ClipConfig) -> Result<Self, TextError> {
-        let (d, ff, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        Ok(Self {
-            norm1: reader.layer_norm("layer_norm1", d, eps)?,
-            q: reader.linear("self_attn.q_proj", d, d)?,
-            k: reader.linear("self_attn.k_proj", d, d)?,
-            v: reader.linear("self_attn.v_proj", d, d)?,
-            out: reader.linear("self_attn.out_proj", d, d)?,
-            norm2: reader.layer_norm("layer_norm2", d, eps)?,
-            fc1: reader.linear("mlp.fc1", ff, d)?,
-            fc2: reader.linear("mlp.fc2", d, ff)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, config: &ClipConfig, mask: &Tensor) -> candle_core::Result<Tensor> {
-        let heads = config.num_attention_heads;
-        let scale = 1.0 / ((config.hidden_size / heads) as f64).sqrt();
-        let h = self.norm1.forward(x)?;
-        let h = attention(&self.q.forward(&h)?, &self.k.forward(&h)?, &self.v.forward(&h)?, heads, scale, mask)?;
-        let x = (x + self.out.forward(&h)?)?;
-        let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
-        let h = match config.hidden_act {
-            Activation::QuickGelu => (&h * candle_nn::ops::sigmoid(&(&h * 1.702)?)?)?,
-            Activation::Gelu => h.gelu_erf()?,
-        };
-        x + self.fc2.forward(&h)?
-    }
+    /// `hidden_states[-2]` of each caption: [tokens, hidden_size].
+    pub(super) hidden: Vec<Vec<f32>>,
+    /// [projection_dim] of each caption.
+    pub(super) pooled: Vec<Vec<f32>>,
 }
 
 /// Position whose final state is pooled.
@@ -145,83 +103,140 @@ fn pooled_position(ids: &[u32], end: u32) -> usize {
     if end == 2 { first_of(ids.iter().copied().max().unwrap_or(0)) } else { first_of(end) }
 }
 
-/// Embeddings of tokens and positions [captions, tokens, hidden_size].
-pub(super) fn embed_tokens(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], device: &Device) -> Result<Tensor, TextError> {
-    let (d, tokens) = (config.hidden_size, batch.iter().map(Vec::len).max().unwrap_or(0));
-    if tokens > config.max_position_embeddings {
-        return Err(TextError::TooManyTokens { tokens, limit: config.max_position_embeddings, path: weights.path().to_owned() });
+/// Embeddings of tokens and positions [captions · tokens, hidden_size], followed by zeros up to `rows` rows.
+fn embed(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], rows: usize) -> Result<Vec<f32>, TextError> {
+    const TOKENS: &str = "text_model.embeddings.token_embedding.weight";
+    const POSITIONS: &str = "text_model.embeddings.position_embedding.weight";
+    let (d, limit) = (config.hidden_size, config.max_position_embeddings);
+    if let Some(ids) = batch.iter().find(|ids| ids.len() > limit) {
+        return Err(TextError::TooManyTokens { tokens: ids.len(), limit, path: weights.path().to_owned() });
     }
-    let top = LayerReader { weights, prefix: "text_model.".into(), device };
-    let positions = top.matrix("embeddings.position_embedding.weight", config.max_position_embeddings, d)?.narrow(0, 0, tokens)?;
-    let x = embed(weights, "text_model.embeddings.token_embedding.weight", config.vocab_size, d, batch, device)?;
-    Ok(x.broadcast_add(&positions)?)
+    weights.view_of_shape(POSITIONS, &[limit, d])?;
+    let (positions, ids) = (weights.f32(POSITIONS)?, batch.concat());
+    let table = table(weights, TOKENS, (config.vocab_size, d), &ids)?;
+    let mut values = vec![0.0; rows * d];
+    let places = batch.iter().flat_map(|ids| ids.iter().zip(positions.chunks_exact(d)));
+    for (row, (&id, position)) in values.chunks_exact_mut(d).zip(places) {
+        table.read_block(id as usize..id as usize + 1, 0..d, row);
+        row.iter_mut().zip(position).for_each(|(value, position)| *value += position);
+    }
+    Ok(values)
 }
 
-/// What is done to a caption's end token.
-pub(super) struct Pooling {
-    norm: LayerNorm,
-    projection: Linear,
-    end: u32,
+/// What is done to a caption's end token, on the CPU.
+struct Pooling {
+    engine: Engine,
+    norm: [Buffer; 2],
+    projection: finetune_compute::kernels::FrozenMatrix,
 }
 
 impl Pooling {
-    pub(super) fn load(weights: &Weights, config: &ClipConfig, device: &Device) -> Result<Self, TextError> {
-        let d = config.hidden_size;
-        Ok(Self {
-            norm: LayerReader { weights, prefix: "text_model.".into(), device }.layer_norm("final_layer_norm", d, config.layer_norm_eps)?,
-            projection: LayerReader { weights, prefix: String::new(), device }.linear_without_bias("text_projection", config.projection_dim, d)?,
-            end: config.eos_token_id,
-        })
+    fn load(weights: &Weights, config: &ClipConfig) -> Result<Self, WeightsError> {
+        const PROJECTION: &str = "text_projection.weight";
+        let (engine, d) = (Engine::cpu(), config.hidden_size);
+        let norm = |part: &str| Ok::<_, WeightsError>(engine.upload(&vector(weights, &format!("text_model.final_layer_norm.{part}"), d)?));
+        weights.view_of_shape(PROJECTION, &[config.projection_dim, d])?;
+        Ok(Self { norm: [norm("weight")?, norm("bias")?], projection: engine.frozen(config.projection_dim, d, &weights.f32(PROJECTION)?), engine })
     }
 
-    /// The projection [captions, projection_dim] of the final norm of each caption's end token, from the final states [captions, tokens, hidden_size].
-    pub(super) fn pool(&self, batch: &[Vec<u32>], states: &Tensor) -> Result<Tensor, TextError> {
-        // Each caption by itself: a product's rounding may depend on its rows where they are few, and a caption's numbers
-        // must not depend on the captions beside it.
-        let pool = |(i, ids): (usize, &Vec<u32>)| {
-            let end = states.i((i, pooled_position(ids, self.end)))?;
-            let end = end.reshape((1, 1, end.elem_count()))?;
-            self.projection.forward(&self.norm.forward(&end)?)?.reshape((1, ()))
-        };
-        let pooled = batch.par_iter().enumerate().map(pool).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&pooled, 0)?)
+    /// The projection of the final norm of each caption's end token, from its final states [tokens, hidden_size].
+    fn pool<'a>(&self, config: &ClipConfig, captions: impl Iterator<Item = (&'a Vec<u32>, &'a [f32])>) -> Vec<Vec<f32>> {
+        let d = config.hidden_size;
+        let ends: Vec<f32> = captions.flat_map(|(ids, states)| states[pooled_position(ids, config.eos_token_id) * d..][..d].iter().copied()).collect();
+        let rows = ends.len() / d;
+        let normal = self.engine.layer_norm(&self.engine.upload(&ends), &self.norm[0], &self.norm[1], config.layer_norm_eps as f32);
+        let mut pooled = self.engine.alloc(rows * config.projection_dim);
+        self.engine.linear(rows, &normal, &self.projection, None, None, &mut pooled);
+        self.engine.download(&pooled).chunks_exact(config.projection_dim).map(<[f32]>::to_vec).collect()
     }
 }
 
-/// Encodes token ids in batches of captions. `progress` gets the number of layers done.
+/// The biases and norms of a layer, on the device.
+struct Vectors {
+    norm1: [Buffer; 2],
+    norm2: [Buffer; 2],
+    qkv: Buffer,
+    out: Buffer,
+    fc1: Buffer,
+    fc2: Buffer,
+}
+
+impl Vectors {
+    fn load(engine: &Engine, layers: &Layers<'_>, config: &ClipConfig, index: usize) -> Result<Self, WeightsError> {
+        let d = config.hidden_size;
+        let f32 = |name: &str| Ok::<_, WeightsError>(engine.upload_f32(&layers.vector(index, &[name], d)?));
+        // In the type of what they are added to: the residual stream's is f32.
+        Ok(Self {
+            norm1: [f32("layer_norm1.weight")?, f32("layer_norm1.bias")?],
+            norm2: [f32("layer_norm2.weight")?, f32("layer_norm2.bias")?],
+            qkv: engine.upload(&layers.vector(index, &["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"], d)?),
+            out: f32("self_attn.out_proj.bias")?,
+            fc1: engine.upload(&layers.vector(index, &["mlp.fc1.bias"], config.intermediate_size)?),
+            fc2: f32("mlp.fc2.bias")?,
+        })
+    }
+}
+
+/// Encodes token ids; one output for each batch of captions. `progress` gets the number of layers done.
 pub(super) fn encode(
+    engine: &Engine,
     weights: &Weights,
     config: &ClipConfig,
-    batches: &[&[Vec<u32>]],
-    device: &Device,
+    ids: &[Vec<u32>],
     progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
 ) -> Result<Vec<ClipOutput>, TextError> {
-    let tokens = batches.iter().flat_map(|b| b.iter()).map(Vec::len).max().unwrap_or(0);
-    let mut states = batches.iter().map(|batch| embed_tokens(weights, config, batch, device)).collect::<Result<Vec<_>, _>>()?;
-    weights.release("text_model.embeddings.");
-    let causal: Vec<f32> = (0..tokens * tokens).map(|i| if i % tokens > i / tokens { f32::NEG_INFINITY } else { 0.0 }).collect();
-    let mask = Tensor::from_vec(causal, (1, 1, tokens, tokens), device)?;
-
-    // With a single layer the last but one state is the embedding.
-    let mut hidden = states.clone();
-    for index in 0..config.num_hidden_layers {
-        progress(index)?;
-        let prefix = format!("text_model.encoder.layers.{index}.");
-        let layer = Layer::load(&LayerReader { weights, prefix: prefix.clone(), device }, config)?;
-        for state in &mut states {
-            *state = layer.forward(state, config, &mask)?;
+    let Some(tokens) = ids.first().map(Vec::len) else { return Ok(Vec::new()) };
+    let (d, ff, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
+    let (dim, epsilon, count) = (d / heads, config.layer_norm_eps as f32, config.num_hidden_layers);
+    let shapes = [
+        Shape { names: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], outputs: d, inputs: d },
+        Shape { names: &["self_attn.out_proj"], outputs: d, inputs: d },
+        Shape { names: &["mlp.fc1"], outputs: ff, inputs: d },
+        Shape { names: &["mlp.fc2"], outputs: d, inputs: ff },
+    ];
+    let layers = Layers::new(weights, "text_model.encoder.layers.", count, shapes)?;
+    let vectors = (0..count).map(|i| Vectors::load(engine, &layers, config, i)).collect::<Result<Vec<_>, _>>()?;
+    let activation = match config.hidden_act {
+        Activation::QuickGelu => TextActivation::QuickGelu,
+        Activation::Gelu => TextActivation::Gelu,
+    };
+    let attention = TextAttention { tokens, heads, dim, scale: 1.0 / (dim as f32).sqrt(), causal: true };
+    let batching = Batching::new(engine, tokens, d);
+    let pooling = Pooling::load(weights, config)?;
+    let mut outputs = Vec::new();
+    for pass in ids.chunks(batching.pass()) {
+        let mut states = Vec::new();
+        for batch in pass.chunks(batching.captions) {
+            let rows = batching.rows(batch);
+            states.push((rows, engine.upload_f32(&embed(weights, config, batch, rows)?)));
         }
-        if index + 2 == config.num_hidden_layers {
-            hidden.clone_from(&states);
+        weights.release("text_model.embeddings.");
+        // With a single layer the last but one state is the embedding.
+        let mut hidden: Vec<Buffer> = if count == 1 { states.iter().map(|(_, state)| engine.copy(state)).collect() } else { Vec::new() };
+        engine.stream_layers(count, &layers, &mut |index, matrices| {
+            progress(index)?;
+            let (&[qkv, out, fc1, fc2], own) = (matrices, &vectors[index]) else { return Ok(()) };
+            for (rows, state) in &mut states {
+                let h = linear(engine, *rows, &engine.layer_norm(state, &own.norm1[0], &own.norm1[1], epsilon), qkv, Some(&own.qkv));
+                engine.layer_product(*rows, &engine.text_attention(attention, &h, None), out, Some(&own.out), state, true);
+                let mut h = linear(engine, *rows, &engine.layer_norm(state, &own.norm2[0], &own.norm2[1], epsilon), fc1, Some(&own.fc1));
+                engine.activate(&mut h, activation);
+                engine.layer_product(*rows, &h, fc2, Some(&own.fc2), state, true);
+            }
+            if index + 2 == count {
+                hidden = states.iter().map(|(_, state)| engine.copy(state)).collect();
+            }
+            Ok::<_, TextError>(())
+        })?;
+        for ((batch, (_, state)), hidden) in pass.chunks(batching.captions).zip(states).zip(hidden) {
+            let (state, hidden) = (engine.download(&state), engine.download(&hidden));
+            outputs.push(ClipOutput {
+                hidden: hidden.chunks_exact(tokens * d).take(batch.len()).map(<[f32]>::to_vec).collect(),
+                pooled: pooling.pool(config, batch.iter().zip(state.chunks_exact(tokens * d))),
+            });
         }
-        weights.release(&prefix);
     }
-    let pooling = Pooling::load(weights, config, device)?;
-    let mut outputs = Vec::with_capacity(batches.len());
-    for ((batch, state), hidden) in batches.iter().zip(&states).zip(hidden) {
-        outputs.push(ClipOutput { hidden, pooled: pooling.pool(batch, state)? });
-    }
-    progress(config.num_hidden_layers)?;
+    progress(count)?;
     Ok(outputs)
 }
 

@@ -1,95 +1,132 @@
-//! What CLIP and T5 have in common: embeddings, linear layers, attention. Tensors of candle; nothing here is trained.
+//! What CLIP and T5 have in common: layers that pass through the device one after another, and the batches that go through each.
 
-use candle_core::{D, DType, Device, Tensor};
+use std::collections::HashMap;
 
 use super::TextError;
-use crate::weights::{Weights, WeightsError};
+use crate::weights::{View, Weights, WeightsError};
+use finetune_compute::kernels::{Buffer, Engine, LayerMatrix, LayerSource, Precision, StoredMatrix, StoredRows};
 
-/// Reads weights of one layer as f32, checking shapes.
-pub(super) struct LayerReader<'a> {
-    pub(super) weights: &'a Weights,
-    pub(super) prefix: String,
-    pub(super) device: &'a Device,
+/// Tokens of one product: 32 captions of 77 tokens.
+const ROWS: usize = 32 * 77;
+/// Values of the residual streams that are on the device at once (512 MiB).
+const RESIDENT_VALUES: usize = 1 << 27;
+
+/// A matrix of a layer: the layers that it is made of, how many rows each has, and its columns.
+pub(super) struct Shape {
+    pub(super) names: &'static [&'static str],
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
 }
 
-impl LayerReader<'_> {
-    pub(super) fn vector(&self, name: &str, size: usize) -> Result<Tensor, WeightsError> {
-        self.weights.tensor_of_shape(&format!("{}{name}", self.prefix), &[size], DType::F32, self.device)
-    }
-
-    pub(super) fn matrix(&self, name: &str, out: usize, input: usize) -> Result<Tensor, WeightsError> {
-        self.weights.tensor_of_shape(&format!("{}{name}", self.prefix), &[out, input], DType::F32, self.device)
-    }
-
-    /// A linear layer with bias, `name.weight` and `name.bias`.
-    pub(super) fn linear(&self, name: &str, out: usize, input: usize) -> Result<Linear, WeightsError> {
-        Ok(Linear { weight: self.matrix(&format!("{name}.weight"), out, input)?, bias: Some(self.vector(&format!("{name}.bias"), out)?) })
-    }
-
-    /// A linear layer without bias, `name.weight`.
-    pub(super) fn linear_without_bias(&self, name: &str, out: usize, input: usize) -> Result<Linear, WeightsError> {
-        Ok(Linear { weight: self.matrix(&format!("{name}.weight"), out, input)?, bias: None })
-    }
-
-    pub(super) fn layer_norm(&self, name: &str, size: usize, eps: f64) -> Result<LayerNorm, WeightsError> {
-        Ok(LayerNorm { weight: self.vector(&format!("{name}.weight"), size)?, bias: self.vector(&format!("{name}.bias"), size)?, eps })
-    }
+/// The matrices of layers called `prefix0`, `prefix1`...
+pub(super) struct Layers<'a> {
+    weights: &'a Weights,
+    prefix: &'static str,
+    shapes: [Shape; 4],
+    kinds: [Precision; 4],
 }
 
-/// y = x Wᵀ + b.
-pub(super) struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// [b, s, in] -> [b, s, out].
-    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (b, s, d) = x.dims3()?;
-        let y = x.reshape((b * s, d))?.matmul(&self.weight.t()?)?.reshape((b, s, ()))?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
+impl<'a> Layers<'a> {
+    /// Checks every layer's shapes and types first: nothing fails on the way.
+    pub(super) fn new(weights: &'a Weights, prefix: &'static str, count: usize, shapes: [Shape; 4]) -> Result<Self, WeightsError> {
+        let mut kinds = HashMap::new();
+        for layer in 0..count {
+            for (index, shape) in shapes.iter().enumerate() {
+                for name in shape.names {
+                    let name = format!("{prefix}{layer}.{name}.weight");
+                    let view = weights.view_of_shape(&name, &[shape.outputs, shape.inputs])?;
+                    let kind = view.precision().filter(|kind| *kinds.entry(index).or_insert(*kind) == *kind);
+                    if kind.is_none() {
+                        return Err(WeightsError::Dtype { path: weights.path().to_owned(), name, dtype: view.dtype });
+                    }
+                }
+            }
         }
+        let kinds = std::array::from_fn(|index| kinds.get(&index).copied().unwrap_or_default());
+        Ok(Self { weights, prefix, shapes, kinds })
+    }
+
+    /// A vector of layer `layer`, made of these parts, as f32.
+    pub(super) fn vector(&self, layer: usize, names: &[&str], size: usize) -> Result<Vec<f32>, WeightsError> {
+        let mut values = Vec::with_capacity(names.len() * size);
+        for name in names {
+            values.extend(vector(self.weights, &format!("{}{layer}.{name}", self.prefix), size)?);
+        }
+        Ok(values)
     }
 }
 
-/// LayerNorm over the last dimension.
-pub(super) struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-}
+impl LayerSource for Layers<'_> {
+    fn matrices(&self, index: usize) -> Vec<StoredRows<'_>> {
+        let part = |name: &&str| {
+            let view = self.weights.view(&format!("{}{index}.{name}.weight", self.prefix)).ok()?;
+            Some(Box::new(view) as Box<dyn StoredMatrix>)
+        };
+        (self.shapes.iter().zip(self.kinds))
+            .map(|(shape, kind)| StoredRows { parts: shape.names.iter().filter_map(part).collect(), kind, part_outputs: shape.outputs, inputs: shape.inputs })
+            .collect()
+    }
 
-impl LayerNorm {
-    pub(super) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        candle_nn::ops::layer_norm_slow(x, &self.weight, &self.bias, self.eps as f32)
+    fn will_need(&self, index: usize) {
+        self.weights.will_need(&format!("{}{index}.", self.prefix));
+    }
+
+    fn done(&self, index: usize) {
+        self.weights.release(&format!("{}{index}.", self.prefix));
     }
 }
 
-/// softmax(scale q kᵀ + bias) v for tensors [b, s, heads * d]; `bias` broadcasts to [b, heads, s, s].
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, scale: f64, bias: &Tensor) -> candle_core::Result<Tensor> {
-    let (b, s, inner) = q.dims3()?;
-    let split = |x: &Tensor| x.reshape((b, s, heads, inner / heads))?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (split(q)?, split(k)?, split(v)?);
-    let q = if (scale - 1.0).abs() < f64::EPSILON { q } else { (q * scale)? };
-    let scores = q.matmul(&k.t()?)?.broadcast_add(bias)?;
-    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-    weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, s, inner))
+/// The values of a vector, as f32.
+pub(super) fn vector(weights: &Weights, name: &str, size: usize) -> Result<Vec<f32>, WeightsError> {
+    weights.view_of_shape(name, &[size])?;
+    weights.f32(name)
 }
 
-/// Rows `ids` of the table `name` [vocabulary, width], as [captions, tokens, width]. Only those rows are read.
-pub(super) fn embed(weights: &Weights, name: &str, vocabulary: usize, width: usize, ids: &[Vec<u32>], device: &Device) -> Result<Tensor, TextError> {
+/// How captions go through the layers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Batching {
+    /// Tokens of a caption.
+    tokens: usize,
+    /// Captions that are multiplied at once.
+    pub(super) captions: usize,
+    /// Batches that are on the device at once.
+    batches: usize,
+    /// Whether a batch that is not full is filled with zeros.
+    filled: bool,
+}
+
+impl Batching {
+    pub(super) fn new(engine: &Engine, tokens: usize, width: usize) -> Self {
+        let captions = (ROWS / tokens).max(1);
+        Self { tokens, captions, batches: (RESIDENT_VALUES / (captions * tokens * width)).max(1), filled: !engine.is_batch_invariant() }
+    }
+
+    /// Captions of one pass over the weights.
+    pub(super) fn pass(&self) -> usize {
+        self.captions * self.batches
+    }
+
+    /// Rows of a batch on the device.
+    pub(super) fn rows(&self, batch: &[Vec<u32>]) -> usize {
+        self.tokens * if self.filled { self.captions } else { batch.len() }
+    }
+}
+
+/// The table `name` [vocabulary, width], of which the ids' rows exist and are of a type that can be read.
+pub(super) fn table<'a>(weights: &'a Weights, name: &str, (vocabulary, width): (usize, usize), ids: &[u32]) -> Result<View<'a>, TextError> {
     let table = weights.view_of_shape(name, &[vocabulary, width])?;
-    let tokens = ids.first().map_or(0, Vec::len);
-    let mut rows = vec![0.0_f32; ids.len() * tokens * width];
-    for (row, id) in rows.chunks_exact_mut(width).zip(ids.iter().flatten()) {
-        if *id as usize >= vocabulary {
-            return Err(TextError::TokenOutOfRange { id: *id, vocabulary, path: weights.path().to_owned() });
-        }
-        if !table.read_f32(*id as usize * width, row) {
-            return Err(WeightsError::Dtype { path: weights.path().to_owned(), name: name.to_owned(), dtype: table.dtype }.into());
-        }
+    if table.precision().is_none() {
+        return Err(WeightsError::Dtype { path: weights.path().to_owned(), name: name.to_owned(), dtype: table.dtype }.into());
     }
-    Ok(Tensor::from_vec(rows, (ids.len(), tokens, width), device)?)
+    match ids.iter().find(|id| **id as usize >= vocabulary) {
+        Some(&id) => Err(TextError::TokenOutOfRange { id, vocabulary, path: weights.path().to_owned() }),
+        None => Ok(table),
+    }
+}
+
+/// `h Wᵀ (+ bias)` in new memory.
+pub(super) fn linear(engine: &Engine, rows: usize, h: &Buffer, w: LayerMatrix<'_>, bias: Option<&Buffer>) -> Buffer {
+    let mut y = engine.alloc(rows * w.outputs());
+    engine.layer_product(rows, h, w, bias, &mut y, false);
+    y
 }

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use serde::Deserialize;
 
@@ -13,20 +12,17 @@ use super::digest::{DigestError, component_digest};
 use super::layout::{LayoutError, ModelDir, Part};
 use super::weights::{Weights, WeightsError};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
-#[cfg(feature = "cuda")]
-use finetune_compute::kernels::catch;
-use finetune_compute::kernels::{DeviceError, Engine};
+use finetune_common::tensor::{HostTensor, ShapeError};
+use finetune_compute::kernels::{DeviceError, Engine, catch};
 
 mod clip;
-#[cfg(feature = "cuda")]
-mod gpu;
 mod layers;
 mod lengths;
 mod t5;
 mod tokenizer;
 
 pub use clip::ClipConfig;
-use clip::ClipOutput;
+use layers::Batching;
 pub use lengths::{CaptionLength, CaptionLengths};
 pub use t5::T5Config;
 pub use tokenizer::CaptionTokenizer;
@@ -91,9 +87,9 @@ pub enum TextError {
     /// `max_sequence_length` is not usable.
     #[error("the maximum sequence length is {0}, it must lie between 1 and 512")]
     SequenceLength(usize),
-    /// A tensor operation failed.
-    #[error("failed to compute prompt embeddings")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// The GPU failed.
     #[error("failed to compute prompt embeddings")]
     Device(#[from] DeviceError),
@@ -102,13 +98,13 @@ pub enum TextError {
     Stopped,
 }
 
-/// What the MMDiT is told about a caption. Host memory, f32.
+/// The MMDiT's input for a caption.
 #[derive(Debug, Clone)]
 pub struct PromptEmbedding {
     /// [77 + S, J]: CLIP's states padded with zeros to width J, then T5's.
-    pub embeds: Tensor,
+    pub embeds: HostTensor,
     /// `[P]`: the pooled outputs of CLIP-L and CLIP-G.
-    pub pooled: Tensor,
+    pub pooled: HostTensor,
 }
 
 /// Shape of prompt embeddings.
@@ -162,9 +158,6 @@ pub struct TokenIds {
 /// Called with the progress; `Break` stops the encoding with [`TextError::Stopped`].
 pub type OnProgress<'a> = &'a mut dyn FnMut(EncodeProgress) -> ControlFlow<()>;
 
-/// Tokens that go through a layer together: bounds the memory of activations (16 captions of 77 tokens).
-const BATCH_TOKENS: usize = 16 * 77;
-
 /// Values of states that wait between layers: bounds the captions of one pass through the encoders (1 GiB of f32).
 const GROUP_VALUES: usize = 1 << 28;
 
@@ -172,7 +165,6 @@ const GROUP_VALUES: usize = 1 << 28;
 #[derive(Debug)]
 pub struct PromptEncoder {
     model: ModelDir,
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "used with the feature"))]
     engine: Engine,
     length: usize,
     tokenizers: [CaptionTokenizer; 2],
@@ -234,7 +226,7 @@ impl PromptEncoder {
         if self.t5.is_some() {
             parts.extend([Part::Tokenizer3, Part::TextEncoder3]);
         }
-        let mut all = b"prompt embedding 1".to_vec();
+        let mut all = b"prompt embedding 2".to_vec();
         for size in [self.length, self.width] {
             all.extend((size as u64).to_le_bytes());
         }
@@ -256,7 +248,7 @@ impl PromptEncoder {
         })
     }
 
-    /// The embedding of every caption, in the captions' order. Equal captions are encoded once and share storage.
+    /// The embedding of every caption, in the captions' order. Equal captions are encoded once.
     ///
     /// All results are in memory at once: [`Self::encode_each`] hands them over one by one.
     ///
@@ -295,18 +287,16 @@ impl PromptEncoder {
                 sink(caption, embedding)?;
             }
         }
+        // No other stage asks for buffers of these sizes.
+        self.engine.trim();
         Ok(())
     }
 
-    /// At most this many captions: as many as keep the passes over T5's weights full.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "the engine decides with the feature"))]
+    /// At most this many captions: as many as keep the passes over T5's weights full. With a last pass of few captions nearly nothing is done.
     fn whole_passes(&self, captions: usize) -> usize {
-        #[cfg(feature = "cuda")]
-        if let (true, Some(t5)) = (self.engine.is_cuda(), &self.t5) {
-            let pass = gpu::t5_pass(self.length, t5.d_model);
-            return if captions > pass { captions / pass * pass } else { captions };
-        }
-        captions
+        let Some(t5) = &self.t5 else { return captions };
+        let pass = Batching::new(&self.engine, self.length, t5.d_model).pass();
+        if captions > pass { captions / pass * pass } else { captions }
     }
 
     fn encode_group(&self, captions: &[&str], tell: &mut dyn FnMut(Encoder, usize, usize) -> Result<(), TextError>) -> Result<Vec<PromptEmbedding>, TextError> {
@@ -320,7 +310,7 @@ impl PromptEncoder {
         self.run_t5(&ids.iter().map(|i| i.t5.clone()).collect::<Vec<_>>(), &mut embeds, tell)?;
         let join = |(embeds, pooled): (Vec<f32>, Vec<f32>)| {
             let length = pooled.len();
-            Ok(PromptEmbedding { embeds: Tensor::from_vec(embeds, (tokens, width), &Device::Cpu)?, pooled: Tensor::from_vec(pooled, length, &Device::Cpu)? })
+            Ok(PromptEmbedding { embeds: HostTensor::new(embeds, [tokens, width])?, pooled: HostTensor::new(pooled, [length])? })
         };
         embeds.into_iter().zip(pooled).map(join).collect()
     }
@@ -338,33 +328,17 @@ impl PromptEncoder {
         let config = &self.clip[which];
         let weights = Weights::open(&self.model.path(part))?;
         let mut captions = embeds.iter_mut().zip(pooled);
-        for output in self.clip_outputs(&weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers))? {
-            let (count, tokens, hidden) = output.hidden.dims3()?;
-            let (states, pools) = (output.hidden.flatten_all()?.to_vec1::<f32>()?, output.pooled.to_vec2::<f32>()?);
-            let targets: Vec<_> = captions.by_ref().take(count).collect();
-            targets.into_par_iter().zip(states.par_chunks_exact(tokens * hidden)).zip(pools).for_each(|(((embeds, pooled), states), pool)| {
-                for (row, states) in embeds.chunks_exact_mut(self.width).zip(states.chunks_exact(hidden)) {
-                    row[column..column + hidden].copy_from_slice(states);
+        let outputs = catch(|| clip::encode(&self.engine, &weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers)))??;
+        for output in outputs {
+            let targets: Vec<_> = captions.by_ref().take(output.hidden.len()).collect();
+            targets.into_par_iter().zip(output.hidden).zip(output.pooled).for_each(|(((embeds, pooled), states), pool)| {
+                for (row, states) in embeds.chunks_exact_mut(self.width).zip(states.chunks_exact(config.hidden_size)) {
+                    row[column..column + config.hidden_size].copy_from_slice(states);
                 }
                 pooled.extend(pool);
             });
         }
         Ok(())
-    }
-
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unused_self, reason = "the engine decides with the feature"))]
-    fn clip_outputs(
-        &self,
-        weights: &Weights,
-        config: &ClipConfig,
-        ids: &[Vec<u32>],
-        progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
-    ) -> Result<Vec<ClipOutput>, TextError> {
-        #[cfg(feature = "cuda")]
-        if let Some(ops) = self.engine.encode_ops() {
-            return catch(|| gpu::clip(ops, weights, config, ids, progress))?;
-        }
-        clip::encode(weights, config, &batches(ids), &Device::Cpu, progress)
     }
 
     /// Each caption's states [S, J] into its rows after CLIP's; without T5 they stay zeros.
@@ -374,26 +348,8 @@ impl PromptEncoder {
         let mut places: Vec<&mut [f32]> = embeds.iter_mut().map(|embeds| &mut embeds[first..]).collect();
         let weights = Weights::open(&self.model.path(Part::TextEncoder3))?;
         let progress = &mut |done| tell(Encoder::T5, done, config.num_layers);
-        #[cfg(feature = "cuda")]
-        if let Some(ops) = self.engine.encode_ops() {
-            return catch(|| gpu::t5(ops, &weights, config, ids, &mut places, progress))?;
-        }
-        let mut places = places.iter_mut();
-        for states in t5::encode(&weights, config, &batches(ids), &Device::Cpu, progress)? {
-            for (states, place) in states.flatten_from(1)?.to_vec2::<f32>()?.iter().zip(places.by_ref()) {
-                place.copy_from_slice(states);
-            }
-        }
-        Ok(())
+        catch(|| t5::encode(&self.engine, &weights, config, ids, &mut places, progress))?
     }
-}
-
-fn batches(ids: &[Vec<u32>]) -> Vec<&[Vec<u32>]> {
-    let tokens = ids.first().map_or(1, Vec::len).max(1);
-    // Products of few rows may round differently: very short sequences go one by one, so that a caption's numbers never
-    // depend on the captions beside it.
-    let captions = if tokens < 16 { 1 } else { (BATCH_TOKENS / tokens).max(1) };
-    ids.chunks(captions).collect()
 }
 
 #[cfg(test)]
@@ -405,7 +361,7 @@ mod tests {
     }
 
     fn values(e: &PromptEmbedding) -> (Vec<f32>, Vec<f32>) {
-        (e.embeds.flatten_all().unwrap().to_vec1().unwrap(), e.pooled.to_vec1().unwrap())
+        (e.embeds.values().to_vec(), e.pooled.values().to_vec())
     }
 
     fn go(_: EncodeProgress) -> ControlFlow<()> {
@@ -424,7 +380,7 @@ mod tests {
             for i in [0, 1, 15, 16, 36] {
                 let alone = encoder.encode(&captions[i..=i], &mut go).unwrap();
                 assert_eq!(values(&alone[0]), values(&together[i]), "{case} {length} {i}");
-                assert_eq!((alone[0].embeds.dims(), alone[0].pooled.dims()), (&[shape.tokens, shape.width][..], &[shape.pooled][..]));
+                assert_eq!((alone[0].embeds.shape(), alone[0].pooled.shape()), (&[shape.tokens, shape.width][..], &[shape.pooled][..]));
             }
             assert_ne!(values(&together[0]), values(&together[1]));
         }
@@ -445,8 +401,7 @@ mod tests {
         let all = encoder.encode(&captions, &mut go).unwrap();
         assert_eq!(values(&all[0]), values(&all[2]));
         // Without T5 its tokens are zeros.
-        let t5 = all[0].embeds.narrow(0, 77, 3).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
-        assert!(t5.abs() < f32::MIN_POSITIVE);
+        assert!(all[0].embeds.part(77..80).unwrap().values().iter().all(|v| *v == 0.0));
         assert!(encoder.encode(&[], &mut go).unwrap().is_empty());
     }
 

@@ -1,15 +1,15 @@
 //! T5's encoder (v1.1: gated GELU), streamed layer by layer: all captions go through one layer, then its weights are dropped.
 //!
-//! No attention mask: padding attends and is attended to, as in the reference pipeline. Weights of f16 and bf16 are
-//! computed with in f32, so the overflow of `wo` in f16 does not occur.
+//! No attention mask: padding attends and is attended to, as in the reference pipeline. The residual stream is f32, so the overflow of `wo`
+//! in f16 does not occur.
 
-use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use super::TextError;
-use super::layers::{LayerReader, Linear, attention, embed};
+use super::layers::{Batching, Layers, Shape, linear, table, vector};
 use crate::layout::ComponentConfig;
-use crate::weights::Weights;
+use crate::weights::{Weights, WeightsError};
+use finetune_compute::kernels::{Engine, TextAttention};
 
 /// `config.json` of a T5 encoder.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -101,81 +101,58 @@ impl T5Config {
     }
 }
 
-struct Layer {
-    norm1: Tensor,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    norm2: Tensor,
-    wi_0: Linear,
-    wi_1: Linear,
-    wo: Linear,
-}
-
-impl Layer {
-    fn load(reader: &LayerReader, config: &T5Config) -> Result<Self, TextError> {
-        let (d, ff, inner) = (config.d_model, config.d_ff, config.num_heads * config.d_kv);
-        Ok(Self {
-            norm1: reader.vector("layer.0.layer_norm.weight", d)?,
-            q: reader.linear_without_bias("layer.0.SelfAttention.q", inner, d)?,
-            k: reader.linear_without_bias("layer.0.SelfAttention.k", inner, d)?,
-            v: reader.linear_without_bias("layer.0.SelfAttention.v", inner, d)?,
-            o: reader.linear_without_bias("layer.0.SelfAttention.o", d, inner)?,
-            norm2: reader.vector("layer.1.layer_norm.weight", d)?,
-            wi_0: reader.linear_without_bias("layer.1.DenseReluDense.wi_0", ff, d)?,
-            wi_1: reader.linear_without_bias("layer.1.DenseReluDense.wi_1", ff, d)?,
-            wo: reader.linear_without_bias("layer.1.DenseReluDense.wo", d, ff)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, config: &T5Config, bias: &Tensor) -> candle_core::Result<Tensor> {
-        let eps = config.layer_norm_epsilon as f32;
-        let h = candle_nn::ops::rms_norm_slow(x, &self.norm1, eps)?;
-        // T5 does not scale by 1/sqrt(d): the factor is in its weights.
-        let h = attention(&self.q.forward(&h)?, &self.k.forward(&h)?, &self.v.forward(&h)?, config.num_heads, 1.0, bias)?;
-        let x = (x + self.o.forward(&h)?)?;
-        let h = candle_nn::ops::rms_norm_slow(&x, &self.norm2, eps)?;
-        let h = (self.wi_0.forward(&h)?.gelu()? * self.wi_1.forward(&h)?)?;
-        x + self.wo.forward(&h)?
-    }
-}
-
-/// Encodes token ids in batches of captions to the final states [captions, tokens, d_model]. `progress` gets the number
-/// of layers done.
+/// The final states [tokens, d_model] of each caption, to its place. `progress` gets the number of layers done.
 pub(super) fn encode(
+    engine: &Engine,
     weights: &Weights,
     config: &T5Config,
-    batches: &[&[Vec<u32>]],
-    device: &Device,
+    ids: &[Vec<u32>],
+    places: &mut [&mut [f32]],
     progress: &mut dyn FnMut(usize) -> Result<(), TextError>,
-) -> Result<Vec<Tensor>, TextError> {
-    let tokens = batches.iter().flat_map(|b| b.iter()).map(Vec::len).max().unwrap_or(0);
-    let table = if weights.contains("shared.weight") { "shared.weight" } else { "encoder.embed_tokens.weight" };
-    let mut states = Vec::with_capacity(batches.len());
-    for batch in batches {
-        states.push(embed(weights, table, config.vocab_size, config.d_model, batch, device)?);
-    }
-    weights.release(table);
-    let bias = Tensor::from_vec(config.bias_values(weights, tokens)?, (1, config.num_heads, tokens, tokens), device)?;
-    for index in 0..config.num_layers {
-        progress(index)?;
-        let prefix = format!("encoder.block.{index}.");
-        let layer = Layer::load(&LayerReader { weights, prefix: prefix.clone(), device }, config)?;
-        // The weights are copies by now. Dropping the file's pages here, and asking for the next layer's while this one
-        // computes, keeps one layer in memory and hides the disk.
-        weights.release(&prefix);
-        weights.will_need(&format!("encoder.block.{}.", index + 1));
-        for state in &mut states {
-            *state = layer.forward(state, config, &bias)?;
+) -> Result<(), TextError> {
+    let Some(tokens) = ids.first().map(Vec::len) else { return Ok(()) };
+    let (d, ff, heads, dim) = (config.d_model, config.d_ff, config.num_heads, config.d_kv);
+    let (inner, epsilon) = (heads * dim, config.layer_norm_epsilon as f32);
+    let shapes = [
+        Shape { names: &["layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"], outputs: inner, inputs: d },
+        Shape { names: &["layer.0.SelfAttention.o"], outputs: d, inputs: inner },
+        Shape { names: &["layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"], outputs: ff, inputs: d },
+        Shape { names: &["layer.1.DenseReluDense.wo"], outputs: d, inputs: ff },
+    ];
+    let layers = Layers::new(weights, "encoder.block.", config.num_layers, shapes)?;
+    let norms = |name: &str| (0..config.num_layers).map(|i| Ok(engine.upload_f32(&layers.vector(i, &[name], d)?))).collect::<Result<Vec<_>, WeightsError>>();
+    let (norm1, norm2) = (norms("layer.0.layer_norm.weight")?, norms("layer.1.layer_norm.weight")?);
+    let last = engine.upload_f32(&vector(weights, "encoder.final_layer_norm.weight", d)?);
+    let bias = engine.upload_f32(&config.bias_values(weights, tokens)?);
+    let embeddings = if weights.contains("shared.weight") { "shared.weight" } else { "encoder.embed_tokens.weight" };
+    // T5 does not scale by 1/√d: the factor is in its weights.
+    let attention = TextAttention { tokens, heads, dim, scale: 1.0, causal: false };
+    let batching = Batching::new(engine, tokens, d);
+    for (pass, places) in ids.chunks(batching.pass()).zip(places.chunks_mut(batching.pass())) {
+        let mut states = Vec::new();
+        for batch in pass.chunks(batching.captions) {
+            let ids = batch.concat();
+            let table = table(weights, embeddings, (config.vocab_size, d), &ids)?;
+            let rows = batching.rows(batch);
+            states.push((rows, engine.embed(&table, d, &ids, rows)));
+        }
+        weights.release(embeddings);
+        engine.stream_layers(config.num_layers, &layers, &mut |index, matrices| {
+            progress(index)?;
+            let &[qkv, o, wi, wo] = matrices else { return Ok(()) };
+            for (rows, state) in &mut states {
+                let h = linear(engine, *rows, &engine.rms_norm_rows(state, &norm1[index], epsilon), qkv, None);
+                engine.layer_product(*rows, &engine.text_attention(attention, &h, Some(&bias)), o, None, state, true);
+                let h = linear(engine, *rows, &engine.rms_norm_rows(state, &norm2[index], epsilon), wi, None);
+                engine.layer_product(*rows, &engine.gated_gelu(&h, ff), wo, None, state, true);
+            }
+            Ok::<_, TextError>(())
+        })?;
+        for (places, (_, state)) in places.chunks_mut(batching.captions).zip(states) {
+            engine.download_to(&engine.rms_norm_rows(&state, &last, epsilon), places);
         }
     }
-    let norm = LayerReader { weights, prefix: "encoder.".into(), device }.vector("final_layer_norm.weight", config.d_model)?;
-    for state in &mut states {
-        *state = candle_nn::ops::rms_norm_slow(state, &norm, config.layer_norm_epsilon as f32)?;
-    }
-    progress(config.num_layers)?;
-    Ok(states)
+    progress(config.num_layers)
 }
 
 #[cfg(test)]

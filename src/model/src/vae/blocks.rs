@@ -1,96 +1,120 @@
-//! Residual blocks, attention, and the levels made of them. The attention block is candle-transformers'.
+//! Residual blocks, attention, and the levels made of them.
 
-use std::collections::HashMap;
+use crate::weights::{Weights, WeightsError};
+use finetune_compute::kernels::{Convolution, Engine, GroupNorm, HostConvolution, Picture, Resampling};
 
-use candle_core::{DType, Tensor};
-use candle_nn::{Module as _, VarBuilder};
-use candle_transformers::models::stable_diffusion::attention::{AttentionBlock, AttentionBlockConfig};
+/// Epsilon of every norm.
+const EPSILON: f32 = 1e-6;
 
-use super::VaeError;
-use super::layers::{Conv, EPSILON, Norm, Reader, Result};
+/// Reads weights onto the engine's device.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<'a> {
+    pub(super) engine: &'a Engine,
+    pub(super) weights: &'a Weights,
+    /// Groups of the norms.
+    pub(super) groups: usize,
+}
+
+impl Reader<'_> {
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
+        self.weights.view_of_shape(name, shape)?;
+        self.weights.f32(name)
+    }
+
+    pub(super) fn norm(&self, name: &str, channels: usize) -> Result<GroupNorm, WeightsError> {
+        let values = |part: &str| self.values(&format!("{name}.{part}"), &[channels]);
+        Ok(self.engine.group_norm(self.groups, &values("weight")?, &values("bias")?, EPSILON))
+    }
+
+    /// A convolution that keeps the size, for pictures of `padded` (inputs, outputs) channels.
+    pub(super) fn padded(&self, name: &str, (inputs, outputs): (usize, usize), padded: (usize, usize), kernel: usize) -> Result<Convolution, WeightsError> {
+        let weight = self.values(&format!("{name}.weight"), &[outputs, inputs, kernel, kernel])?;
+        let bias = self.values(&format!("{name}.bias"), &[outputs])?;
+        Ok(self.engine.convolution(HostConvolution { weight: &weight, bias: &bias, inputs, outputs, kernel }, padded, Resampling::Same))
+    }
+
+    /// 1x1 or 3x3.
+    pub(super) fn conv(&self, name: &str, inputs: usize, outputs: usize, kernel: usize) -> Result<Convolution, WeightsError> {
+        self.padded(name, (inputs, outputs), (inputs, outputs), kernel)
+    }
+
+    /// 3x3 that changes the size.
+    fn resize(&self, name: &str, channels: usize, resampling: Resampling) -> Result<Convolution, WeightsError> {
+        let weight = self.values(&format!("{name}.weight"), &[channels, channels, 3, 3])?;
+        let bias = self.values(&format!("{name}.bias"), &[channels])?;
+        let host = HostConvolution { weight: &weight, bias: &bias, inputs: channels, outputs: channels, kernel: 3 };
+        Ok(self.engine.convolution(host, (channels, channels), resampling))
+    }
+
+    /// Linear layers of single pixels as one convolution. Each is called by its name of today or, in old files, by the other one and may have a
+    /// kernel of 1x1.
+    fn linears(&self, name: &str, layers: &[(&str, &str)], channels: usize) -> Result<Convolution, WeightsError> {
+        let (mut weight, mut bias) = (Vec::new(), Vec::new());
+        for (new, old) in layers {
+            let part = if self.weights.contains(&format!("{name}.{new}.weight")) { new } else { old };
+            let path = format!("{name}.{part}.weight");
+            let shape: &[usize] = if self.weights.view(&path)?.shape.len() == 4 { &[channels, channels, 1, 1] } else { &[channels, channels] };
+            weight.extend(self.values(&path, shape)?);
+            bias.extend(self.values(&format!("{name}.{part}.bias"), &[channels])?);
+        }
+        let outputs = layers.len() * channels;
+        let host = HostConvolution { weight: &weight, bias: &bias, inputs: channels, outputs, kernel: 1 };
+        Ok(self.engine.convolution(host, (channels, outputs), Resampling::Same))
+    }
+}
 
 /// x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution of x where the number of channels changes.
 #[derive(Debug)]
 struct Resnet {
-    norm1: Norm,
-    conv1: Conv,
-    norm2: Norm,
-    conv2: Conv,
-    shortcut: Option<Conv>,
+    norm1: GroupNorm,
+    conv1: Convolution,
+    norm2: GroupNorm,
+    conv2: Convolution,
+    shortcut: Option<Convolution>,
 }
 
 impl Resnet {
-    fn load(reader: &Reader, input: usize, output: usize) -> Result<Self, VaeError> {
+    fn load(reader: &Reader<'_>, name: &str, inputs: usize, outputs: usize) -> Result<Self, WeightsError> {
         Ok(Self {
-            norm1: reader.norm("norm1", input)?,
-            conv1: reader.conv3("conv1", input, output)?,
-            norm2: reader.norm("norm2", output)?,
-            conv2: reader.conv3("conv2", output, output)?,
-            shortcut: if input == output { None } else { Some(reader.conv1("conv_shortcut", input, output)?) },
+            norm1: reader.norm(&format!("{name}.norm1"), inputs)?,
+            conv1: reader.conv(&format!("{name}.conv1"), inputs, outputs, 3)?,
+            norm2: reader.norm(&format!("{name}.norm2"), outputs)?,
+            conv2: reader.conv(&format!("{name}.conv2"), outputs, outputs, 3)?,
+            shortcut: if inputs == outputs { None } else { Some(reader.conv(&format!("{name}.conv_shortcut"), inputs, outputs, 1)?) },
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
-        match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
-            None => x + h,
-        }
+    fn forward(&self, engine: &Engine, x: Picture) -> Picture {
+        let h = engine.convolve(&engine.normalise(&x, &self.norm1, true), &self.conv1, None);
+        let h = engine.normalise(&h, &self.norm2, true);
+        let onto = match &self.shortcut {
+            Some(shortcut) => engine.convolve(&x, shortcut, None),
+            None => x,
+        };
+        engine.convolve(&h, &self.conv2, Some(onto))
     }
 }
 
-fn resnets(reader: &Reader, input: usize, output: usize, count: usize) -> Result<Vec<Resnet>, VaeError> {
-    (0..count).map(|i| Resnet::load(&reader.at(&format!("resnets.{i}")), if i == 0 { input } else { output }, output)).collect()
-}
-
-/// A level of the encoder.
+/// One head over all pixels.
 #[derive(Debug)]
-pub(super) struct DownBlock {
-    resnets: Vec<Resnet>,
-    down: Option<Conv>,
+struct Attention {
+    norm: GroupNorm,
+    qkv: Convolution,
+    out: Convolution,
 }
 
-impl DownBlock {
-    pub(super) fn load(reader: &Reader, input: usize, output: usize, layers: usize, halve: bool) -> Result<Self, VaeError> {
-        let down = if halve { Some(reader.conv_down("downsamplers.0.conv", output)?) } else { None };
-        Ok(Self { resnets: resnets(reader, input, output, layers)?, down })
+impl Attention {
+    fn load(reader: &Reader<'_>, name: &str, channels: usize) -> Result<Self, WeightsError> {
+        Ok(Self {
+            norm: reader.norm(&format!("{name}.group_norm"), channels)?,
+            qkv: reader.linears(name, &[("to_q", "query"), ("to_k", "key"), ("to_v", "value")], channels)?,
+            out: reader.linears(name, &[("to_out.0", "proj_attn")], channels)?,
+        })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
-        for resnet in &self.resnets {
-            x = resnet.forward(&x)?;
-        }
-        match &self.down {
-            Some(down) => down.forward(&x),
-            None => Ok(x),
-        }
-    }
-}
-
-/// A level of the decoder.
-#[derive(Debug)]
-pub(super) struct UpBlock {
-    resnets: Vec<Resnet>,
-    up: Option<Conv>,
-}
-
-impl UpBlock {
-    pub(super) fn load(reader: &Reader, input: usize, output: usize, layers: usize, double: bool) -> Result<Self, VaeError> {
-        let up = if double { Some(reader.conv_up("upsamplers.0.conv", output)?) } else { None };
-        Ok(Self { resnets: resnets(reader, input, output, layers)?, up })
-    }
-
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
-        for resnet in &self.resnets {
-            x = resnet.forward(&x)?;
-        }
-        match &self.up {
-            Some(up) => up.forward(&x),
-            None => Ok(x),
-        }
+    fn forward(&self, engine: &Engine, x: Picture) -> Picture {
+        let qkv = engine.convolve(&engine.normalise(&x, &self.norm, false), &self.qkv, None);
+        engine.convolve(&engine.picture_attention(&qkv), &self.out, Some(x))
     }
 }
 
@@ -98,36 +122,58 @@ impl UpBlock {
 #[derive(Debug)]
 pub(super) struct MidBlock {
     first: Resnet,
-    attention: Option<AttentionBlock>,
+    attention: Option<Attention>,
     second: Resnet,
 }
 
 impl MidBlock {
-    pub(super) fn load(reader: &Reader, channels: usize, attention: bool) -> Result<Self, VaeError> {
+    pub(super) fn load(reader: &Reader<'_>, name: &str, channels: usize, attention: bool) -> Result<Self, WeightsError> {
         Ok(Self {
-            first: Resnet::load(&reader.at("resnets.0"), channels, channels)?,
-            attention: if attention { Some(load_attention(&reader.at("attentions.0"), channels)?) } else { None },
-            second: Resnet::load(&reader.at("resnets.1"), channels, channels)?,
+            first: Resnet::load(reader, &format!("{name}.resnets.0"), channels, channels)?,
+            attention: if attention { Some(Attention::load(reader, &format!("{name}.attentions.0"), channels)?) } else { None },
+            second: Resnet::load(reader, &format!("{name}.resnets.1"), channels, channels)?,
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.first.forward(x)?;
+    pub(super) fn forward(&self, engine: &Engine, x: Picture) -> Picture {
+        let mut x = self.first.forward(engine, x);
         if let Some(attention) = &self.attention {
-            x = attention.forward(&x)?;
+            x = attention.forward(engine, x);
         }
-        self.second.forward(&x)
+        self.second.forward(engine, x)
     }
 }
 
-/// One head over all pixels. Reads today's names (`to_q`) and the old ones (`query`), which candle-transformers tells apart.
-fn load_attention(reader: &Reader, channels: usize) -> Result<AttentionBlock, VaeError> {
-    let weights = reader.weights();
-    let mut tensors = HashMap::new();
-    for name in weights.names().filter(|n| n.starts_with(reader.prefix())) {
-        tensors.insert(name[reader.prefix().len()..].to_owned(), weights.tensor(name, DType::F32, reader.device())?);
+/// A level of the encoder or the decoder: its residual blocks, then the convolution that changes the size.
+#[derive(Debug)]
+pub(super) struct Level {
+    resnets: Vec<Resnet>,
+    resize: Option<Convolution>,
+}
+
+impl Level {
+    /// `count` blocks; `resize`: the convolution's name and what it does.
+    pub(super) fn load(
+        reader: &Reader<'_>,
+        name: &str,
+        (inputs, outputs): (usize, usize),
+        count: usize,
+        resize: Option<(&str, Resampling)>,
+    ) -> Result<Self, WeightsError> {
+        let resnet = |i| Resnet::load(reader, &format!("{name}.resnets.{i}"), if i == 0 { inputs } else { outputs }, outputs);
+        Ok(Self {
+            resnets: (0..count).map(resnet).collect::<Result<_, _>>()?,
+            resize: resize.map(|(part, resampling)| reader.resize(&format!("{name}.{part}"), outputs, resampling)).transpose()?,
+        })
     }
-    let config = AttentionBlockConfig { num_head_channels: None, num_groups: reader.groups, rescale_output_factor: 1.0, eps: EPSILON };
-    let builder = VarBuilder::from_tensors(tensors, DType::F32, reader.device());
-    AttentionBlock::new(builder, channels, config).map_err(|source| VaeError::Build { path: weights.path().to_owned(), source: Box::new(source) })
+
+    pub(super) fn forward(&self, engine: &Engine, mut x: Picture) -> Picture {
+        for resnet in &self.resnets {
+            x = resnet.forward(engine, x);
+        }
+        match &self.resize {
+            Some(resize) => engine.convolve(&x, resize, None),
+            None => x,
+        }
+    }
 }

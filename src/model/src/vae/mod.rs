@@ -3,26 +3,20 @@
 //! Pictures are [B, 3, H, W] in [-1, 1], latents [B, C, h, w]. Each picture is computed by itself, so that neither memory
 //! nor its numbers depend on the batch. f32 on the CPU, as the reference trains; the engine's precision on a GPU.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use super::digest::{DigestError, component_digest};
 use super::layout::{ComponentConfig, LayoutError, ModelDir, Part};
 use super::weights::{Weights, WeightsError};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
-#[cfg(feature = "cuda")]
-use finetune_compute::kernels::catch;
-use finetune_compute::kernels::{DeviceError, Engine};
+use finetune_common::tensor::{HostTensor, ShapeError};
+use finetune_compute::kernels::{Convolution, DeviceError, Engine, GroupNorm, Picture, Resampling, catch};
 
 mod blocks;
-#[cfg(feature = "cuda")]
-mod gpu;
-mod layers;
 
-use blocks::{DownBlock, MidBlock, UpBlock};
-use layers::{Conv, Norm, Reader};
+use blocks::{Level, MidBlock, Reader};
 
 /// Why the autoencoder could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -44,18 +38,9 @@ pub enum VaeError {
         /// The input's shape.
         got: Vec<usize>,
     },
-    /// The weights, read from here, are of another form.
-    #[error("failed to build the VAE of {path}")]
-    Build {
-        /// The weights.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: Box<candle_core::Error>,
-    },
-    /// A tensor operation failed.
-    #[error("failed to run the VAE")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// The GPU failed.
     #[error("failed to run the VAE")]
     Device(#[from] DeviceError),
@@ -175,19 +160,17 @@ impl VaeConfig {
     }
 
     /// Latents as the transformer sees them: (z - shift) · scale.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn scale(&self, z: &Tensor) -> candle_core::Result<Tensor> {
-        (z - self.shift_factor.unwrap_or(0.0))? * self.scaling_factor
+    #[must_use]
+    pub fn scale(&self, z: HostTensor) -> HostTensor {
+        let (shift, scale) = (self.shift_factor.unwrap_or(0.0) as f32, self.scaling_factor as f32);
+        z.map(|z| (z - shift) * scale)
     }
 
     /// Latents as the decoder sees them: x / scale + shift.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn unscale(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        (x / self.scaling_factor)? + self.shift_factor.unwrap_or(0.0)
+    #[must_use]
+    pub fn unscale(&self, x: HostTensor) -> HostTensor {
+        let (shift, scale) = (self.shift_factor.unwrap_or(0.0) as f32, self.scaling_factor as f32);
+        x.map(|x| x / scale + shift)
     }
 }
 
@@ -196,52 +179,68 @@ impl VaeConfig {
 /// # Errors
 /// If a file cannot be read.
 pub fn digest(model: &ModelDir, memory: Option<&Path>) -> Result<Sha256Digest, VaeError> {
-    Ok(sha256_parts([&b"latents 1"[..], &component_digest(&model.path(Part::Vae), memory)?]))
+    Ok(sha256_parts([&b"latents 2"[..], &component_digest(&model.path(Part::Vae), memory)?]))
 }
 
 /// Mean and logarithm of the variance of a picture's latents, [B, C, h, w] each; logvar is clamped to -30..=20.
 #[derive(Debug, Clone)]
 pub struct Posterior {
     /// The mean.
-    pub mean: Tensor,
+    pub mean: HostTensor,
     /// ln σ².
-    pub logvar: Tensor,
+    pub logvar: HostTensor,
 }
 
 /// Pictures to latents.
 #[derive(Debug)]
 pub struct VaeEncoder {
+    engine: Engine,
     config: VaeConfig,
-    network: EncoderNetwork,
-}
-
-#[derive(Debug)]
-enum EncoderNetwork {
-    Host(Box<HostEncoder>),
-    #[cfg(feature = "cuda")]
-    Gpu(Box<gpu::Encoder>),
+    /// Channels of the first convolution's input on the device.
+    channels: usize,
+    conv_in: Convolution,
+    down: Vec<Level>,
+    mid: MidBlock,
+    norm_out: GroupNorm,
+    conv_out: Convolution,
+    quant: Option<Convolution>,
 }
 
 impl VaeEncoder {
     /// Loads the encoder's weights for the engine's device.
     ///
     /// # Errors
-    /// If a file is missing, or the weights do not fit the configuration.
+    /// If a file is missing, the weights do not fit the configuration, or the device has no room.
     pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let network = Self::network(&config, &weights, engine)?;
+        let encoder = catch(|| Self::from_weights(config, &weights, engine))??;
         weights.release("");
-        Ok(Self { config, network })
+        Ok(encoder)
     }
 
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
-    fn network(config: &VaeConfig, weights: &Weights, engine: &Engine) -> Result<EncoderNetwork, VaeError> {
-        #[cfg(feature = "cuda")]
-        if let Some(ops) = engine.encode_ops() {
-            return Ok(EncoderNetwork::Gpu(Box::new(catch(|| gpu::Encoder::load(engine, ops, weights, config))??)));
+    fn from_weights(config: VaeConfig, weights: &Weights, engine: &Engine) -> Result<Self, VaeError> {
+        let reader = Reader { engine, weights, groups: config.norm_num_groups };
+        let levels = &config.block_out_channels;
+        let (first, last, moments) = (levels[0], levels[levels.len() - 1], 2 * config.latent_channels);
+        let mut down = Vec::new();
+        for (i, &out) in levels.iter().enumerate() {
+            let resize = (i + 1 < levels.len()).then_some(("downsamplers.0.conv", Resampling::Halve));
+            let channels = (levels[i.saturating_sub(1)], out);
+            down.push(Level::load(&reader, &format!("encoder.down_blocks.{i}"), channels, config.layers_per_block, resize)?);
         }
-        Ok(EncoderNetwork::Host(Box::new(HostEncoder::load(config, weights)?)))
+        let channels = engine.padded_channels(config.in_channels);
+        Ok(Self {
+            conv_in: reader.padded("encoder.conv_in", (config.in_channels, first), (channels, first), 3)?,
+            down,
+            mid: MidBlock::load(&reader, "encoder.mid_block", last, config.mid_block_add_attention)?,
+            norm_out: reader.norm("encoder.conv_norm_out", last)?,
+            conv_out: reader.conv("encoder.conv_out", last, moments, 3)?,
+            quant: if config.use_quant_conv { Some(reader.conv("quant_conv", moments, moments, 1)?) } else { None },
+            channels,
+            config,
+            engine: engine.clone(),
+        })
     }
 
     /// The configuration.
@@ -249,101 +248,47 @@ impl VaeEncoder {
         &self.config
     }
 
-    /// Encodes pictures [B, 3, H, W] in [-1, 1].
+    /// Encodes pictures [B, 3, H, W] in [-1, 1]. A GPU gets the next one while it computes one.
     ///
     /// # Errors
     /// If the shape does not fit or the device has no room.
-    pub fn encode(&self, pixels: &Tensor) -> Result<Posterior, VaeError> {
-        let least = self.config.downscale();
-        match pixels.dims() {
-            &[b, c, h, w] if b > 0 && c == self.config.in_channels && h >= least && w >= least => {}
+    pub fn encode(&self, pixels: &HostTensor) -> Result<Posterior, VaeError> {
+        let (channels, least) = (self.config.in_channels, self.config.downscale());
+        let (batch, height, width) = match pixels.shape() {
+            &[b, c, h, w] if b > 0 && c == channels && h >= least && w >= least => (b, h, w),
             got => {
-                return Err(VaeError::Input {
-                    expected: format!("pictures [B, {}, H, W] of at least {least} x {least}", self.config.in_channels),
-                    got: got.to_vec(),
-                });
+                return Err(VaeError::Input { expected: format!("pictures [B, {channels}, H, W] of at least {least} x {least}"), got: got.to_vec() });
             }
-        }
-        let moments = match &self.network {
-            EncoderNetwork::Host(encoder) => each(pixels, |picture| encoder.moments(picture))?,
-            #[cfg(feature = "cuda")]
-            EncoderNetwork::Gpu(encoder) => catch(|| moments_on_gpu(encoder, pixels))??,
         };
-        let logvar = moments.narrow(1, self.config.latent_channels, self.config.latent_channels)?;
-        Ok(Posterior { mean: moments.narrow(1, 0, self.config.latent_channels)?.contiguous()?, logvar: logvar.clamp(-30.0, 20.0)? })
+        let (mut mean, mut logvar, mut size) = (Vec::new(), Vec::new(), (0, 0));
+        catch(|| {
+            let pictures = pixels.values().chunks_exact(channels * height * width);
+            let begun: Vec<Picture> = pictures.map(|picture| self.moments(picture, height, width)).collect();
+            for moments in begun {
+                let values = self.engine.download_picture(&moments, 2 * self.config.latent_channels);
+                let (own_mean, own_logvar) = values.split_at(values.len() / 2);
+                mean.extend_from_slice(own_mean);
+                logvar.extend(own_logvar.iter().map(|v| v.clamp(-30.0, 20.0)));
+                size = (moments.height(), moments.width());
+            }
+        })?;
+        let shape = [batch, self.config.latent_channels, size.0, size.1];
+        Ok(Posterior { mean: HostTensor::new(mean, shape)?, logvar: HostTensor::new(logvar, shape)? })
     }
-}
 
-/// The moments of pictures [B, C, H, W]: each picture by itself, and the next one on its way to the GPU while one is computed.
-#[cfg(feature = "cuda")]
-fn moments_on_gpu(encoder: &gpu::Encoder, pixels: &Tensor) -> candle_core::Result<Tensor> {
-    let (batch, _, height, width) = pixels.dims4()?;
-    let begin = |i| Ok::<_, candle_core::Error>(encoder.moments(&pixels.narrow(0, i, 1)?.flatten_all()?.to_vec1::<f32>()?, height, width));
-    let begun = (0..batch).map(begin).collect::<candle_core::Result<Vec<_>>>()?;
-    let mut all = Vec::new();
-    let mut size = (0, 0);
-    for moments in &begun {
-        let Some((values, height, width)) = moments.as_ref().and_then(|moments| encoder.finish(moments)) else {
-            candle_core::bail!("the engine has left its GPU")
-        };
-        all.extend(values);
-        size = (height, width);
-    }
-    let channels = all.len() / (batch * size.0 * size.1);
-    Tensor::from_vec(all, (batch, channels, size.0, size.1), &Device::Cpu)
-}
-
-/// One sample [1, C, H, W] through a network on the GPU.
-#[cfg(feature = "cuda")]
-fn on_gpu(x: &Tensor, run: impl Fn(&[f32], usize, usize) -> Option<(Vec<f32>, usize, usize)>) -> candle_core::Result<Tensor> {
-    let (_, _, height, width) = x.dims4()?;
-    let values: Vec<f32> = x.flatten_all()?.to_vec1()?;
-    let Some((values, height, width)) = run(&values, height, width) else { candle_core::bail!("the engine has left its GPU") };
-    let channels = values.len() / (height * width);
-    Tensor::from_vec(values, (1, channels, height, width), &Device::Cpu)
-}
-
-/// The encoder on the CPU.
-#[derive(Debug)]
-struct HostEncoder {
-    conv_in: Conv,
-    down: Vec<DownBlock>,
-    mid: MidBlock,
-    norm_out: Norm,
-    conv_out: Conv,
-    quant: Option<Conv>,
-}
-
-impl HostEncoder {
-    fn load(config: &VaeConfig, weights: &Weights) -> Result<Self, VaeError> {
-        let root = Reader::new(weights, &Device::Cpu, config.norm_num_groups);
-        let reader = root.at("encoder");
-        let channels = &config.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let mut down = Vec::new();
-        for (i, &out) in channels.iter().enumerate() {
-            let input = channels[i.saturating_sub(1)];
-            down.push(DownBlock::load(&reader.at(&format!("down_blocks.{i}")), input, out, config.layers_per_block, i + 1 < channels.len())?);
+    /// Mean and logarithm of the variance [2 · latent channels, h, w] of a picture [channels, H, W].
+    fn moments(&self, picture: &[f32], height: usize, width: usize) -> Picture {
+        let engine = &self.engine;
+        let x = engine.upload_picture(picture, (self.config.in_channels, height, width), self.channels);
+        let mut x = engine.convolve(&x, &self.conv_in, None);
+        for level in &self.down {
+            x = level.forward(engine, x);
         }
-        Ok(Self {
-            conv_in: reader.conv3("conv_in", config.in_channels, first)?,
-            down,
-            mid: MidBlock::load(&reader.at("mid_block"), last, config.mid_block_add_attention)?,
-            norm_out: reader.norm("conv_norm_out", last)?,
-            conv_out: reader.conv3("conv_out", last, 2 * config.latent_channels)?,
-            quant: if config.use_quant_conv { Some(root.conv1("quant_conv", 2 * config.latent_channels, 2 * config.latent_channels)?) } else { None },
-        })
-    }
-
-    fn moments(&self, picture: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = self.conv_in.forward(picture)?;
-        for block in &self.down {
-            x = block.forward(&x)?;
-        }
-        x = self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&x)?)?)?;
+        let x = self.mid.forward(engine, x);
+        let x = engine.convolve(&engine.normalise(&x, &self.norm_out, true), &self.conv_out, None);
         match &self.quant {
-            Some(quant) => quant.forward(&x),
-            None => Ok(x),
+            Some(quant) => engine.convolve(&x, quant, None),
+            None => x,
         }
     }
 }
@@ -351,37 +296,53 @@ impl HostEncoder {
 /// Latents to pictures.
 #[derive(Debug)]
 pub struct VaeDecoder {
+    engine: Engine,
     config: VaeConfig,
-    network: DecoderNetwork,
-}
-
-#[derive(Debug)]
-enum DecoderNetwork {
-    Host(Box<HostDecoder>),
-    #[cfg(feature = "cuda")]
-    Gpu(Box<gpu::Decoder>),
+    /// Channels of latents on the device.
+    channels: usize,
+    post_quant: Option<Convolution>,
+    conv_in: Convolution,
+    mid: MidBlock,
+    up: Vec<Level>,
+    norm_out: GroupNorm,
+    conv_out: Convolution,
 }
 
 impl VaeDecoder {
     /// Loads the decoder's weights for the engine's device.
     ///
     /// # Errors
-    /// If a file is missing, or the weights do not fit the configuration.
+    /// If a file is missing, the weights do not fit the configuration, or the device has no room.
     pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let network = Self::network(&config, &weights, engine)?;
+        let decoder = catch(|| Self::from_weights(config, &weights, engine))??;
         weights.release("");
-        Ok(Self { config, network })
+        Ok(decoder)
     }
 
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "used with the feature"))]
-    fn network(config: &VaeConfig, weights: &Weights, engine: &Engine) -> Result<DecoderNetwork, VaeError> {
-        #[cfg(feature = "cuda")]
-        if let Some(ops) = engine.encode_ops() {
-            return Ok(DecoderNetwork::Gpu(Box::new(catch(|| gpu::Decoder::load(engine, ops, weights, config))??)));
+    fn from_weights(config: VaeConfig, weights: &Weights, engine: &Engine) -> Result<Self, VaeError> {
+        let reader = Reader { engine, weights, groups: config.norm_num_groups };
+        let levels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
+        let (first, last, latent) = (levels[0], levels[levels.len() - 1], config.latent_channels);
+        let mut up = Vec::new();
+        for (i, &out) in levels.iter().enumerate() {
+            let resize = (i + 1 < levels.len()).then_some(("upsamplers.0.conv", Resampling::Double));
+            let channels = (levels[i.saturating_sub(1)], out);
+            up.push(Level::load(&reader, &format!("decoder.up_blocks.{i}"), channels, config.layers_per_block + 1, resize)?);
         }
-        Ok(DecoderNetwork::Host(Box::new(HostDecoder::load(config, weights)?)))
+        let (channels, picture) = (engine.padded_channels(latent), engine.padded_channels(config.out_channels));
+        Ok(Self {
+            post_quant: if config.use_post_quant_conv { Some(reader.padded("post_quant_conv", (latent, latent), (channels, channels), 1)?) } else { None },
+            conv_in: reader.padded("decoder.conv_in", (latent, first), (channels, first), 3)?,
+            mid: MidBlock::load(&reader, "decoder.mid_block", first, config.mid_block_add_attention)?,
+            up,
+            norm_out: reader.norm("decoder.conv_norm_out", last)?,
+            conv_out: reader.padded("decoder.conv_out", (last, config.out_channels), (last, picture), 3)?,
+            channels,
+            config,
+            engine: engine.clone(),
+        })
     }
 
     /// The configuration.
@@ -393,68 +354,36 @@ impl VaeDecoder {
     ///
     /// # Errors
     /// If the shape does not fit or the device has no room.
-    pub fn decode(&self, latents: &Tensor) -> Result<Tensor, VaeError> {
-        match latents.dims() {
-            &[b, c, h, w] if c == self.config.latent_channels && b * h * w > 0 => {}
-            got => return Err(VaeError::Input { expected: format!("latents [B, {}, h, w]", self.config.latent_channels), got: got.to_vec() }),
-        }
-        Ok(match &self.network {
-            DecoderNetwork::Host(decoder) => each(latents, |latent| decoder.picture(latent))?,
-            #[cfg(feature = "cuda")]
-            DecoderNetwork::Gpu(decoder) => catch(|| each(latents, |latent| on_gpu(latent, |x, h, w| decoder.picture(x, h, w))))??,
-        })
-    }
-}
-
-/// The decoder on the CPU.
-#[derive(Debug)]
-struct HostDecoder {
-    post_quant: Option<Conv>,
-    conv_in: Conv,
-    mid: MidBlock,
-    up: Vec<UpBlock>,
-    norm_out: Norm,
-    conv_out: Conv,
-}
-
-impl HostDecoder {
-    fn load(config: &VaeConfig, weights: &Weights) -> Result<Self, VaeError> {
-        let root = Reader::new(weights, &Device::Cpu, config.norm_num_groups);
-        let reader = root.at("decoder");
-        let channels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let mut up = Vec::new();
-        for (i, &out) in channels.iter().enumerate() {
-            let input = channels[i.saturating_sub(1)];
-            up.push(UpBlock::load(&reader.at(&format!("up_blocks.{i}")), input, out, config.layers_per_block + 1, i + 1 < channels.len())?);
-        }
-        Ok(Self {
-            post_quant: if config.use_post_quant_conv { Some(root.conv1("post_quant_conv", config.latent_channels, config.latent_channels)?) } else { None },
-            conv_in: reader.conv3("conv_in", config.latent_channels, first)?,
-            mid: MidBlock::load(&reader.at("mid_block"), first, config.mid_block_add_attention)?,
-            up,
-            norm_out: reader.norm("conv_norm_out", last)?,
-            conv_out: reader.conv3("conv_out", last, config.out_channels)?,
-        })
-    }
-
-    fn picture(&self, latent: &Tensor) -> candle_core::Result<Tensor> {
-        let mut x = match &self.post_quant {
-            Some(conv) => conv.forward(latent)?,
-            None => latent.clone(),
+    pub fn decode(&self, latents: &HostTensor) -> Result<HostTensor, VaeError> {
+        let channels = self.config.latent_channels;
+        let (batch, height, width) = match latents.shape() {
+            &[b, c, h, w] if c == channels && b * h * w > 0 => (b, h, w),
+            got => return Err(VaeError::Input { expected: format!("latents [B, {channels}, h, w]"), got: got.to_vec() }),
         };
-        x = self.mid.forward(&self.conv_in.forward(&x)?)?;
-        for block in &self.up {
-            x = block.forward(&x)?;
-        }
-        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+        let (mut values, mut size) = (Vec::new(), (0, 0));
+        catch(|| {
+            for latent in latents.values().chunks_exact(channels * height * width) {
+                let picture = self.picture(latent, height, width);
+                size = (picture.height(), picture.width());
+                values.extend(self.engine.download_picture(&picture, self.config.out_channels));
+            }
+        })?;
+        Ok(HostTensor::new(values, [batch, self.config.out_channels, size.0, size.1])?)
     }
-}
 
-/// Runs `f` on each sample [1, ..] of a batch.
-fn each(batch: &Tensor, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Tensor> {
-    let results = (0..batch.dim(0)?).map(|i| f(&batch.narrow(0, i, 1)?.contiguous()?)).collect::<candle_core::Result<Vec<_>>>()?;
-    Tensor::cat(&results, 0)
+    /// A picture [channels, H, W] of latents [latent channels, h, w].
+    fn picture(&self, latents: &[f32], height: usize, width: usize) -> Picture {
+        let engine = &self.engine;
+        let mut x = engine.upload_picture(latents, (self.config.latent_channels, height, width), self.channels);
+        if let Some(post_quant) = &self.post_quant {
+            x = engine.convolve(&x, post_quant, None);
+        }
+        let mut x = self.mid.forward(engine, engine.convolve(&x, &self.conv_in, None));
+        for level in &self.up {
+            x = level.forward(engine, x);
+        }
+        engine.convolve(&engine.normalise(&x, &self.norm_out, true), &self.conv_out, None)
+    }
 }
 
 #[cfg(test)]
@@ -467,12 +396,10 @@ mod tests {
             serde_json::from_value(serde_json::json!({"block_out_channels": [16, 32], "norm_num_groups": 8, "scaling_factor": 1.5, "shift_factor": 0.06}))
                 .unwrap();
         config.check().unwrap();
-        let z = Tensor::new(&[[0.5_f32, -2.0]], &Device::Cpu).unwrap();
-        let scaled = config.scale(&z).unwrap();
-        let values = scaled.to_vec2::<f32>().unwrap();
-        assert!((values[0][0] - 0.66).abs() < 1e-6 && (values[0][1] + 3.09).abs() < 1e-6);
-        let back = config.unscale(&scaled).unwrap().to_vec2::<f32>().unwrap();
-        assert!((back[0][0] - 0.5).abs() < 1e-6 && (back[0][1] + 2.0).abs() < 1e-6);
+        let scaled = config.scale(HostTensor::vector(vec![0.5, -2.0]));
+        assert!((scaled.values()[0] - 0.66).abs() < 1e-6 && (scaled.values()[1] + 3.09).abs() < 1e-6);
+        let back = config.unscale(scaled);
+        assert!((back.values()[0] - 0.5).abs() < 1e-6 && (back.values()[1] + 2.0).abs() < 1e-6);
         for (key, value, part) in [
             ("act_fn", serde_json::json!("relu"), "silu"),
             ("norm_num_groups", serde_json::json!(5), "multiple"),

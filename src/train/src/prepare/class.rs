@@ -7,13 +7,14 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 
-use super::{PreparedError, prepared};
+use super::PreparedError;
 use finetune_common::digest::Sha256Digest;
 use finetune_common::rng::{Purpose, Stream};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
-use finetune_data::cache::TensorCache;
+use finetune_data::cache::{CacheError, CachedTensor, TensorCache};
 use finetune_data::image::RgbImage;
 use finetune_model::ModelDir;
 use finetune_model::layout::{Part, SchedulerConfig};
@@ -64,23 +65,22 @@ impl ClassPainter {
         })
     }
 
-    /// The pictures of these numbers, [R, R, 3] in 8 bits each; `on_step` may `Break` to stop.
-    pub(super) fn draw(&self, indices: &[u32], on_step: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Vec<Tensor>, SampleError> {
+    /// The pictures of these numbers; `on_step` may `Break` to stop.
+    pub(super) fn draw(&self, indices: &[u32], on_step: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Vec<RgbImage>, SampleError> {
         let (channels, side) = (self.transformer.config().in_channels, self.resolution as usize / self.decoder.config().downscale());
         let mut noise = vec![0.0; indices.len() * channels * side * side];
         for (values, index) in noise.chunks_mut(channels * side * side).zip(indices) {
             Stream::new(self.seed, Purpose::PriorPictures, u64::from(*index), 0).fill_normal(values);
         }
-        let noise = Tensor::from_vec(noise, (indices.len(), channels, side, side), &Device::Cpu)?;
-        let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()], &Device::Cpu)?;
-        let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()], &Device::Cpu)?;
+        let noise = HostTensor::new(noise, [indices.len(), channels, side, side])?;
+        let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()])?;
+        let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()])?;
         let latents = denoise(&self.transformer, &self.scheduler, &noise, &prompts, &negatives, &settings(), on_step)?;
         let mut pictures = Vec::with_capacity(indices.len());
         for i in 0..indices.len() {
-            let decoded = self.decoder.decode(&self.decoder.config().unscale(&latents.narrow(0, i, 1)?)?)?;
+            let decoded = self.decoder.decode(&self.decoder.config().unscale(latents.part(i..i + 1)?))?;
             for picture in to_pictures(&decoded)? {
-                let (width, height) = (picture.width() as usize, picture.height() as usize);
-                pictures.push(Tensor::from_vec(picture.into_raw(), (height, width, 3), &Device::Cpu)?);
+                pictures.push(RgbImage { width: picture.width(), height: picture.height(), data: picture.into_raw() });
             }
         }
         Ok(pictures)
@@ -88,17 +88,16 @@ impl ClassPainter {
 }
 
 /// Keeps a drawn picture.
-pub(super) fn put(cache: &mut TensorCache, key: Sha256Digest, picture: &Tensor) -> Result<(), finetune_data::cache::CacheError> {
-    cache.put(key, &[(PICTURE, picture)])
+pub(super) fn put(cache: &mut TensorCache, key: Sha256Digest, picture: RgbImage) -> Result<(), CacheError> {
+    let shape = [picture.height as usize, picture.width as usize, 3];
+    cache.put(key, &[(PICTURE, CachedTensor::u8(picture.data, &shape)?)])
 }
 
 /// A kept picture.
 pub(super) fn get(cache: &TensorCache, key: &Sha256Digest, index: usize) -> Result<RgbImage, PreparedError> {
-    let tensor = prepared::read(cache, key, PICTURE)?.ok_or(PreparedError::Missing { what: "class picture", index })?;
-    match tensor.dims() {
-        &[height, width, 3] if tensor.dtype() == DType::U8 => {
-            Ok(RgbImage { width: width as u32, height: height as u32, data: tensor.flatten_all()?.to_vec1()? })
-        }
+    let picture = cache.get(key, PICTURE)?.ok_or(PreparedError::Missing { what: "class picture", index })?;
+    match picture.shape() {
+        &[height, width, 3] if picture.dtype() == Dtype::U8 => Ok(RgbImage { width: width as u32, height: height as u32, data: picture.bytes().to_vec() }),
         _ => Err(PreparedError::Malformed { what: "a class picture" }),
     }
 }

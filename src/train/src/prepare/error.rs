@@ -1,5 +1,6 @@
 //! Why data could not be prepared.
 
+use finetune_common::tensor::ShapeError;
 use finetune_compute::kernels::DeviceError;
 use finetune_data::cache::CacheError;
 use finetune_data::dataset::DatasetError;
@@ -43,9 +44,9 @@ pub enum PrepareError {
     /// What was prepared cannot be read.
     #[error(transparent)]
     Prepared(#[from] PreparedError),
-    /// A tensor operation failed.
-    #[error("failed to prepare a tensor")]
-    Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// Asked to stop.
     #[error("preparation was stopped on request")]
     Stopped,
@@ -83,7 +84,4 @@ pub enum PreparedError {
         /// What it is.
         what: &'static str,
     },
-    /// A tensor cannot be made.
-    #[error("failed to make a tensor of prepared data")]
-    Tensor(#[from] candle_core::Error),
 }

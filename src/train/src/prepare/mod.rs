@@ -15,7 +15,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
 use futures::StreamExt as _;
 use tokio::task::block_in_place;
 
@@ -32,8 +31,9 @@ use super::step::LatentScaling;
 use finetune_api::Stage;
 use finetune_api::plan::TrainConfig;
 use finetune_common::digest::{Sha256Digest, sha256_parts};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, Precision};
-use finetune_data::cache::TensorCache;
+use finetune_data::cache::{CachedTensor, TensorCache};
 use finetune_data::dataset::Dataset;
 use finetune_data::transform::Pixels;
 use finetune_model::ModelDir;
@@ -179,7 +179,7 @@ impl Preparation<'_> {
             reporter.stage(Stage::PreparingData, "encoding captions", 0);
             let mut progress = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             encoder.encode_each::<PrepareError>(&missing, &mut progress, &mut |caption, PromptEmbedding { embeds, pooled }| {
-                Ok(cache.put(self.keys.prompt(caption), &[("embeds", &embeds), ("pooled", &pooled)])?)
+                Ok(cache.put(self.keys.prompt(caption), &[("embeds", CachedTensor::f32(&embeds)), ("pooled", CachedTensor::f32(&pooled))])?)
             })
         })
     }
@@ -207,7 +207,7 @@ impl Preparation<'_> {
         for indices in missing.chunks(prior.sample_batch_size.max(1) as usize) {
             let mut on_step = |_| if self.environment.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let pictures = block_in_place(|| painter.draw(indices, &mut on_step))?;
-            for (index, picture) in indices.iter().zip(&pictures) {
+            for (index, picture) in indices.iter().zip(pictures) {
                 if let Some(key) = self.keys.class_picture(*index) {
                     class::put(cache, key, picture)?;
                 }
@@ -301,10 +301,14 @@ impl Preparation<'_> {
             if !keys.is_empty() {
                 block_in_place(|| {
                     let side = self.config.training.resolution as usize;
-                    let posterior = encoder.encode(&Tensor::from_vec(values, (keys.len(), 3, side, side), &Device::Cpu)?)?;
+                    let posterior = encoder.encode(&HostTensor::new(values, [keys.len(), 3, side, side])?)?;
                     for (i, key) in keys.iter().enumerate() {
-                        let host = |t: &Tensor| t.narrow(0, i, 1)?.squeeze(0)?.contiguous()?.to_device(&Device::Cpu);
-                        cache.put(*key, &[("mean", &host(&posterior.mean)?), ("logvar", &host(&posterior.logvar)?)])?;
+                        let own = |batch: &HostTensor| {
+                            let own = batch.part(i..i + 1)?;
+                            let shape = own.shape()[1..].to_vec();
+                            own.reshaped(shape).map(|own| CachedTensor::f32(&own))
+                        };
+                        cache.put(*key, &[("mean", own(&posterior.mean)?), ("logvar", own(&posterior.logvar)?)])?;
                     }
                     Ok::<_, PrepareError>(())
                 })?;
@@ -316,7 +320,7 @@ impl Preparation<'_> {
         }
         let config = encoder.config();
         let scaling = LatentScaling { scale: config.scaling_factor as f32, shift: config.shift_factor.unwrap_or(0.0) as f32 };
-        cache.put(self.keys.scaling(), &[("scaling", &Tensor::new(&[scaling.scale, scaling.shift], &Device::Cpu)?)])?;
+        cache.put(self.keys.scaling(), &[("scaling", CachedTensor::f32(&HostTensor::vector(vec![scaling.scale, scaling.shift])))])?;
         Ok(scaling)
     }
 }

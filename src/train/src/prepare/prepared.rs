@@ -1,12 +1,11 @@
 //! Prepared data, looked up by content.
 
-use candle_core::{Device, Tensor};
-
 use super::{Keys, PreparedError};
 use crate::captions::Truncation;
 use crate::step::{Example, LatentScaling};
 use finetune_api::plan::PriorPreservationConfig;
 use finetune_common::digest::Sha256Digest;
+use finetune_common::tensor::HostTensor;
 use finetune_data::cache::TensorCache;
 use finetune_data::dataset::Dataset;
 
@@ -91,42 +90,42 @@ impl Prepared {
         let latents = latents.ok_or_else(missing)?;
         let mean = read(&self.cache, latents, "mean")?.ok_or_else(missing)?;
         let logvar = read(&self.cache, latents, "logvar")?.ok_or_else(missing)?;
-        let (c, h, w) = mean.dims3()?;
-        if logvar.dims() != mean.dims() {
+        let &[c, h, w] = mean.shape() else { return Err(PreparedError::Malformed { what: "latents" }) };
+        if logvar.shape() != mean.shape() {
             return Err(PreparedError::Malformed { what: "latents" });
         }
         let (embeds, pooled) = self.prompt_of(prompt.ok_or_else(missing)?)?.ok_or_else(missing)?;
-        Ok(Example { mean: mean.flatten_all()?.to_vec1()?, logvar: logvar.flatten_all()?.to_vec1()?, shape: [c, h, w], embeds, pooled })
+        Ok(Example { mean: mean.into_values(), logvar: logvar.into_values(), shape: [c, h, w], embeds, pooled })
     }
 
     /// The embedding of a prompt that the run needs besides the dataset's: `[S, J]` and `[P]`.
     ///
     /// # Errors
     /// If the cache has lost or damaged it.
-    pub fn prompt(&self, prompt: &str) -> Result<(Tensor, Tensor), PreparedError> {
+    pub fn prompt(&self, prompt: &str) -> Result<(HostTensor, HostTensor), PreparedError> {
         self.prompt_of(&self.keys.prompt(prompt))?.ok_or(PreparedError::Malformed { what: "a validation prompt" })
     }
 
-    fn prompt_of(&self, key: &Sha256Digest) -> Result<Option<(Tensor, Tensor)>, PreparedError> {
+    fn prompt_of(&self, key: &Sha256Digest) -> Result<Option<(HostTensor, HostTensor)>, PreparedError> {
         read_prompt(&self.cache, key)
     }
 }
 
 /// The embedding of a prompt: `[S, J]` and `[P]`.
-pub(super) fn read_prompt(cache: &TensorCache, key: &Sha256Digest) -> Result<Option<(Tensor, Tensor)>, PreparedError> {
+pub(super) fn read_prompt(cache: &TensorCache, key: &Sha256Digest) -> Result<Option<(HostTensor, HostTensor)>, PreparedError> {
     Ok(read(cache, key, "embeds")?.zip(read(cache, key, "pooled")?))
 }
 
 /// The normalisation that an earlier run has found in the VAE's configuration.
 pub(super) fn read_scaling(cache: &TensorCache, keys: &Keys) -> Result<Option<LatentScaling>, PreparedError> {
     let Some(tensor) = read(cache, &keys.scaling(), "scaling")? else { return Ok(None) };
-    match tensor.to_vec1::<f32>()?[..] {
+    match *tensor.values() {
         [scale, shift] => Ok(Some(LatentScaling { scale, shift })),
         _ => Err(PreparedError::Malformed { what: "the latents' scaling" }),
     }
 }
 
-/// A tensor of an entry, on the host.
-pub(super) fn read(cache: &TensorCache, key: &Sha256Digest, name: &str) -> Result<Option<Tensor>, PreparedError> {
-    Ok(cache.get(key, name)?.map(|view| view.to_tensor(&Device::Cpu)).transpose()?)
+/// A tensor of an entry.
+fn read(cache: &TensorCache, key: &Sha256Digest, name: &str) -> Result<Option<HostTensor>, PreparedError> {
+    Ok(cache.get(key, name)?.map(|tensor| tensor.to_f32()).transpose()?)
 }

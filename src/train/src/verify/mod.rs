@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::kernels::{Engine, Precision};
 
 mod encode_image;
@@ -58,9 +59,12 @@ pub enum VerifyError {
     /// No module for this kind.
     #[error("unknown kind of case {0:?}")]
     UnknownKind(String),
-    /// A tensor operation failed.
-    #[error("failed to compute")]
+    /// A file of tensors cannot be read.
+    #[error("failed to read a tensor of the case")]
     Tensor(#[from] candle_core::Error),
+    /// A tensor does not have the shape that it should have.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// The product's own code failed.
     #[error("failed to run the case")]
     Product(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -153,15 +157,15 @@ impl Case {
         serde_json::from_value(self.settings[key].clone()).map_err(|_| VerifyError::Setting { key: key.into() })
     }
 
-    /// All input tensors, on `device`.
+    /// All input tensors.
     ///
     /// # Errors
     /// If the file cannot be read.
-    pub fn inputs(&self, device: &Device) -> Result<Tensors, VerifyError> {
-        Ok(Tensors { tensors: candle_core::safetensors::load(self.dir.join(INPUTS), device)?.into_iter().collect(), file: INPUTS })
+    pub fn inputs(&self) -> Result<Tensors, VerifyError> {
+        Ok(Tensors { tensors: candle_core::safetensors::load(self.dir.join(INPUTS), &Device::Cpu)?.into_iter().collect(), file: INPUTS })
     }
 
-    /// All expected tensors, on the host.
+    /// All expected tensors.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -175,7 +179,7 @@ const HALF_PRECISION: f64 = 1.1;
 const INPUTS: &str = "inputs.safetensors";
 const EXPECTED: &str = "expected.safetensors";
 
-/// Tensors of a case by name.
+/// Tensors of a case by name, in the types that their file has.
 #[derive(Debug)]
 pub struct Tensors {
     tensors: BTreeMap<String, Tensor>,
@@ -189,6 +193,15 @@ impl Tensors {
     /// If there is none.
     pub fn get(&self, name: &str) -> Result<&Tensor, VerifyError> {
         self.tensors.get(name).ok_or_else(|| VerifyError::MissingTensor { name: name.to_owned(), file: self.file })
+    }
+
+    /// The tensor of this name as f32.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn f32(&self, name: &str) -> Result<HostTensor, VerifyError> {
+        let tensor = self.get(name)?;
+        Ok(HostTensor::new(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?, tensor.dims())?)
     }
 
     /// Every name, sorted.
@@ -217,12 +230,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Compares a tensor. Values are compared in f64 on the host.
+    /// Compares a tensor with the expected one of this name. Values are compared in f64.
     ///
     /// # Errors
-    /// If a tensor cannot be read.
-    pub fn compare(&mut self, case: &Case, name: &str, got: &Tensor, want: &Tensor) -> Result<(), VerifyError> {
-        let error = if got.dims() == want.dims() { relative_error(&to_f64(got)?, &to_f64(want)?) } else { f64::INFINITY };
+    /// If nothing of this name is expected, or it cannot be read.
+    pub fn compare(&mut self, case: &Case, name: &str, got: &HostTensor, expected: &Tensors) -> Result<(), VerifyError> {
+        let want = expected.get(name)?;
+        let error =
+            if got.shape() == want.dims() { relative_error(got.values(), &want.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?) } else { f64::INFINITY };
         self.rows.push(Row { name: name.to_owned(), error, tolerance: Some(case.tolerance), passed: error <= case.tolerance });
         Ok(())
     }
@@ -260,12 +275,8 @@ impl Report {
     }
 }
 
-fn to_f64(tensor: &Tensor) -> Result<Vec<f64>, VerifyError> {
-    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
-}
-
-fn relative_error(got: &[f64], want: &[f64]) -> f64 {
-    let difference = got.iter().zip(want).map(|(g, w)| (g - w).powi(2)).sum::<f64>().sqrt();
+fn relative_error(got: &[f32], want: &[f64]) -> f64 {
+    let difference = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
     let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
     let error = if norm > 0.0 { difference / norm } else { difference };
     if error.is_nan() { f64::INFINITY } else { error }
@@ -306,7 +317,7 @@ mod tests {
     fn errors_are_relative_absolute_for_zero_and_never_nan() {
         assert!((relative_error(&[3.0, 4.5], &[3.0, 4.0]) - 0.1).abs() < 1e-12);
         assert!((relative_error(&[0.0, 0.5], &[0.0, 0.0]) - 0.5).abs() < 1e-12);
-        assert_eq!(relative_error(&[f64::NAN], &[1.0]), f64::INFINITY);
+        assert_eq!(relative_error(&[f32::NAN], &[1.0]), f64::INFINITY);
     }
 
     #[test]
@@ -316,10 +327,10 @@ mod tests {
         std::fs::write(dir.path().join("case.json"), r#"{"kind": "train", "tolerance": 0.1}"#).unwrap();
         let case = Case::open(dir.path()).unwrap();
         let one = Tensor::new(&[1.0_f32], &Device::Cpu).unwrap();
-        let mut report = Report::default();
-        report.compare(&case, "a", &one, &one).unwrap();
-        assert!(report.passed());
         let expected = Tensors { tensors: [("a".to_owned(), one.clone()), ("b".to_owned(), one)].into(), file: EXPECTED };
+        let mut report = Report::default();
+        report.compare(&case, "a", &HostTensor::vector(vec![1.0]), &expected).unwrap();
+        assert!(report.passed());
         report.require_all(&case, &expected);
         assert!(!report.passed());
     }
@@ -329,10 +340,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("case.json"), r#"{"kind": "train", "tolerance": 1e-4}"#).unwrap();
         let case = Case::open(dir.path()).unwrap();
-        let tensor = |value: f32| Tensor::new(&[value], &Device::Cpu).unwrap();
+        let expected = |name: &str| Tensors { tensors: [(name.to_owned(), Tensor::new(&[1.0_f32], &Device::Cpu).unwrap())].into(), file: EXPECTED };
         let judged = |got: f32, reference: &[(&str, f64)]| {
             let mut report = Report::default();
-            report.compare(&case, "a", &tensor(got), &tensor(1.0)).unwrap();
+            report.compare(&case, "a", &HostTensor::vector(vec![got]), &expected("a")).unwrap();
             report.judge_by(&reference.iter().map(|(name, error)| ((*name).to_owned(), *error)).collect());
             report
         };
@@ -343,7 +354,7 @@ mod tests {
         assert_eq!(judged(1.01, &[("b", 1.0)]).rows()[0].tolerance, None);
         // What could not be compared stays failed.
         let mut report = judged(1.0, &[("a", 1.0)]);
-        report.require_all(&case, &Tensors { tensors: [("b".to_owned(), tensor(1.0))].into(), file: EXPECTED });
+        report.require_all(&case, &expected("b"));
         report.judge_by(&[("a".to_owned(), 1.0), ("b".to_owned(), 1.0)].into());
         assert!(!report.passed());
     }

@@ -1,8 +1,7 @@
 //! Cases of kind `preprocess`: a picture file to the model's input with a centre crop.
 
-use candle_core::{Device, Tensor};
-
 use super::{Case, Report, VerifyError};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
 use finetune_data::image::{ImageLimits, decode};
 use finetune_data::transform::Transform;
@@ -12,7 +11,6 @@ use finetune_data::transform::Transform;
 /// # Errors
 /// If a file cannot be read or decoded.
 pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> {
-    let device = &Device::Cpu;
     let resolution: u32 = case.setting("resolution")?;
     let expected = case.expected()?;
     let mut report = Report::default();
@@ -22,8 +20,8 @@ pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> 
         let picture = decode(&bytes, &ImageLimits::default()).map_err(VerifyError::product)?;
         let pixels = Transform::center((picture.width, picture.height), resolution).apply(&picture);
         let side = resolution as usize;
-        let got = Tensor::from_vec(pixels.data, (3, side, side), device)?;
-        report.compare(case, name, &got, expected.get(name)?)?;
+        let got = HostTensor::new(pixels.data, [3, side, side])?;
+        report.compare(case, name, &got, &expected)?;
     }
     Ok(report)
 }

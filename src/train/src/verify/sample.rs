@@ -3,9 +3,8 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
-
 use super::{Case, Report, VerifyError};
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
 use finetune_model::layout::{ModelDir, Part};
 use finetune_model::lora::LoraState;
@@ -20,8 +19,7 @@ use finetune_model::weights::Weights;
 /// If the case is malformed or sampling fails.
 pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let model = ModelDir::open(&case.model_dir()).map_err(VerifyError::product)?;
-    let device = &Device::Cpu;
-    let inputs = case.inputs(device)?;
+    let inputs = case.inputs()?;
     let config = MmditConfig::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
     let weights = Weights::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
     let mut transformer = Mmdit::load(Arc::new(weights), config.clone(), engine).map_err(VerifyError::product)?;
@@ -29,7 +27,7 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     // The reference loads the LoRA from a file without metadata, where alpha is the rank.
     let mut lora = Vec::new();
     for name in inputs.names().filter(|n| n.starts_with("lora.")) {
-        lora.push((name["lora.".len()..].to_owned(), inputs.get(name)?.to_device(&Device::Cpu)?));
+        lora.push((name["lora.".len()..].to_owned(), inputs.get(name)?.clone()));
     }
     let file = safetensors::serialize(lora.iter().map(|(n, t)| (n.as_str(), t)), None).map_err(VerifyError::product)?;
     let (layout, params) = LoraState::parse(&file, case.dir()).and_then(|l| l.resolve(&config.linear_sites())).map_err(VerifyError::product)?;
@@ -57,17 +55,17 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
         skip_layers,
     };
     let scheduler = model.scheduler().map_err(VerifyError::product)?;
-    let prompts = PromptBatch { embeds: inputs.get("prompt_embeds")?.clone(), pooled: inputs.get("pooled")?.clone() };
-    let negative = PromptBatch { embeds: inputs.get("negative_prompt_embeds")?.clone(), pooled: inputs.get("negative_pooled")?.clone() };
-    let latents = denoise(&transformer, &scheduler, inputs.get("latents")?, &prompts, &negative, &settings, &mut |_| ControlFlow::Continue(()))
+    let prompts = PromptBatch { embeds: inputs.f32("prompt_embeds")?, pooled: inputs.f32("pooled")? };
+    let negative = PromptBatch { embeds: inputs.f32("negative_prompt_embeds")?, pooled: inputs.f32("negative_pooled")? };
+    let latents = denoise(&transformer, &scheduler, &inputs.f32("latents")?, &prompts, &negative, &settings, &mut |_| ControlFlow::Continue(()))
         .map_err(VerifyError::product)?;
 
     let want = case.expected()?;
     let mut report = Report::default();
-    report.compare(case, "sigmas", &Tensor::new(sigmas(&scheduler, settings.steps), &Device::Cpu)?, want.get("sigmas")?)?;
-    report.compare(case, "latents", &latents, want.get("latents")?)?;
+    report.compare(case, "sigmas", &HostTensor::vector(sigmas(&scheduler, settings.steps)), &want)?;
+    report.compare(case, "latents", &latents, &want)?;
     let decoder = VaeDecoder::load(&model, engine).map_err(VerifyError::product)?;
-    let decoded = decoder.decode(&decoder.config().unscale(&latents)?).map_err(VerifyError::product)?;
-    report.compare(case, "image", &to_unit(&decoded)?, want.get("image")?)?;
+    let decoded = decoder.decode(&decoder.config().unscale(latents)).map_err(VerifyError::product)?;
+    report.compare(case, "image", &to_unit(decoded), &want)?;
     Ok(report)
 }

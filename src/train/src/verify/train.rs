@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::{Case, Report, Tensors, VerifyError};
 use crate::step::coefficients;
+use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
 use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip_global_norm};
@@ -43,7 +43,7 @@ pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
 /// # Errors
 /// As [`run`].
 pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) -> Result<Report, VerifyError> {
-    let (inputs, expected) = (case.inputs(&Device::Cpu)?, case.expected()?);
+    let (inputs, expected) = (case.inputs()?, case.expected()?);
     let lora: LoraSettings = case.setting("lora")?;
     let settings: OptimizerSettings = case.setting("optimizer")?;
     let weighting: String = case.setting("weighting_scheme")?;
@@ -82,52 +82,43 @@ pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) 
         let mut sum: Option<Vec<Vec<f32>>> = None;
         model.set_lora(&params).map_err(VerifyError::product)?;
         for m in 0..accumulation {
-            let input = |name: &str| inputs.get(&format!("{name}.{s}.{m}"));
-            let indices: Vec<i64> = input("sigma_index")?.to_vec1()?;
+            let input = |name: &str| inputs.f32(&format!("{name}.{s}.{m}"));
+            let indices: Vec<i64> = inputs.get(&format!("sigma_index.{s}.{m}"))?.to_vec1()?;
             let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i as usize)).collect();
             let timesteps: Vec<f32> = indices.iter().map(|&i| table.timestep(i as usize)).collect();
-            let (x0, noise) = (values(input("x0")?)?, values(input("noise")?)?);
-            let dims = input("x0")?.dims();
+            let (x0, noise) = (input("x0")?, input("noise")?.into_values());
             let batch = sigmas.len();
-            let x_t = Tensor::from_vec(mix(&x0, &noise, &sigmas), dims, &Device::Cpu)?;
-            let timesteps = Tensor::from_vec(timesteps, batch, &Device::Cpu)?;
-            let (velocity, saved) = model.forward(&x_t, &timesteps, input("prompt_embeds")?, input("pooled")?, None).map_err(VerifyError::product)?;
+            let x_t = HostTensor::new(mix(x0.values(), &noise, &sigmas), x0.shape())?;
+            let timesteps = HostTensor::vector(timesteps);
+            let (velocity, saved) = model.forward(&x_t, &timesteps, &input("prompt_embeds")?, &input("pooled")?, None).map_err(VerifyError::product)?;
             // With prior preservation the second half of the batch are class pictures.
             let samples = if prior.is_some() { batch / 2 } else { batch };
             let coefficients = coefficients(samples, 1.0 / (samples * accumulation) as f64, prior);
-            let loss = loss(kind, &values(&velocity)?, &x0, &noise, &sigmas, &coefficients);
-            let d_velocity = Tensor::from_vec(loss.d_velocity.clone(), velocity.dims(), &Device::Cpu)?;
+            let loss = loss(kind, velocity.values(), x0.values(), &noise, &sigmas, &coefficients);
+            let d_velocity = HostTensor::new(loss.d_velocity, velocity.shape())?;
             let gradients = model.backward(saved, &d_velocity).map_err(VerifyError::product)?;
             match &mut sum {
                 None => sum = Some(gradients),
                 Some(sum) => sum.iter_mut().flatten().zip(gradients.iter().flatten()).for_each(|(s, g)| *s += g),
             }
-            compare(&mut report, case, &expected, &format!("velocity.{s}.{m}"), &velocity)?;
+            report.compare(case, &format!("velocity.{s}.{m}"), &velocity, &expected)?;
             let objective: f64 = loss.per_sample.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
-            compare(&mut report, case, &expected, &format!("loss.{s}.{m}"), &Tensor::new(&[objective as f32], &Device::Cpu)?)?;
+            report.compare(case, &format!("loss.{s}.{m}"), &HostTensor::vector(vec![objective as f32]), &expected)?;
         }
         let mut gradients = sum.ok_or_else(|| VerifyError::Setting { key: "gradient_accumulation_steps".into() })?;
         for (param, gradient) in params.iter().zip(&gradients) {
-            let gradient = Tensor::from_slice(gradient, param.shape.as_slice(), &Device::Cpu)?;
-            compare(&mut report, case, &expected, &format!("grad.{s}.{}", param.name), &gradient)?;
+            let gradient = HostTensor::new(gradient.clone(), param.shape.as_slice())?;
+            report.compare(case, &format!("grad.{s}.{}", param.name), &gradient, &expected)?;
         }
         let norm = clip_global_norm(&mut gradients, max_grad_norm);
-        compare(&mut report, case, &expected, &format!("grad_norm.{s}"), &Tensor::new(&[norm as f32], &Device::Cpu)?)?;
+        report.compare(case, &format!("grad_norm.{s}"), &HostTensor::vector(vec![norm as f32]), &expected)?;
         optimizer.step(&mut params, &gradients, settings.learning_rate);
         for param in &params {
-            let value = Tensor::from_slice(&param.value, param.shape.as_slice(), &Device::Cpu)?;
-            compare(&mut report, case, &expected, &format!("lora.{s}.{}", param.name), &value)?;
+            let value = HostTensor::new(param.value.clone(), param.shape.as_slice())?;
+            report.compare(case, &format!("lora.{s}.{}", param.name), &value, &expected)?;
         }
     }
     Ok(report)
-}
-
-fn compare(report: &mut Report, case: &Case, expected: &Tensors, name: &str, got: &Tensor) -> Result<(), VerifyError> {
-    report.compare(case, name, got, expected.get(name)?)
-}
-
-fn values(tensor: &Tensor) -> Result<Vec<f32>, VerifyError> {
-    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
 const INPUT_PREFIX: &str = "lora.";
@@ -139,8 +130,8 @@ fn given(inputs: &Tensors) -> Result<std::collections::BTreeMap<String, Param>, 
 }
 
 fn parameter(inputs: &Tensors, name: &str) -> Result<Param, VerifyError> {
-    let tensor = inputs.get(&format!("{INPUT_PREFIX}{name}"))?;
-    Ok(Param { name: name.to_owned(), shape: tensor.dims().to_vec(), value: values(tensor)? })
+    let tensor = inputs.f32(&format!("{INPUT_PREFIX}{name}"))?;
+    Ok(Param { name: name.to_owned(), shape: tensor.shape().to_vec(), value: tensor.into_values() })
 }
 
 fn parameters(inputs: &Tensors, wanted: &[(String, Vec<usize>)]) -> Result<Vec<Param>, VerifyError> {

@@ -11,7 +11,7 @@ use super::share::Shared;
 
 /// A convolution with a square kernel and zero padding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ConvShape {
+pub(crate) struct ConvShape {
     /// Channels in.
     pub inputs: usize,
     /// Channels out.
@@ -39,28 +39,29 @@ impl ConvShape {
     }
 
     /// Height of the result.
-    pub fn out_height(&self) -> usize {
+    pub(crate) fn out_height(&self) -> usize {
         self.side(self.height)
     }
 
     /// Width of the result.
-    pub fn out_width(&self) -> usize {
+    pub(crate) fn out_width(&self) -> usize {
         self.side(self.width)
     }
 }
 
-/// Convolves x `[inputs, height, width]` with weight `[outputs, inputs, kernel, kernel]` and adds bias `[outputs]`.
-pub fn conv2d(x: &[f32], weight: &[f32], bias: &[f32], shape: &ConvShape) -> Vec<f32> {
+/// Convolves x `[inputs, height, width]` with weight `[outputs, inputs, kernel, kernel]`, adds bias `[outputs]`, and adds it all to `out` or with
+/// `accumulate` false sets it.
+pub(crate) fn conv2d(x: &[f32], weight: &[f32], bias: &[f32], shape: &ConvShape, accumulate: bool, out: &mut [f32]) {
     let depth = shape.inputs * shape.kernel * shape.kernel;
     let pixels = shape.out_height() * shape.out_width();
     assert!(x.len() == shape.inputs * shape.height * shape.width, "should be one picture");
     assert!(weight.len() == shape.outputs * depth && bias.len() == shape.outputs, "should be weights of this shape");
-    let mut out = vec![0.0_f32; shape.outputs * pixels];
-    out.par_chunks_mut(pixels.max(1)).zip(bias).for_each(|(row, b)| row.fill(*b));
+    assert_eq!(out.len(), shape.outputs * pixels, "should be the result's shape");
+    out.par_chunks_mut(pixels.max(1)).zip(bias).for_each(|(row, b)| if accumulate { row.iter_mut().for_each(|x| *x += b) } else { row.fill(*b) });
     let panels = pixels.div_ceil(PANEL);
     // By the shape alone: enough tasks to share, panels enough to use a block of weights several times.
     let group = (panels / 8).clamp(1, 8);
-    let shared = Shared::new(&mut out);
+    let shared = Shared::new(out);
     (0..panels.div_ceil(group)).into_par_iter().for_each(|task| {
         let range = task * group..panels.min((task + 1) * group);
         with_scratch(range.len() * PANEL * depth, |data| {
@@ -72,7 +73,6 @@ pub fn conv2d(x: &[f32], weight: &[f32], bias: &[f32], shape: &ConvShape) -> Vec
             unsafe { product_panels(shape.outputs, Strided::rows(weight, depth), data, depth, pixels, range, Start::Accumulate, c, pixels) };
         });
     });
-    out
 }
 
 /// Outputs that follow each other in a row.
@@ -188,9 +188,12 @@ mod tests {
             let x = random(shape.inputs * shape.height * shape.width, 1);
             let weight = random(shape.outputs * shape.inputs * shape.kernel * shape.kernel, 2);
             let bias = random(shape.outputs, 3);
-            let got = conv2d(&x, &weight, &bias, &shape);
             let want = direct(&x, &weight, &bias, &shape);
-            assert_eq!(got.len(), want.len());
+            let mut got = vec![f32::NAN; want.len()];
+            conv2d(&x, &weight, &bias, &shape, false, &mut got);
+            let mut twice = got.clone();
+            conv2d(&x, &weight, &bias, &shape, true, &mut twice);
+            assert!(twice.iter().zip(&want).all(|(t, w)| (f64::from(*t) - 2.0 * w).abs() < 2e-4), "{shape:?}: added");
             for (i, (g, w)) in got.iter().zip(&want).enumerate() {
                 assert!((f64::from(*g) - w).abs() < 1e-4, "{shape:?} {i}: {g} {w}");
             }

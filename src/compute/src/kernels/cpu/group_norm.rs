@@ -1,4 +1,4 @@
-//! Group norm of one picture, with SiLU.
+//! Group norm of one picture, with or without SiLU.
 
 use rayon::prelude::*;
 
@@ -7,8 +7,8 @@ use super::simd::{exp, sum, vectorised};
 /// Values per partial sum; partial sums are added in f64.
 const PIECE: usize = 4096;
 
-/// silu(group norm of x) for x `[channels, pixels]`; `gain` and `offset` `[channels]`.
-pub fn group_norm_silu(x: &[f32], groups: usize, gain: &[f32], offset: &[f32], epsilon: f64) -> Vec<f32> {
+/// The group norm of x `[channels, pixels]`, with `silu` its SiLU; `gain` and `offset` `[channels]`.
+pub(crate) fn group_norm(x: &[f32], groups: usize, gain: &[f32], offset: &[f32], epsilon: f64, silu: bool) -> Vec<f32> {
     let channels = gain.len();
     assert!(offset.len() == channels && groups > 0 && channels.is_multiple_of(groups) && x.len().is_multiple_of(channels), "should be channels in groups");
     let pixels = x.len() / channels;
@@ -22,11 +22,12 @@ pub fn group_norm_silu(x: &[f32], groups: usize, gain: &[f32], offset: &[f32], e
         add_up(x, 0.0, false, &mut mean);
         mean /= count;
         add_up(x, mean as f32, true, &mut variance);
-        let scale = 1.0 / (variance / count + epsilon).sqrt();
+        let rstd = 1.0 / (variance / count + epsilon).sqrt();
         for (i, (out, x)) in out.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels)).enumerate() {
             let channel = group * per_group + i;
-            let factor = f64::from(gain[channel]) * scale;
-            scale_silu(x, out, factor as f32, (f64::from(offset[channel]) - mean * factor) as f32);
+            let factor = f64::from(gain[channel]) * rstd;
+            let shift = (f64::from(offset[channel]) - mean * factor) as f32;
+            if silu { scale_silu(x, out, factor as f32, shift) } else { scale(x, out, factor as f32, shift) }
         }
     });
     out
@@ -56,6 +57,15 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// factor x + shift.
+    fn scale(x: &[f32], out: &mut [f32], factor: f32, shift: f32) {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = x * factor + shift;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,7 +81,7 @@ mod tests {
             }
             let gain: Vec<f32> = (0..channels).map(|i| 0.5 + i as f32 / 7.0).collect();
             let offset: Vec<f32> = (0..channels).map(|i| i as f32 / 5.0 - 1.0).collect();
-            let got = group_norm_silu(&x, groups, &gain, &offset, 1e-6);
+            let got = [false, true].map(|silu| group_norm(&x, groups, &gain, &offset, 1e-6, silu));
             let size = channels / groups * pixels;
             for (g, values) in x.chunks(size).enumerate() {
                 let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / size as f64;
@@ -79,8 +89,9 @@ mod tests {
                 for (i, v) in values.iter().enumerate() {
                     let c = g * channels / groups + i / pixels;
                     let y = (f64::from(*v) - mean) / (variance + 1e-6).sqrt() * f64::from(gain[c]) + f64::from(offset[c]);
-                    let want = y / (1.0 + (-y).exp());
-                    assert!((f64::from(got[g * size + i]) - want).abs() < 1e-5 * want.abs().max(1.0), "{channels} {groups} {pixels}");
+                    for (got, want) in got.iter().zip([y, y / (1.0 + (-y).exp())]) {
+                        assert!((f64::from(got[g * size + i]) - want).abs() < 1e-5 * want.abs().max(1.0), "{channels} {groups} {pixels}");
+                    }
                 }
             }
         }

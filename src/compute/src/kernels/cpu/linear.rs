@@ -116,6 +116,35 @@ pub(crate) fn forward(rows: usize, x: &[f32], weight: &Weight, bias: Option<&[f3
     run(rows, x, weight, Way::Forward, start, lora.as_ref(), y);
 }
 
+/// `y (+)= x Wᵀ + bias` for a weight [outputs, inputs] that is read where it is stored and used by the whole product at once.
+pub(crate) fn stored(
+    rows: usize,
+    x: &[f32],
+    matrix: &dyn StoredMatrix,
+    (outputs, inputs): (usize, usize),
+    bias: Option<&[f32]>,
+    accumulate: bool,
+    y: &mut [f32],
+) {
+    assert!(x.len() == rows * inputs && y.len() == rows * outputs, "should be [rows, inputs] and [rows, outputs]");
+    let start = match bias {
+        Some(bias) if accumulate => {
+            super::pointwise::add_repeated(y, bias);
+            Start::Accumulate
+        }
+        Some(bias) => Start::Row(bias),
+        None if accumulate => Start::Accumulate,
+        None => Start::Zero,
+    };
+    let y = Shared::new(y);
+    let panels = outputs.div_ceil(PANEL);
+    (0..panels.div_ceil(GROUP)).into_par_iter().for_each(|i| {
+        let c = y.at(0, rows * outputs);
+        // SAFETY: y's columns of this group are written by this task alone.
+        unsafe { stored_group(rows, Strided::rows(x, inputs), matrix, Way::Forward, inputs, outputs, i * GROUP..panels.min((i + 1) * GROUP), start, c) };
+    });
+}
+
 /// `dx (+)= dy W (+ (dy scale B) A)`; `dt` gets `dy scale B` [rows, r]. With `dx` absent only `dt` is computed.
 ///
 /// dy [rows, out], dx [rows, in]. `lora_into_dx` is false where dropout stands between x and A.

@@ -11,5 +11,6 @@ pub(super) mod linear;
 mod microkernel;
 pub(super) mod norm;
 pub(super) mod pointwise;
+pub(super) mod self_attention;
 mod share;
 pub(super) mod simd;

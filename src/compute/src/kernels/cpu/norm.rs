@@ -142,6 +142,49 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// `y = (x - mean) / √(variance + ε) · weight + bias`.
+    fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, y: &mut [f32]) {
+        let d = weight.len();
+        let bias = &bias[..d];
+        for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
+            let mean = sum(d, |i| x[i]) / d as f32;
+            let variance = sum(d, |i| (x[i] - mean) * (x[i] - mean)) / d as f32;
+            let rstd = 1.0 / (variance + epsilon).sqrt();
+            for i in 0..d {
+                y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// `y = x / √(mean(x²) + ε) · weight`.
+    fn rms_norm_rows(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32]) {
+        let d = weight.len();
+        for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
+            let rstd = 1.0 / (sum(d, |i| x[i] * x[i]) / d as f32 + epsilon).sqrt();
+            for i in 0..d {
+                y[i] = x[i] * rstd * weight[i];
+            }
+        }
+    }
+}
+
+/// LayerNorm with affine of rows of `weight.len()` values.
+pub(crate) fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, y: &mut [f32]) {
+    let d = weight.len();
+    assert!(bias.len() == d && x.len() == y.len() && x.len().is_multiple_of(d), "should be rows of the weight's width");
+    x.par_chunks(ROWS * d).zip(y.par_chunks_mut(ROWS * d)).for_each(|(x, y)| layer_norm_rows(x, weight, bias, epsilon, y));
+}
+
+/// RMSNorm of rows of `weight.len()` values, for networks that are not trained: nothing is kept.
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32]) {
+    let d = weight.len();
+    assert!(x.len() == y.len() && x.len().is_multiple_of(d), "should be rows of the weight's width");
+    x.par_chunks(ROWS * d).zip(y.par_chunks_mut(ROWS * d)).for_each(|(x, y)| rms_norm_rows(x, weight, epsilon, y));
+}
+
 /// RMSNorm of each head: `y = x · rstd · weight` over runs of `weight.len()` values; `rstds` has one value per run.
 pub(crate) fn rms(x: &[f32], weight: &[f32], y: &mut [f32], rstds: &mut [f32]) {
     let run = 64;

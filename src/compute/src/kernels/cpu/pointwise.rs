@@ -106,6 +106,48 @@ pub(crate) fn gelu_backward(x: &[f32], dy: &mut [f32]) {
     x.par_chunks(PIECE).zip(dy.par_chunks_mut(PIECE)).for_each(|(x, dy)| gelu_backward_piece(x, dy));
 }
 
+vectorised! {
+    /// gelu(a) · b (tanh form) of the halves (a, b) of each row of x [rows, 2 · width].
+    fn gated_gelu_rows(x: &[f32], width: usize, y: &mut [f32]) {
+        for (x, y) in x.chunks_exact(2 * width).zip(y.chunks_exact_mut(width)) {
+            let (a, b) = x.split_at(width);
+            for i in 0..width {
+                let a = a[i];
+                y[i] = a / (1.0 + exp(-2.0 * ROOT * (a + CUBE * a * a * a))) * b[i];
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn quick_gelu_piece(x: &mut [f32]) {
+        for x in x {
+            *x /= 1.0 + exp(-1.702 * *x);
+        }
+    }
+}
+
+/// gelu(a) · b (tanh form) of the halves (a, b) of each row of x [rows, 2 · width].
+pub(crate) fn gated_gelu(x: &[f32], width: usize, y: &mut [f32]) {
+    assert!(x.len() == 2 * y.len() && y.len().is_multiple_of(width), "should be [rows, 2 · width] and [rows, width]");
+    let rows = (PIECE / width).max(1);
+    x.par_chunks(2 * rows * width).zip(y.par_chunks_mut(rows * width)).for_each(|(x, y)| gated_gelu_rows(x, width, y));
+}
+
+/// x σ(1.702 x), in place.
+pub(crate) fn quick_gelu(x: &mut [f32]) {
+    x.par_chunks_mut(PIECE).for_each(quick_gelu_piece);
+}
+
+/// x Φ(x), with the error function, in place.
+pub(crate) fn gelu_erf(x: &mut [f32]) {
+    x.par_chunks_mut(PIECE).for_each(|piece| {
+        for x in piece {
+            *x *= 0.5 * (1.0 + libm::erff(*x * std::f32::consts::FRAC_1_SQRT_2));
+        }
+    });
+}
+
 /// SiLU.
 pub(crate) fn silu(x: &[f32], y: &mut [f32]) {
     silu_piece(x, y);

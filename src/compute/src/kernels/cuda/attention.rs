@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use super::driver::arguments;
 use super::{Device, Kind, Memory};
-use crate::kernels::{AttentionShape, Buffer, Joint};
+use crate::kernels::{AttentionShape, Buffer, Joint, Qkv};
 
 /// `AttentionOperand` of `attention.cuh`.
 #[repr(C)]
@@ -122,14 +122,15 @@ fn launch_on_hopper(part: Part, kind: Kind, blocks_of: impl Fn(usize) -> usize, 
     if more * rounds_of_pairs * (2 * pair.rows) as f64 <= (rounds * large.rows) as f64 { pair } else { large }
 }
 
-fn operand(joint: &Joint<Buffer>, width: usize) -> Operand {
-    let (image, image_stride) = joint.image.device().rows(width);
-    let (context, context_stride) = joint.context.as_ref().map_or((0, 0), |c| c.device().rows(width));
+/// An operand of both streams, each rows of `width` values or columns of a wider matrix.
+fn streams(image: Option<&Buffer>, context: Option<&Buffer>, width: usize) -> Operand {
+    let place = |buffer: Option<&Buffer>| buffer.map_or((0, 0), |b| b.device().rows(width));
+    let ((image, image_stride), (context, context_stride)) = (place(image), place(context));
     Operand { image, context, image_stride: image_stride as i64, context_stride: context_stride as i64 }
 }
 
-fn join([a, b, c]: [Option<Buffer>; 3], [d, e, f]: [Option<Buffer>; 3]) -> [(Option<Buffer>, Option<Buffer>); 3] {
-    [(a, d), (b, e), (c, f)]
+fn operand(joint: &Joint<Buffer>, width: usize) -> Operand {
+    streams(Some(&joint.image), joint.context.as_ref(), width)
 }
 
 impl Device {
@@ -187,24 +188,6 @@ impl Device {
         (out, Buffer::on_device(lse))
     }
 
-    /// Buffers as these are, of any content. Where one of them is columns of a matrix (of all those that there are, side by side), all
-    /// of them are, of another one.
-    fn alike(&self, parts: [Option<&Buffer>; 3]) -> [Option<Buffer>; 3] {
-        let place = parts.iter().flatten().find_map(|part| part.device().place().map(|(_, width, stride)| (width, stride, part.len() / width)));
-        let whole = place.map(|(width, stride, rows)| (width, stride, self.memory_of(rows * stride, self.precision)));
-        let mut first = 0;
-        parts.map(|part| {
-            let part = part?;
-            Some(Buffer::on_device(match &whole {
-                Some((width, stride, whole)) => {
-                    first += width;
-                    whole.columns(first - width, *width, *stride)
-                }
-                None => self.memory_of(part.len(), part.device().kind()),
-            }))
-        })
-    }
-
     pub(in crate::kernels) fn attention_backward(
         &self,
         shape: &AttentionShape,
@@ -212,25 +195,21 @@ impl Device {
         out: &Joint<Buffer>,
         lse: &Buffer,
         d_out: &Joint<Buffer>,
-    ) -> (Joint<Buffer>, Joint<Buffer>, Joint<Buffer>) {
+        gradients: &Joint<Qkv>,
+    ) {
         let (kind, width) = (q.image.device().kind(), shape.width());
-        let image = self.alike([Some(&q.image), Some(&k.image), Some(&v.image)]);
-        let context = self.alike([q.context.as_ref(), k.context.as_ref(), v.context.as_ref()]);
-        let joint = |image: Option<Buffer>, context| Joint { image: image.unwrap_or_else(|| self.alloc(0)), context };
-        let [(qi, qc), (ki, kc), (vi, vc)] = join(image, context);
-        let (dq, dk, dv) = (joint(qi, qc), joint(ki, kc), joint(vi, vc));
+        let own = |part: fn(&Qkv) -> Option<&Buffer>| streams(part(&gradients.image), gradients.context.as_ref().and_then(part), width);
         let rows = self.memory_of(2 * lse.len(), Kind::F32);
         let parameters = Parameters {
             d_out: operand(d_out, width),
-            d_q: operand(&dq, width),
-            d_k: operand(&dk, width),
-            d_v: operand(&dv, width),
+            d_q: own(|g| g.q.as_ref()),
+            d_k: own(|g| Some(&g.k)),
+            d_v: own(|g| Some(&g.v)),
             rows: rows.pointer(),
             ..Self::parameters(shape, q, k, v, out, lse.device())
         };
         self.attend(Part::BackwardQ, kind, shape, &parameters);
         self.attend(Part::BackwardKv, kind, shape, &parameters);
-        (dq, dk, dv)
     }
 }
 

@@ -1,9 +1,12 @@
-//! The kernels of `encode.cu`, and products with frozen weights, for networks that are not trained: text encoders and autoencoder.
+//! The kernels of `encode.cu`, and products with frozen weights, for networks that are not trained: text encoders and autoencoder. The
+//! operations of [`crate::kernels::Engine`] say what each computes.
+
+use rayon::prelude::*;
 
 use super::driver::arguments;
-use super::gemm::{Finish, Operand, Product};
+use super::gemm::{Epilogue, Operand, Product};
 use super::{BLOCK, Device, Kind, Memory, any, widest};
-use crate::kernels::{Buffer, Precision};
+use crate::kernels::{Buffer, StoredMatrix, TextActivation, TextAttention};
 
 /// Rows per block of the norms.
 const ROWS: usize = BLOCK / 32;
@@ -15,63 +18,35 @@ const RUN: usize = 512;
 
 /// A frozen matrix [outputs, inputs] on the device, in the engine's precision. Its owner keeps the memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Matrix<'a> {
+pub(in crate::kernels) struct Matrix<'a> {
     pub(super) pointer: u64,
     pub(super) kind: Kind,
     /// Rows.
-    pub outputs: usize,
+    pub(in crate::kernels) outputs: usize,
     /// Columns.
-    pub inputs: usize,
+    pub(super) inputs: usize,
     pub(super) owner: std::marker::PhantomData<&'a ()>,
-}
-
-/// Operations of networks that are not trained, on a GPU.
-#[derive(Debug, Clone, Copy)]
-pub struct EncodeOps<'a>(pub(in crate::kernels) &'a Device);
-
-/// The activation of CLIP's MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TextActivation {
-    /// x σ(1.702 x).
-    QuickGelu,
-    /// x Φ(x).
-    Gelu,
-}
-
-/// Sizes of a text encoder's attention.
-#[derive(Debug, Clone, Copy)]
-pub struct TextAttention {
-    /// Tokens of each caption.
-    pub tokens: usize,
-    /// Heads.
-    pub heads: usize,
-    /// Width of a head, at most 128.
-    pub dim: usize,
-    /// Factor on the scores.
-    pub scale: f32,
-    /// Whether later tokens are hidden.
-    pub causal: bool,
 }
 
 /// What a convolution reads: a picture [height, width, channels], and how.
 #[derive(Debug, Clone, Copy)]
-pub struct Window {
+pub(super) struct Window {
     /// Pixels of the input.
-    pub height: usize,
+    pub(super) height: usize,
     /// Pixels of the input.
-    pub width: usize,
+    pub(super) width: usize,
     /// Channels of the input.
-    pub channels: usize,
+    pub(super) channels: usize,
     /// Side of the kernel.
-    pub kernel: usize,
+    pub(super) kernel: usize,
     /// Pixels from one result to the next.
-    pub stride: usize,
+    pub(super) stride: usize,
     /// Zeros before the first pixel.
-    pub pad: usize,
+    pub(super) pad: usize,
     /// Whether pixels are doubled each way first.
-    pub double: bool,
+    pub(super) double: bool,
     /// Columns of the result.
-    pub out_width: usize,
+    pub(super) out_width: usize,
 }
 
 /// As `Conv` in `encode.cu`.
@@ -87,55 +62,9 @@ struct Geometry {
     doubled: i32,
 }
 
-impl EncodeOps<'_> {
-    /// What the operations compute in.
-    pub fn precision(&self) -> Precision {
-        self.0.precision
-    }
-
-    /// Waits until everything is done.
-    pub fn synchronize(&self) {
-        self.0.synchronize();
-    }
-
-    /// f32 values on the device.
-    pub fn upload_f32(&self, values: &[f32]) -> Buffer {
-        Buffer::on_device(self.0.upload_f32(values))
-    }
-
-    /// Values in the engine's precision.
-    pub fn upload(&self, values: &[f32]) -> Buffer {
-        self.0.upload(values)
-    }
-
-    /// Values stored as `kind`, as f32.
-    pub fn upload_stored_f32(&self, bytes: &[u8], kind: Precision) -> Buffer {
-        let source = self.0.upload_bytes(bytes, bytes.len() / kind.bytes(), kind);
-        Buffer::on_device(self.0.convert(source, Kind::F32))
-    }
-
-    /// `len` values of any content in the engine's precision.
-    pub fn alloc(&self, len: usize) -> Buffer {
-        self.0.alloc(len)
-    }
-
-    /// A copy.
-    pub fn copy(&self, buffer: &Buffer) -> Buffer {
-        self.0.copy(buffer)
-    }
-
-    /// The values on the host.
-    pub fn download(&self, buffer: &Buffer) -> Vec<f32> {
-        self.0.download(buffer)
-    }
-
-    /// The first values to places on the host, one after another.
-    pub fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
-        self.0.download_to(buffer, places);
-    }
-
+impl Device {
     /// A matrix in memory of its own.
-    pub fn matrix<'a>(&self, values: &'a Buffer, outputs: usize, inputs: usize) -> Matrix<'a> {
+    pub(super) fn matrix<'a>(&self, values: &'a Buffer, outputs: usize, inputs: usize) -> Matrix<'a> {
         let memory = values.device();
         assert_eq!(memory.len(), outputs * inputs, "should be [outputs, inputs]");
         Matrix { pointer: memory.pointer(), kind: memory.kind(), outputs, inputs, owner: std::marker::PhantomData }
@@ -143,7 +72,16 @@ impl EncodeOps<'_> {
 
     /// `y = x Wᵀ + bias (+ y)` for x [rows, inputs] and the rows of y [.., outputs] from `first` on. `bias` has y's type.
     #[expect(clippy::too_many_arguments, reason = "the operands, where the result goes and how")]
-    pub fn product(&self, rows: usize, x: &Buffer, w: Matrix<'_>, bias: Option<&Buffer>, y: &mut Buffer, first: usize, accumulate: bool) {
+    pub(in crate::kernels) fn matrix_product(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        w: Matrix<'_>,
+        bias: Option<&Buffer>,
+        y: &mut Buffer,
+        first: usize,
+        accumulate: bool,
+    ) {
         let (x, y) = (x.device(), y.device());
         assert!(x.len() >= rows * w.inputs && y.len() >= (first + rows) * w.outputs, "should be [rows, inputs] and [rows, outputs]");
         assert!(bias.is_none_or(|b| b.len() == w.outputs && b.device().kind() == y.kind()), "should be [outputs] of the result's type");
@@ -157,126 +95,140 @@ impl EncodeOps<'_> {
             c: operand(y.at(first * w.outputs), w.outputs, false, y.kind()),
             alpha: 1.0,
             beta: if accumulate { 1.0 } else { 0.0 },
-            finish: if bias.is_some() { Finish::Bias } else { Finish::None },
+            epilogue: if bias.is_some() { Epilogue::Bias } else { Epilogue::None },
             bias: bias.map_or(0, |b| b.device().pointer()),
             pre: 0,
         };
         // SAFETY: lengths are checked above; x and y are buffers of their own.
-        unsafe { self.0.blas.run(&product) };
+        unsafe { self.blas.run(&product) };
     }
 
     /// `c = a b` [m, n].
-    fn part_product(self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand) {
-        let product = Product { m, n, k, a, b, c, alpha: 1.0, beta: 0.0, finish: Finish::None, bias: 0, pre: 0 };
+    fn part_product(&self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand) {
+        let product = Product { m, n, k, a, b, c, alpha: 1.0, beta: 0.0, epilogue: Epilogue::None, bias: 0, pre: 0 };
         // SAFETY: callers pass operands within their buffers.
-        unsafe { self.0.blas.run(&product) };
+        unsafe { self.blas.run(&product) };
+    }
+
+    /// Rows of a stored table, which travel as they are stored; zeros after them.
+    pub(in crate::kernels) fn embed(&self, table: &dyn StoredMatrix, width: usize, ids: &[u32], rows: usize) -> Buffer {
+        let Some((kind, stored)) = table.stored() else {
+            let mut values = vec![0.0; rows * width];
+            values.par_chunks_exact_mut(width).zip(ids).for_each(|(row, &id)| table.read_block(id as usize..id as usize + 1, 0..width, row));
+            return Buffer::on_device(self.upload_f32(&values));
+        };
+        let row_bytes = width * kind.bytes();
+        let mut bytes = vec![0; rows * row_bytes];
+        bytes.par_chunks_exact_mut(row_bytes).zip(ids).for_each(|(row, &id)| row.copy_from_slice(&stored[id as usize * row_bytes..][..row_bytes]));
+        let source = self.upload_bytes(&bytes, rows * width, kind);
+        Buffer::on_device(self.convert(source, Kind::F32))
     }
 
     /// T5's norm of f32 rows: x / √(mean(x²) + ε) · weight, in the engine's precision.
-    pub fn rms_norm(&self, x: &Buffer, weight: &Buffer, epsilon: f32) -> Buffer {
+    pub(in crate::kernels) fn rms_norm_rows(&self, x: &Buffer, weight: &Buffer, epsilon: f32) -> Buffer {
         let (x, weight) = (x.device(), weight.device());
         let width = weight.len();
         assert!(x.kind() == Kind::F32 && weight.kind() == Kind::F32 && x.len().is_multiple_of(width), "should be f32 rows");
-        let y = self.0.memory_of(x.len(), self.0.precision);
+        let y = self.memory_of(x.len(), self.precision);
         let (suffix, _) = widest(y.kind(), &[width]);
         let (to, from, w, rows, columns) = (y.pointer(), x.pointer(), weight.pointer(), (x.len() / width) as i64, width as i32);
         let grid = (x.len() / width).div_ceil(ROWS);
         // SAFETY: x and y are [rows, width], the weight [width].
-        unsafe { self.0.driver.launch(("text_rms_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, rows, columns, epsilon]) };
+        unsafe { self.driver.launch(("text_rms_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, rows, columns, epsilon]) };
         Buffer::on_device(y)
     }
 
     /// CLIP's norm of f32 rows: (x - mean) / √(var + ε) · weight + bias, in the engine's precision.
-    pub fn layer_norm(&self, x: &Buffer, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
+    pub(in crate::kernels) fn layer_norm(&self, x: &Buffer, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
         let (x, weight, bias) = (x.device(), weight.device(), bias.device());
         let width = weight.len();
         let kinds = [x, weight, bias].iter().all(|m| m.kind() == Kind::F32);
         assert!(kinds && bias.len() == width && x.len().is_multiple_of(width), "should be f32 rows");
-        let y = self.0.memory_of(x.len(), self.0.precision);
+        let y = self.memory_of(x.len(), self.precision);
         let (suffix, _) = widest(y.kind(), &[width]);
         let (to, from, w, b, rows, columns) = (y.pointer(), x.pointer(), weight.pointer(), bias.pointer(), (x.len() / width) as i64, width as i32);
         let grid = (x.len() / width).div_ceil(ROWS);
         // SAFETY: x and y are [rows, width], weight and bias [width].
-        unsafe { self.0.driver.launch(("text_layer_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, b, rows, columns, epsilon]) };
+        unsafe { self.driver.launch(("text_layer_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, b, rows, columns, epsilon]) };
         Buffer::on_device(y)
     }
 
     /// gelu(a) · b (tanh form) of the halves (a, b) of each row of x [rows, 2 · width].
-    pub fn gated_gelu(&self, x: &Buffer, width: usize) -> Buffer {
+    pub(in crate::kernels) fn gated_gelu(&self, x: &Buffer, width: usize) -> Buffer {
         let x = x.device();
         assert!(x.len().is_multiple_of(2 * width), "should be [rows, 2 · width]");
-        let y = self.0.memory_of(x.len() / 2, x.kind());
+        let y = self.memory_of(x.len() / 2, x.kind());
         let (suffix, values) = widest(x.kind(), &[width]);
         let (to, from, count, packs) = (y.pointer(), x.pointer(), (y.len() / values) as i64, (width / values) as i32);
         // SAFETY: x has twice as many values as y.
-        unsafe { self.0.driver.launch(("gated_gelu", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, packs]) };
+        unsafe { self.driver.launch(("gated_gelu", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, packs]) };
         Buffer::on_device(y)
     }
 
     /// CLIP's activation, in place.
-    pub fn activate(&self, x: &mut Buffer, activation: TextActivation) {
+    pub(in crate::kernels) fn activate(&self, x: &mut Buffer, activation: TextActivation) {
         let x = x.device();
         let (suffix, values) = widest(x.kind(), &[x.len()]);
         let (to, count, exact) = (x.pointer(), (x.len() / values) as i64, i32::from(activation == TextActivation::Gelu));
         // SAFETY: x has `count` packs.
-        unsafe { self.0.driver.launch(("clip_activation", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, count, exact]) };
+        unsafe { self.driver.launch(("clip_activation", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, count, exact]) };
     }
 
     /// Attention of each caption with itself: softmax(scale · q kᵀ + bias) v for qkv [captions · tokens, 3 · heads · dim], `bias`
     /// [heads, tokens, tokens] in f32.
-    pub fn text_attention(&self, shape: TextAttention, qkv: &Buffer, bias: Option<&Buffer>) -> Buffer {
+    pub(in crate::kernels) fn text_attention(&self, shape: TextAttention, qkv: &Buffer, bias: Option<&Buffer>) -> Buffer {
         let TextAttention { tokens, heads, dim, scale, causal } = shape;
         let (qkv, inner) = (qkv.device(), heads * dim);
         assert!(dim <= 128 && qkv.len().is_multiple_of(3 * inner * tokens), "should be [captions · tokens, 3 · heads · dim], dim at most 128");
         assert!(bias.is_none_or(|b| b.len() == heads * tokens * tokens && b.device().kind() == Kind::F32), "should be [heads, tokens, tokens]");
         let captions = qkv.len() / (3 * inner * tokens);
-        let out = self.0.memory_of(qkv.len() / 3, qkv.kind());
+        let out = self.memory_of(qkv.len() / 3, qkv.kind());
         let (to, from, bias) = (out.pointer(), qkv.pointer(), bias.map_or(0, |b| b.device().pointer()));
         let (t, h, d, causal) = (tokens as i32, heads as i32, dim as i32, i32::from(causal));
         let shared = (QUERIES * dim + 2 * KEYS * (dim + 1)) * 4;
         let grid = (tokens.div_ceil(QUERIES), heads, captions);
         let arguments = arguments![to, from, bias, t, h, d, scale, causal];
         // SAFETY: sizes are checked above; the shared memory is what the kernel's comment says.
-        unsafe { self.0.driver.launch(("text_attention", any(qkv.kind())), grid, 128, shared, arguments) };
+        unsafe { self.driver.launch(("text_attention", any(qkv.kind())), grid, 128, shared, arguments) };
         Buffer::on_device(out)
     }
 
     /// Scale and shift [2, channels] that make the group norm of x [pixels, channels]: y = x · scale + shift. `weight` and `bias` are f32.
-    pub fn group_norm(&self, x: &Buffer, groups: usize, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
+    pub(super) fn group_affine(&self, x: &Buffer, groups: usize, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
         let (x, weight, bias) = (x.device(), weight.device(), bias.device());
         let channels = weight.len();
         assert!(bias.len() == channels && x.len().is_multiple_of(channels) && channels.is_multiple_of(groups), "should be channels in groups");
         let (pixels, run) = (x.len() / channels, RUN);
         let chunks = pixels.div_ceil(run);
-        let (sums, affine) = (self.0.memory_of(chunks * 2 * channels, Kind::F32), self.0.memory_of(2 * channels, Kind::F32));
+        let (sums, affine) = (self.memory_of(chunks * 2 * channels, Kind::F32), self.memory_of(2 * channels, Kind::F32));
         let (suffix, values) = widest(x.kind(), &[channels]);
         let (s, from, count, c, length) = (sums.pointer(), x.pointer(), pixels as i64, channels as i32, run as i64);
         let grid = (chunks, (channels / values).div_ceil(32), 1);
         // SAFETY: x is [pixels, channels], the sums [chunks, 2, channels].
-        unsafe { self.0.driver.launch(("channel_sums", suffix), grid, BLOCK, 0, arguments![s, from, count, c, length]) };
+        unsafe { self.driver.launch(("channel_sums", suffix), grid, BLOCK, 0, arguments![s, from, count, c, length]) };
         let (to, w, b, g, n) = (affine.pointer(), weight.pointer(), bias.pointer(), groups as i32, chunks as i32);
         let arguments = arguments![to, s, from, w, b, count, c, g, length, n, epsilon];
         // SAFETY: as above; weight and bias are [channels], the result [2, channels].
-        unsafe { self.0.driver.launch(("group_affine", suffix), (groups, 1, 1), BLOCK, 0, arguments) };
+        unsafe { self.driver.launch(("group_affine", suffix), (groups, 1, 1), BLOCK, 0, arguments) };
         Buffer::on_device(affine)
     }
 
     /// x · scale + shift for x [pixels, channels] and `affine` [2, channels]; with `activate` its SiLU.
-    pub fn apply_affine(&self, x: &Buffer, affine: &Buffer, activate: bool) -> Buffer {
+    pub(super) fn apply_affine(&self, x: &Buffer, affine: &Buffer, activate: bool) -> Buffer {
         let (x, affine) = (x.device(), affine.device());
         let channels = affine.len() / 2;
         assert!(x.len().is_multiple_of(channels) && affine.kind() == Kind::F32, "should be [pixels, channels]");
-        let y = self.0.memory_of(x.len(), x.kind());
+        let y = self.memory_of(x.len(), x.kind());
         let (suffix, values) = widest(x.kind(), &[channels]);
         let (to, from, with, count, packs) = (y.pointer(), x.pointer(), affine.pointer(), (x.len() / values) as i64, (channels / values) as i32);
         let (grid, activate) = (((count as usize).div_ceil(BLOCK), 1, 1), i32::from(activate));
         // SAFETY: x and y are [pixels, channels], the affine [2, channels].
-        unsafe { self.0.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs, activate]) };
+        unsafe { self.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs, activate]) };
         Buffer::on_device(y)
     }
 
     /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels]. Less than 2³¹ values.
-    pub fn columns(&self, x: &Buffer, window: Window, first: usize, rows: usize) -> Buffer {
+    pub(super) fn columns(&self, x: &Buffer, window: Window, first: usize, rows: usize) -> Buffer {
         let Window { height, width, channels, kernel, stride, pad, double, out_width } = window;
         let x = x.device();
         assert_eq!(x.len(), height * width * channels, "should be [height, width, channels]");
@@ -291,33 +243,33 @@ impl EncodeOps<'_> {
             pad: pad as i32,
             doubled: i32::from(double),
         };
-        let to = self.0.memory_of(rows * kernel * kernel * channels, x.kind());
+        let to = self.memory_of(rows * kernel * kernel * channels, x.kind());
         assert!(to.len() < 1 << 31 && first + rows < 1 << 31, "should fit 32 bits");
         let (y, from, first, count) = (to.pointer(), x.pointer(), first as i32, (to.len() / values) as i32);
         let arguments = arguments![y, from, first, count, geometry];
         // SAFETY: the result has `count` packs; reads outside the picture are zeros.
-        unsafe { self.0.driver.launch(("columns", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
+        unsafe { self.driver.launch(("columns", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
         Buffer::on_device(to)
     }
 
     /// Attention of one head of width `width` over all rows of qkv [tokens, 3 · width], scaled by 1/√width, in strips of queries so that at
     /// most `strip` rows of scores are there.
-    pub fn picture_attention(&self, qkv: &Buffer, width: usize, strip: usize) -> Buffer {
+    pub(super) fn attention_of_rows(&self, qkv: &Buffer, width: usize, strip: usize) -> Buffer {
         let qkv = qkv.device();
         let tokens = qkv.len() / (3 * width);
         assert_eq!(qkv.len(), tokens * 3 * width, "should be [tokens, 3 · width]");
-        let out = self.0.memory_of(tokens * width, qkv.kind());
+        let out = self.memory_of(tokens * width, qkv.kind());
         let scale = 1.0 / (width as f32).sqrt();
         let at = |offset, transposed| Operand { pointer: qkv.at(offset), stride: 3 * width, transposed, kind: qkv.kind() };
         let of = |memory: &Memory, offset, stride| Operand { pointer: memory.at(offset), stride, transposed: false, kind: memory.kind() };
         for first in (0..tokens).step_by(strip.max(1)) {
             let rows = strip.max(1).min(tokens - first);
-            let scores = self.0.memory_of(rows * tokens, Kind::F32);
+            let scores = self.memory_of(rows * tokens, Kind::F32);
             self.part_product((rows, tokens, width), at(first * 3 * width, false), at(width, true), of(&scores, 0, tokens));
-            let weights = self.0.memory_of(rows * tokens, qkv.kind());
+            let weights = self.memory_of(rows * tokens, qkv.kind());
             let (to, from, columns) = (weights.pointer(), scores.pointer(), tokens as i32);
             // SAFETY: both are [rows, tokens].
-            unsafe { self.0.driver.launch(("softmax_rows", any(qkv.kind())), (rows, 1, 1), BLOCK, 0, arguments![to, from, columns, scale]) };
+            unsafe { self.driver.launch(("softmax_rows", any(qkv.kind())), (rows, 1, 1), BLOCK, 0, arguments![to, from, columns, scale]) };
             self.part_product((rows, width, tokens), of(&weights, 0, tokens), at(2 * width, false), of(&out, first * width, width));
         }
         Buffer::on_device(out)

@@ -1,10 +1,10 @@
 //! Products with GELU, the loss, and buffers that lie together.
 
 use super::driver::arguments;
-use super::gemm::{Finish, Operand, Product};
+use super::gemm::{Epilogue, Operand, Product};
 use super::{BLOCK, Device, DeviceWeight, Kind, any};
-use crate::kernels::Buffer;
-use crate::kernels::fused::{FlowData, PatchLayout, starts_together};
+use crate::kernels::fused::{FlatBuffer, FlowData, PatchLayout, flat_offsets};
+use crate::kernels::{Buffer, Qkv};
 
 impl Device {
     pub(in crate::kernels) fn linear_gelu(&self, rows: usize, x: &Buffer, w: &DeviceWeight, bias: &Buffer) -> Option<(Buffer, Buffer)> {
@@ -23,7 +23,7 @@ impl Device {
             c: Operand::stored(&y, n),
             alpha: 1.0,
             beta: 0.0,
-            finish: Finish::BiasGelu,
+            epilogue: Epilogue::BiasGelu,
             bias: bias.device().pointer(),
             pre: h.pointer(),
         };
@@ -47,24 +47,18 @@ impl Device {
         (Buffer::on_device(d_out), Buffer::on_device(sums))
     }
 
-    pub(in crate::kernels) fn zeros_together(&self, lengths: &[usize]) -> Vec<Buffer> {
-        let starts = starts_together(lengths.iter().copied());
-        let whole = self.memory_of(starts[lengths.len()], Kind::F32);
+    pub(in crate::kernels) fn flat_zeros(&self, lengths: &[usize]) -> FlatBuffer {
+        let offsets = flat_offsets(lengths.iter().copied());
+        let whole = self.memory_of(offsets[lengths.len()], Kind::F32);
         self.fill_memory(&whole);
-        lengths.iter().zip(starts).map(|(len, start)| Buffer::on_device(whole.part(start, *len))).collect()
+        let parts = lengths.iter().zip(offsets).map(|(len, offset)| Buffer::on_device(whole.part(offset, *len))).collect();
+        FlatBuffer { parts, whole: Some(Buffer::on_device(whole)) }
     }
 
-    pub(in crate::kernels) fn whole(&self, buffers: &[Buffer]) -> Buffer {
-        let total = starts_together(buffers.iter().map(Buffer::len))[buffers.len()];
-        match buffers.first() {
-            Some(first) => Buffer::on_device(first.device().extended(total)),
-            None => self.alloc_f32(0),
-        }
-    }
-
-    pub(in crate::kernels) fn download_all(&self, buffers: &[Buffer]) -> Vec<Vec<f32>> {
-        let values = self.download(&self.whole(buffers));
-        let starts = starts_together(buffers.iter().map(Buffer::len));
-        buffers.iter().zip(starts).map(|(b, start)| values[start..start + b.len()].to_vec()).collect()
+    pub(in crate::kernels) fn packed_qkv(&self, rows: usize, width: usize, query: bool) -> Qkv {
+        let count = if query { 3 } else { 2 };
+        let whole = self.memory_of(rows * count * width, self.precision);
+        let part = |i: usize| Buffer::on_device(whole.columns(i * width, width, count * width));
+        Qkv { q: query.then(|| part(0)), k: part(count - 2), v: part(count - 1), packed: Some(Buffer::on_device(whole)) }
     }
 }

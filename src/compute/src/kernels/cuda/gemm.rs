@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::cublaslt::sys::{self, cublasComputeType_t, cublasLtEpilogue_t as Epilogue, cublasLtMatmulDescAttributes_t as Attribute};
+use cudarc::cublaslt::sys::{self, cublasComputeType_t, cublasLtEpilogue_t, cublasLtMatmulDescAttributes_t as Attribute};
 use cudarc::cublaslt::sys::{cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasStatus_t, cudaDataType};
 
 use super::Kind;
@@ -29,7 +29,7 @@ pub(super) struct Operand {
 
 /// What is done to a product before it is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Finish {
+pub(super) enum Epilogue {
     /// Nothing.
     None,
     /// A vector [n] is added to every row.
@@ -38,7 +38,7 @@ pub(super) enum Finish {
     BiasGelu,
 }
 
-/// `c[m, n] = alpha · a[m, k] b[k, n] + beta · c`, then `finish`.
+/// `c[m, n] = alpha · a[m, k] b[k, n] + beta · c`, then `epilogue`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Product {
     pub(super) m: usize,
@@ -49,7 +49,7 @@ pub(super) struct Product {
     pub(super) c: Operand,
     pub(super) alpha: f32,
     pub(super) beta: f32,
-    pub(super) finish: Finish,
+    pub(super) epilogue: Epilogue,
     /// Address of the bias, of the result's type.
     pub(super) bias: u64,
     /// Address of the values before GELU [m, n], of the result's type, rows at the same stride.
@@ -64,7 +64,7 @@ struct Key {
     b: (usize, bool, Kind),
     c: (usize, Kind),
     accumulates: bool,
-    finish: Finish,
+    epilogue: Epilogue,
     /// Alignment of the addresses in bytes, at most 256.
     alignment: [u32; 3],
 }
@@ -179,7 +179,7 @@ impl Blas {
             b: (p.b.stride, p.b.transposed, p.b.kind),
             c: (p.c.stride, p.c.kind),
             accumulates: p.beta != 0.0,
-            finish: p.finish,
+            epilogue: p.epilogue,
             alignment: [alignment(p.a.pointer), alignment(p.b.pointer), alignment(p.c.pointer)],
         };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +187,7 @@ impl Blas {
             std::collections::hash_map::Entry::Occupied(plan) => plan.into_mut(),
             std::collections::hash_map::Entry::Vacant(place) => place.insert(must(self.plan(&key, p))),
         };
-        if p.finish != Finish::None {
+        if p.epilogue != Epilogue::None {
             must(set_pointers(plan.description, p));
         }
         // cuBLAS is column-major: it computes cᵀ = bᵀ aᵀ.
@@ -214,7 +214,7 @@ impl Blas {
         };
         let name = || {
             let letter = |operand: &Operand| if operand.transposed { 't' } else { 'n' };
-            format!("product {} x {} x {} {}{} {:?}{}", p.m, p.n, p.k, letter(&p.a), letter(&p.b), p.finish, if p.beta == 0.0 { "" } else { " added" })
+            format!("product {} x {} x {} {}{} {:?}{}", p.m, p.n, p.k, letter(&p.a), letter(&p.b), p.epilogue, if p.beta == 0.0 { "" } else { " added" })
         };
         let status = self.driver.timed(name, multiply);
         must(check("multiply", status, || format!("{key:?}")));
@@ -229,13 +229,13 @@ impl Blas {
         let transpose = |operand: &Operand| i32::from(operand.transposed);
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose(&p.b))?;
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transpose(&p.a))?;
-        let epilogue = match p.finish {
-            Finish::None => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
-            Finish::Bias => Epilogue::CUBLASLT_EPILOGUE_BIAS,
-            Finish::BiasGelu => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        let epilogue = match p.epilogue {
+            Epilogue::None => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+            Epilogue::Bias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            Epilogue::BiasGelu => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
         };
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &(epilogue as u32))?;
-        if p.finish != Finish::None {
+        if p.epilogue != Epilogue::None {
             set_pointers(description, p)?;
         }
         let a = layout(&p.a, p.m, p.k)?;
@@ -286,7 +286,7 @@ fn attribute<T>(description: cublasLtMatmulDesc_t, attribute: Attribute, value: 
 
 fn set_pointers(description: cublasLtMatmulDesc_t, p: &Product) -> Result<(), CudaError> {
     attribute(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias)?;
-    if p.finish == Finish::BiasGelu {
+    if p.epilogue == Epilogue::BiasGelu {
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p.pre)?;
         attribute(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(p.c.stride as i64))?;
     }

@@ -1,8 +1,8 @@
 //! Linear layers with frozen weights and LoRA.
 
 use super::driver::arguments;
-use super::gemm::{Finish, Operand, Product};
-use super::thin::{self, Thin};
+use super::gemm::{Epilogue, Operand, Product};
+use super::skinny::{self, SkinnyGemm};
 use super::{BLOCK, Device, Kind, Memory, any};
 use crate::kernels::Buffer;
 
@@ -69,15 +69,15 @@ impl Device {
 
     /// Puts a product on the stream, with a bias where one is given.
     pub(super) fn product(&self, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, c: Operand, (alpha, beta): (f32, f32), bias: Option<&Memory>) {
-        let finish = if bias.is_some() { Finish::Bias } else { Finish::None };
-        let product = Product { m, n, k, a, b, c, alpha, beta, finish, bias: bias.map_or(0, Memory::pointer), pre: 0 };
+        let epilogue = if bias.is_some() { Epilogue::Bias } else { Epilogue::None };
+        let product = Product { m, n, k, a, b, c, alpha, beta, epilogue, bias: bias.map_or(0, Memory::pointer), pre: 0 };
         // SAFETY: callers check lengths; results are buffers of their own.
         unsafe { self.blas.run(&product) };
     }
 
     /// `y = x w + bias`, or added to y, for rows x [m, k] and a weight w [k, n]. Where the weight is in half precision and x in f32, x is
     /// multiplied in two parts of the weight's type, which together have twice its digits.
-    pub(super) fn weigh(&self, (m, n, k): (usize, usize, usize), x: &Memory, w: Operand, y: &Memory, accumulate: bool, bias: Option<&Memory>) {
+    pub(super) fn frozen_matmul(&self, (m, n, k): (usize, usize, usize), x: &Memory, w: Operand, y: &Memory, accumulate: bool, bias: Option<&Memory>) {
         if w.kind == x.kind() {
             let beta = if accumulate { 1.0 } else { 0.0 };
             return self.product((m, n, k), Operand::stored(x, k), w, Operand::stored(y, n), (1.0, beta), bias);
@@ -108,7 +108,7 @@ impl Device {
         let (k, n) = (w.inputs, w.outputs);
         assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, inputs] and [rows, outputs]");
         assert!(bias.is_none_or(|b| b.len() == n), "should be [outputs]");
-        self.weigh((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias.map(Buffer::device));
+        self.frozen_matmul((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias.map(Buffer::device));
         lora.map(|(lora, dropped, scale)| {
             let (r, source) = (lora.padded, dropped.map_or(x, Buffer::device));
             assert!(source.len() == rows * k && (lora.inputs, lora.outputs) == (k, n), "should fit the layer");
@@ -139,7 +139,7 @@ impl Device {
         });
         if let Some((dx, accumulate)) = dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.weigh((rows, n, k), dy, Operand::stored(&w.values, n), dx.device(), accumulate, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&w.values, n), dx.device(), accumulate, None);
             if let (Some((lora, mask)), Some(dt)) = (lora, &dt) {
                 let r = lora.padded;
                 if let Some(mask) = mask {
@@ -172,15 +172,15 @@ impl Device {
         let rank = da.len() / inputs;
         assert!(da.device().kind() == Kind::F32 && db.device().kind() == Kind::F32 && db.len() == outputs * rank, "should be f32");
         let (x, dy, t, dt) = (x.device(), dy.device(), t.device(), dt.device());
-        let a = Thin { x, n: inputs, t: dt, padded, ranks: rank, to: da.device(), strides: (inputs, 1), scale: 1.0 };
-        let b = Thin { x: dy, n: outputs, t, padded, ranks: rank, to: db.device(), strides: (1, rank), scale };
+        let a = SkinnyGemm { x, n: inputs, t: dt, padded, ranks: rank, to: da.device(), strides: (inputs, 1), scale: 1.0 };
+        let b = SkinnyGemm { x: dy, n: outputs, t, padded, ranks: rank, to: db.device(), strides: (1, rank), scale };
         self.lora_products(rows, &[a, b]);
     }
 
     /// `to += scale · tᵀ x` for each, by whatever is fastest for this rank.
-    pub(super) fn lora_products(&self, rows: usize, products: &[Thin<'_>]) {
-        if products.iter().all(|p| p.ranks <= thin::MOST) {
-            return self.thin_products(rows, products);
+    pub(super) fn lora_products(&self, rows: usize, products: &[SkinnyGemm<'_>]) {
+        if products.iter().all(|p| p.ranks <= skinny::MAX_RANK) {
+            return self.skinny_gemms(rows, products);
         }
         for p in products {
             let (x, t) = (Operand::stored(p.x, p.n), Operand::stored(p.t, p.padded));

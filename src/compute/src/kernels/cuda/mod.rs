@@ -10,15 +10,16 @@ mod driver;
 mod encode;
 mod error;
 mod fused;
+mod fused_linear;
 mod gemm;
 mod graph;
 mod linear;
 mod ops;
+mod picture;
 mod pool;
-mod stack;
+mod skinny;
 mod staging;
 mod stream;
-mod thin;
 mod timer;
 mod update;
 
@@ -26,16 +27,15 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-pub use encode::{EncodeOps, Matrix, TextActivation, TextAttention, Window};
+pub(super) use encode::Matrix;
 pub use error::CudaError;
+pub(super) use fused_linear::{DeviceFusedLinear, DeviceFusedLora};
 pub(super) use graph::DeviceGraph;
 pub(super) use linear::{DeviceLora, DeviceWeight};
 pub(super) use pool::Memory;
-pub(super) use stack::{DeviceStack, DeviceStackLora};
-pub use stream::{LayerSource, StoredRows};
-pub(super) use thin::DeviceSpread;
+pub(super) use skinny::DeviceScatter;
 pub use timer::Timer;
-pub use update::{AdamWNumbers, CodedMoment, Range, UpdateOps};
+pub use update::{AdamWScalars, CodedMoment, Range, UpdateOps};
 
 use self::driver::{Driver, arguments, check};
 use self::error::must;
@@ -237,7 +237,7 @@ impl Device {
     }
 
     /// The first values to places on the host, one after another; waits for the device.
-    pub(super) fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
+    pub(in crate::kernels) fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
         let memory = buffer.device();
         let count: usize = places.iter().map(|place| place.len()).sum();
         assert!(count <= memory.len(), "should be as many");

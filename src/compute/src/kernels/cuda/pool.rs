@@ -207,24 +207,6 @@ impl Memory {
         Self { pointer, len: self.len / stride * width, kind: self.kind, columns: Some((width, stride)), block: self.block.clone() }
     }
 
-    /// The matrix [rows, stride] that these are columns of.
-    pub(super) fn whole(&self, rows: usize, stride: usize) -> Self {
-        let (Some((_, own)), Some(block)) = (self.columns, &self.block) else {
-            assert_eq!(self.len, rows * stride, "should be the whole matrix");
-            return self.part(0, self.len);
-        };
-        let len = rows * stride;
-        assert!(own == stride && len * self.kind.bytes() <= block.size, "should be columns of such a matrix");
-        Self { pointer: block.pointer, len, kind: self.kind, columns: None, block: self.block.clone() }
-    }
-
-    /// `len` values from this part's first on, which must all be of the same block.
-    pub(super) fn extended(&self, len: usize) -> Self {
-        let end = self.pointer as usize + len * self.kind.bytes();
-        assert!(self.columns.is_none() && self.block.as_ref().is_none_or(|b| end <= b.pointer as usize + b.size), "should lie within");
-        Self { pointer: self.pointer, len, kind: self.kind, columns: None, block: self.block.clone() }
-    }
-
     /// If these are columns: (the first, how many, from one row to the next).
     pub(super) fn place(&self) -> Option<(usize, usize, usize)> {
         let ((width, stride), block) = (self.columns?, self.block.as_ref()?);

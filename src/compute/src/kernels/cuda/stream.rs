@@ -7,37 +7,15 @@ use cudarc::driver::sys::{self, CUevent, CUstream};
 use rayon::prelude::*;
 
 use super::driver::{Driver, arguments, check};
-use super::encode::{EncodeOps, Matrix};
+use super::encode::Matrix;
 use super::error::must;
-use super::{BLOCK, Kind, Memory, any};
-use crate::kernels::Precision;
+use super::{BLOCK, Device, Kind, Memory, any};
+use crate::kernels::LayerSource;
 
 /// Bytes of each of the two page-locked buffers.
 const STAGING: usize = 32 << 20;
 /// Bytes that one thread copies at a time.
 const PIECE: usize = 1 << 20;
-
-/// A stored matrix: its rows come from these parts, one below the other.
-#[derive(Debug)]
-pub struct StoredRows<'a> {
-    /// Little-endian values, row-major.
-    pub parts: Vec<&'a [u8]>,
-    /// Type of the values.
-    pub kind: Precision,
-    /// Rows of all parts.
-    pub outputs: usize,
-    /// Columns.
-    pub inputs: usize,
-}
-
-/// Where and how to read the weights of each layer.
-pub trait LayerSource: Sync {
-    /// The matrices of layer `index`; of the same shapes and types in every layer.
-    fn matrices(&self, index: usize) -> Vec<StoredRows<'_>>;
-
-    /// Layer `index` has been read.
-    fn done(&self, index: usize);
-}
 
 /// Called with each layer's index and matrices.
 pub(super) type OnLayer<'a, E> = &'a mut dyn FnMut(usize, &[Matrix<'_>]) -> Result<(), E>;
@@ -164,17 +142,17 @@ struct Place {
     filled: Event,
 }
 
-impl EncodeOps<'_> {
+impl Device {
     /// Calls `work(index, matrices)` for each layer in order, with its matrices in the engine's precision. `work` only puts work on the
     /// engine's stream; the memory of the matrices is used again after it.
     ///
     /// # Errors
     /// What `work` returns.
-    pub fn stream_layers<E>(&self, layers: usize, source: &dyn LayerSource, work: OnLayer<'_, E>) -> Result<(), E> {
+    pub(in crate::kernels) fn stream_layers<E>(&self, layers: usize, source: &dyn LayerSource, work: OnLayer<'_, E>) -> Result<(), E> {
         if layers == 0 {
             return Ok(());
         }
-        let (driver, precision) = (&*self.0.driver, self.0.precision);
+        let (driver, precision) = (&*self.driver, self.precision);
         driver.bind();
         let mut stream = std::ptr::null_mut();
         // SAFETY: `stream` outlives the call; 1: does not wait for the default stream.
@@ -183,7 +161,7 @@ impl EncodeOps<'_> {
         let first = source.matrices(0);
         let places: Vec<Place> = (0..2.min(layers))
             .map(|_| {
-                let memories = first.iter().map(|m| self.0.memory_of(m.outputs * m.inputs, m.kind)).collect();
+                let memories = first.iter().map(|m| self.memory_of(m.outputs() * m.inputs, m.kind)).collect();
                 let place = Place { memories, free: Event::new(driver), filled: Event::new(driver) };
                 place.free.record(driver, driver.stream());
                 place
@@ -205,16 +183,18 @@ impl EncodeOps<'_> {
                     let place = &places[at];
                     place.free.holds(driver, stream.0);
                     for (matrix, memory) in source.matrices(index).iter().zip(&place.memories) {
-                        let bytes: usize = matrix.parts.iter().map(|part| part.len()).sum();
+                        let parts: Vec<&[u8]> = matrix.parts.iter().filter_map(|part| Some(part.stored()?.1)).collect();
+                        let bytes: usize = parts.iter().map(|part| part.len()).sum();
                         assert!(bytes == memory.len() * memory.kind().bytes() && matrix.kind == memory.kind(), "should be alike in every layer");
                         let mut offset = 0;
-                        for part in &matrix.parts {
+                        for part in parts {
                             uploader.copy(part, memory.pointer() + offset);
                             offset += part.len() as u64;
                         }
                     }
                     place.filled.record(driver, stream.0);
                     source.done(index);
+                    source.will_need(index + 2);
                     if filled.send(at).is_err() {
                         return;
                     }
@@ -230,7 +210,7 @@ impl EncodeOps<'_> {
                     .map(|((shape, memory), converted)| Matrix {
                         pointer: converted.as_ref().map_or(memory.pointer(), Memory::pointer),
                         kind: precision,
-                        outputs: shape.outputs,
+                        outputs: shape.outputs(),
                         inputs: shape.inputs,
                         owner: std::marker::PhantomData,
                     })
@@ -260,12 +240,12 @@ impl EncodeOps<'_> {
         if memory.kind() == precision {
             return None;
         }
-        let own = (memory.kind().bytes() != precision.bytes()).then(|| self.0.memory_of(memory.len(), precision));
+        let own = (memory.kind().bytes() != precision.bytes()).then(|| self.memory_of(memory.len(), precision));
         let to = own.as_ref().map_or(memory.pointer(), Memory::pointer);
         let (from, count, tag) = (memory.pointer(), memory.len() as i64, memory.kind().tag());
         let grid = (memory.len().div_ceil(BLOCK), 1, 1);
         // SAFETY: both have `count` values; in place each thread reads its value before it writes it.
-        unsafe { self.0.driver.launch(("convert", any(precision)), grid, BLOCK, 0, arguments![to, from, count, tag]) };
+        unsafe { self.driver.launch(("convert", any(precision)), grid, BLOCK, 0, arguments![to, from, count, tag]) };
         own
     }
 }

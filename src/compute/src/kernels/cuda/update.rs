@@ -17,7 +17,7 @@ pub struct UpdateOps<'a>(pub(in crate::kernels) &'a Device);
 /// The numbers of one update of AdamW, in f32.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamWNumbers {
+pub struct AdamWScalars {
     /// 1 - learning rate · weight decay.
     pub keep: f32,
     /// 1 - β₁.
@@ -127,7 +127,7 @@ impl UpdateOps<'_> {
     }
 
     /// One update with f32 moments.
-    pub fn adamw(&self, values: &mut Buffer, grads: &Buffer, first: &mut Buffer, second: &mut Buffer, numbers: AdamWNumbers) {
+    pub fn adamw(&self, values: &mut Buffer, grads: &Buffer, first: &mut Buffer, second: &mut Buffer, numbers: AdamWScalars) {
         let n = alike(&[values, grads, first, second]);
         let (p, g, m, v, count) = (values.device().pointer(), grads.device().pointer(), first.device().pointer(), second.device().pointer(), n as i64);
         // SAFETY: all have `count` values; the numbers have the kernel's layout.
@@ -145,7 +145,7 @@ impl UpdateOps<'_> {
         (full_first, full_second): (&mut Buffer, &mut Buffer),
         first: CodedMoment<'_>,
         second: CodedMoment<'_>,
-        numbers: AdamWNumbers,
+        numbers: AdamWScalars,
     ) {
         alike(&[values, grads]);
         alike(&[full_first, full_second]);

@@ -1,13 +1,13 @@
 //! LoRA's own kernels (`lora.cu`): gradients, which are products of a matrix with a few columns, and the factors' values.
 
 use super::driver::arguments;
+use super::fused_linear::{DeviceFusedLinear, DeviceFusedLora};
 use super::linear::DeviceLora;
-use super::stack::{DeviceStack, DeviceStackLora};
 use super::{BLOCK, Device, Kind, Memory, any, widest};
 use crate::kernels::Buffer;
 
 /// Ranks up to which the gradients are computed by `thin_sums`; above, products are faster.
-pub(super) const MOST: usize = 32;
+pub(super) const MAX_RANK: usize = 32;
 
 const PARTS: usize = 32;
 const RANKS: usize = 8;
@@ -33,7 +33,7 @@ struct Part {
 
 /// `to += scale · tᵀ x` for a t of few columns: x [rows, n], t [rows, ranks] (columns of wider matrices or whole ones), `to` with
 /// its own distances between ranks and columns.
-pub(super) struct Thin<'a> {
+pub(super) struct SkinnyGemm<'a> {
     pub(super) x: &'a Memory,
     pub(super) n: usize,
     pub(super) t: &'a Memory,
@@ -59,7 +59,7 @@ struct Spread {
 
 /// Where every parameter of a LoRA is read by products.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceSpread {
+pub(in crate::kernels) struct DeviceScatter {
     table: Memory,
     matrices: usize,
     largest: usize,
@@ -70,8 +70,8 @@ pub(in crate::kernels) struct DeviceSpread {
 pub(in crate::kernels) type Source = (usize, usize, f32);
 
 impl Device {
-    /// Adds products of thin matrices.
-    pub(super) fn thin_products(&self, rows: usize, products: &[Thin<'_>]) {
+    /// Adds skinny products.
+    pub(super) fn skinny_gemms(&self, rows: usize, products: &[SkinnyGemm<'_>]) {
         let mut parts = Vec::new();
         let mut lengths = Vec::new();
         for p in products {
@@ -116,14 +116,14 @@ impl Device {
         }
     }
 
-    /// Where the parameters of layers and of stacks go.
-    pub(in crate::kernels) fn lora_spread(
+    /// Where the parameters of layers and of fused layers go.
+    pub(in crate::kernels) fn lora_scatter(
         &self,
         layers: &[(&DeviceLora, Source)],
-        stacks: &[(&DeviceStack, &DeviceStackLora, Vec<Source>)],
+        fused_layers: &[(&DeviceFusedLinear, &DeviceFusedLora, Vec<Source>)],
         parameters: usize,
-    ) -> DeviceSpread {
-        let mut spreads = Vec::new();
+    ) -> DeviceScatter {
+        let mut scatters = Vec::new();
         let matrix = |to: u64, from: usize, rows: usize, columns: usize, stride: usize, factor: f32| Spread {
             to,
             from: from as i64,
@@ -133,31 +133,31 @@ impl Device {
             factor,
         };
         for (lora, (a, b, scale)) in layers {
-            spreads.push(matrix(lora.a.pointer(), *a, lora.rank, lora.inputs, lora.inputs, 1.0));
-            spreads.push(matrix(lora.b.pointer(), *b, lora.outputs, lora.rank, lora.padded, *scale));
+            scatters.push(matrix(lora.a.pointer(), *a, lora.rank, lora.inputs, lora.inputs, 1.0));
+            scatters.push(matrix(lora.b.pointer(), *b, lora.outputs, lora.rank, lora.padded, *scale));
         }
-        for (stack, lora, sources) in stacks {
+        for (fused, lora, sources) in fused_layers {
             for (&(place, first_output, first_rank, rank), (a, b, scale)) in lora.layers.iter().zip(sources) {
-                let (inputs, ranks) = (stack.inputs, lora.ranks);
-                spreads.push(matrix(lora.a.at(first_rank * inputs), *a, rank, inputs, inputs, 1.0));
-                spreads.push(matrix(lora.b.at(first_output * ranks + first_rank), *b, stack.outputs[place], rank, ranks, *scale));
+                let (inputs, ranks) = (fused.inputs, lora.ranks);
+                scatters.push(matrix(lora.a.at(first_rank * inputs), *a, rank, inputs, inputs, 1.0));
+                scatters.push(matrix(lora.b.at(first_output * ranks + first_rank), *b, fused.outputs[place], rank, ranks, *scale));
             }
         }
-        let largest = spreads.iter().map(|s| (s.rows * s.columns) as usize).max().unwrap_or(0);
+        let largest = scatters.iter().map(|s| (s.rows * s.columns) as usize).max().unwrap_or(0);
         // SAFETY: Spread has no padding: 8 + 8 + 4 times 4 bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(spreads.as_ptr().cast::<u8>(), size_of_val(spreads.as_slice())) };
-        DeviceSpread { table: self.upload_bytes(bytes, bytes.len() / 4, Kind::F32), matrices: spreads.len(), largest, parameters }
+        let bytes = unsafe { std::slice::from_raw_parts(scatters.as_ptr().cast::<u8>(), size_of_val(scatters.as_slice())) };
+        DeviceScatter { table: self.upload_bytes(bytes, bytes.len() / 4, Kind::F32), matrices: scatters.len(), largest, parameters }
     }
 
     /// Sets all parameters of a LoRA.
-    pub(in crate::kernels) fn spread_lora(&self, spread: &DeviceSpread, parameters: &Buffer) {
+    pub(in crate::kernels) fn scatter_lora(&self, scatter: &DeviceScatter, parameters: &Buffer) {
         let values = parameters.device();
-        assert!(values.kind() == Kind::F32 && values.len() == spread.parameters, "should be all parameters in f32");
-        let (table, from) = (spread.table.pointer(), values.pointer());
-        if spread.matrices == 0 {
+        assert!(values.kind() == Kind::F32 && values.len() == scatter.parameters, "should be all parameters in f32");
+        let (table, from) = (scatter.table.pointer(), values.pointer());
+        if scatter.matrices == 0 {
             return;
         }
-        let grid = (spread.largest.div_ceil(4 * BLOCK), spread.matrices, 1);
+        let grid = (scatter.largest.div_ceil(4 * BLOCK), scatter.matrices, 1);
         // SAFETY: the table names places in buffers that the layers keep, and parts of the parameters.
         unsafe { self.driver.launch(("lora_spread", any(self.precision)), grid, BLOCK, 0, arguments![table, from]) };
     }

@@ -6,13 +6,13 @@ use super::driver::check;
 use super::error::must;
 use super::gemm::Operand;
 use super::linear::{DeviceLora, RANK};
-use super::thin::Thin;
+use super::skinny::SkinnyGemm;
 use super::{Device, DeviceWeight, Memory};
 use crate::kernels::Buffer;
 
 /// Weights [Σ outputs, inputs] and biases [Σ outputs] of layers that have the same input.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceStack {
+pub(in crate::kernels) struct DeviceFusedLinear {
     weight: Memory,
     bias: Memory,
     pub(super) inputs: usize,
@@ -20,9 +20,9 @@ pub(in crate::kernels) struct DeviceStack {
     pub(super) outputs: Vec<usize>,
 }
 
-/// LoRA of a stack: A [Σ ranks, inputs] and the block-diagonal B [Σ outputs, Σ ranks].
+/// LoRA of fused layers: A [Σ ranks, inputs] and the block-diagonal B [Σ outputs, Σ ranks].
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceStackLora {
+pub(in crate::kernels) struct DeviceFusedLora {
     pub(super) a: Memory,
     pub(super) b: Memory,
     pub(super) ranks: usize,
@@ -32,7 +32,7 @@ pub(in crate::kernels) struct DeviceStackLora {
 
 impl Device {
     /// Lays weights and biases of layers with the same input together; the layers then share this memory.
-    pub(in crate::kernels) fn stack(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceStack> {
+    pub(in crate::kernels) fn fuse(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceFusedLinear> {
         let inputs = weights.first()?.inputs;
         let kind = weights.first()?.values.kind();
         if weights.iter().any(|w| w.inputs != inputs || w.values.kind() != kind) || biases.len() != weights.len() {
@@ -50,30 +50,30 @@ impl Device {
             **b = Buffer::on_device(to_bias);
             first += rows;
         }
-        Some(DeviceStack { weight, bias, inputs, outputs })
+        Some(DeviceFusedLinear { weight, bias, inputs, outputs })
     }
 
     /// Lays the factors of the layers (those that have any) together.
-    pub(in crate::kernels) fn stack_lora(&self, stack: &DeviceStack, layers: &[Option<&DeviceLora>]) -> Option<DeviceStackLora> {
+    pub(in crate::kernels) fn fuse_lora(&self, fused: &DeviceFusedLinear, layers: &[Option<&DeviceLora>]) -> Option<DeviceFusedLora> {
         let ranks: usize = layers.iter().flatten().map(|l| l.padded).sum();
-        let total: usize = stack.outputs.iter().sum();
+        let total: usize = fused.outputs.iter().sum();
         if ranks == 0 {
             return None;
         }
-        let (a, b) = (self.memory_of(ranks * stack.inputs, self.precision), self.memory_of(total * ranks, self.precision));
+        let (a, b) = (self.memory_of(ranks * fused.inputs, self.precision), self.memory_of(total * ranks, self.precision));
         let mut places = Vec::new();
         let (mut first_rank, mut first_output) = (0, 0);
         self.fill_memory(&b);
-        for (i, (lora, &outputs)) in layers.iter().zip(&stack.outputs).enumerate() {
+        for (i, (lora, &outputs)) in layers.iter().zip(&fused.outputs).enumerate() {
             if let Some(lora) = lora {
-                self.copy_into(&a.part(first_rank * stack.inputs, lora.padded * stack.inputs), &lora.a);
+                self.copy_into(&a.part(first_rank * fused.inputs, lora.padded * fused.inputs), &lora.a);
                 self.copy_rows(b.at(first_output * ranks + first_rank), ranks, lora.b.pointer(), lora.padded, outputs, lora.padded);
                 places.push((i, first_output, first_rank, lora.rank));
                 first_rank += lora.padded;
             }
             first_output += outputs;
         }
-        Some(DeviceStackLora { a, b, ranks, layers: places })
+        Some(DeviceFusedLora { a, b, ranks, layers: places })
     }
 
     /// Rows of `width` values of the engine's precision.
@@ -102,18 +102,18 @@ impl Device {
         must(check("copy rows", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.driver.stream()) }));
     }
 
-    /// See [`crate::kernels::Engine::stack_forward`]; the results are columns of one matrix.
-    pub(in crate::kernels) fn stack_forward(
+    /// See [`crate::kernels::Engine::fused_forward`]; the results are columns of one matrix.
+    pub(in crate::kernels) fn fused_forward(
         &self,
         rows: usize,
         x: &Buffer,
-        stack: &DeviceStack,
-        lora: Option<(&DeviceStackLora, f32)>,
+        fused: &DeviceFusedLinear,
+        lora: Option<(&DeviceFusedLora, f32)>,
     ) -> (Vec<Buffer>, Option<Buffer>) {
-        let (x, k, n) = (x.device(), stack.inputs, stack.outputs.iter().sum::<usize>());
+        let (x, k, n) = (x.device(), fused.inputs, fused.outputs.iter().sum::<usize>());
         assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
         let y = self.memory_of(rows * n, self.precision);
-        self.weigh((rows, n, k), x, Operand::transposed(&stack.weight, k), &y, false, Some(&stack.bias));
+        self.frozen_matmul((rows, n, k), x, Operand::transposed(&fused.weight, k), &y, false, Some(&fused.bias));
         let t = lora.map(|(lora, scale)| {
             let r = lora.ranks;
             let t = self.memory_of(rows * r, self.precision);
@@ -122,35 +122,35 @@ impl Device {
             Buffer::on_device(t)
         });
         let mut first = 0;
-        let mut parts = Vec::with_capacity(stack.outputs.len());
-        for &outputs in &stack.outputs {
+        let mut parts = Vec::with_capacity(fused.outputs.len());
+        for &outputs in &fused.outputs {
             parts.push(Buffer::on_device(y.columns(first, outputs, n)));
             first += outputs;
         }
         (parts, t)
     }
 
-    /// The backward of [`Device::stack_forward`]: `dy` is any of the gradients of the parts, which are columns of one matrix.
-    /// Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
-    pub(in crate::kernels) fn stack_backward(
+    /// The backward of [`Device::fused_forward`]: `dy` [rows, Σ outputs] has the gradients of the parts side by side. Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
+    pub(in crate::kernels) fn fused_backward(
         &self,
         rows: usize,
         dy: &Buffer,
-        stack: &DeviceStack,
-        lora: Option<(&DeviceStackLora, &Buffer, &Buffer)>,
+        fused: &DeviceFusedLinear,
+        lora: Option<(&DeviceFusedLora, &Buffer, &Buffer)>,
         dx: Option<&mut Buffer>,
         gradients: &[(&Buffer, &Buffer, f32)],
     ) {
-        let (n, k) = (stack.inputs, stack.outputs.iter().sum::<usize>());
-        let dy = dy.device().whole(rows, k);
+        let (n, k) = (fused.inputs, fused.outputs.iter().sum::<usize>());
+        let dy = dy.device();
+        assert_eq!(dy.len(), rows * k, "should be [rows, outputs of all]");
         if let Some(dx) = &dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.weigh((rows, n, k), &dy, Operand::stored(&stack.weight, n), dx.device(), false, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&fused.weight, n), dx.device(), false, None);
         }
         let Some((lora, x, t)) = lora else { return };
         let (r, x, t) = (lora.ranks, x.device(), t.device());
         let dt = self.memory_of(rows * r, self.precision);
-        self.product((rows, r, k), Operand::stored(&dy, k), Operand::stored(&lora.b, r), Operand::stored(&dt, r), (1.0, 0.0), None);
+        self.product((rows, r, k), Operand::stored(dy, k), Operand::stored(&lora.b, r), Operand::stored(&dt, r), (1.0, 0.0), None);
         if let Some(dx) = dx {
             let dx = dx.device();
             self.product((rows, n, r), Operand::stored(&dt, r), Operand::stored(&lora.a, n), Operand::stored(dx, n), (1.0, 1.0), None);
@@ -158,12 +158,12 @@ impl Device {
         assert_eq!(gradients.len(), lora.layers.len(), "should be those of the layers with LoRA");
         let mut parts = Vec::new();
         for (&(place, first_output, first_rank, rank), &(da, db, scale)) in lora.layers.iter().zip(gradients) {
-            let (outputs, padded) = (stack.outputs[place], rank.next_multiple_of(RANK));
+            let (outputs, padded) = (fused.outputs[place], rank.next_multiple_of(RANK));
             let (t, dt) = (t.columns(first_rank, padded, r), dt.columns(first_rank, padded, r));
             parts.push((x.part(0, x.len()), n, dt, padded, rank, da.device(), (n, 1), 1.0));
             parts.push((dy.columns(first_output, outputs, k), outputs, t, padded, rank, db.device(), (1, rank), scale));
         }
-        let products = parts.iter().map(|p| Thin { x: &p.0, n: p.1, t: &p.2, padded: p.3, ranks: p.4, to: p.5, strides: p.6, scale: p.7 });
+        let products = parts.iter().map(|p| SkinnyGemm { x: &p.0, n: p.1, t: &p.2, padded: p.3, ranks: p.4, to: p.5, strides: p.6, scale: p.7 });
         self.lora_products(rows, &products.collect::<Vec<_>>());
     }
 }
