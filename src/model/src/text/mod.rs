@@ -18,6 +18,7 @@ use finetune_compute::kernels::{DeviceError, Engine, catch};
 mod clip;
 mod layers;
 mod lengths;
+mod sentencepiece;
 mod t5;
 mod tokenizer;
 
