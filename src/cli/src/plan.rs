@@ -19,7 +19,7 @@ pub(super) enum OutputFormat {
     Json,
 }
 
-/// The model whose sizes are assumed: its name is not in the manifest.
+/// The model whose sizes are assumed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
 enum Model {
     /// Stable Diffusion 3 Medium.
@@ -38,9 +38,9 @@ pub(super) struct Args {
     /// Pictures in the dataset, for the length of an epoch.
     #[arg(long, value_name = "N")]
     dataset_size: Option<u64>,
-    /// The model whose sizes are assumed.
-    #[arg(long, value_enum, default_value = "sd3-medium")]
-    model: Model,
+    /// The model whose sizes are assumed. Default: the one that a repository of the hub is named after, else sd3-medium.
+    #[arg(long, value_enum)]
+    model: Option<Model>,
     /// How to print the plan.
     #[arg(short, long, value_enum, default_value = "text")]
     output: OutputFormat,
@@ -61,21 +61,25 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(Reason::InvalidConfig.exit_code()));
         }
     };
-    let shape = match args.model {
+    let asked = args.model.map(|model| match model {
         Model::Sd3Medium => ModelShape::SD3_MEDIUM,
         Model::Sd35Medium => ModelShape::SD35_MEDIUM,
-    };
+    });
     let mut plans = Vec::new();
     for job in &jobs {
-        plans.push(resolve(job, shape, args.dataset_size)?);
+        let named = job.spec.model.source.hugging_face.as_ref().and_then(|source| ModelShape::of_repository(&source.repo));
+        let shape = asked.or(named).unwrap_or(ModelShape::SD3_MEDIUM);
+        plans.push((resolve(job, shape, args.dataset_size)?, shape));
     }
     match args.output {
         OutputFormat::Json => {
-            let values: Vec<_> =
-                plans.iter().map(|plan| json!({"config": plan.config, "steps": plan.steps, "memory": plan.memory, "flops": flops(plan, &shape)})).collect();
+            let values: Vec<_> = plans
+                .iter()
+                .map(|(plan, shape)| json!({"config": plan.config, "steps": plan.steps, "memory": plan.memory, "flops": flops(plan, shape)}))
+                .collect();
             println!("{}", serde_json::to_string_pretty(&values)?);
         }
-        OutputFormat::Text => plans.iter().for_each(|plan| print!("{}", text(plan, &shape))),
+        OutputFormat::Text => plans.iter().for_each(|(plan, shape)| print!("{}", text(plan, shape))),
     }
     Ok(ExitCode::SUCCESS)
 }

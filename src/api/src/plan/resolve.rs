@@ -34,7 +34,7 @@ pub struct Facts {
     pub model_ca_bundle: Option<PathBuf>,
     /// The operator's defaults for what `spec.storage` leaves out.
     pub storage: Option<StorageConfig>,
-    /// The model's shape; Stable Diffusion 3 Medium where unknown.
+    /// The model's shape; where unknown, that which the hub's repository is named after, else Stable Diffusion 3 Medium.
     pub model: Option<ModelShape>,
 }
 
@@ -178,7 +178,8 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         storage,
         device: if spec.scheduling.gpu.per_replica == 0 { DeviceRequest::Cpu } else { DeviceRequest::Gpu },
     };
-    let shape = facts.model.unwrap_or(ModelShape::SD3_MEDIUM);
+    let published = || ModelShape::of_repository(&spec.model.source.hugging_face.as_ref()?.repo);
+    let shape = facts.model.or_else(published).unwrap_or(ModelShape::SD3_MEDIUM);
     let budget = memory_budget(gpu, facts);
     let memory = memory_plan(&config.training, config.validation.as_ref(), &shape, budget).map_err(PlanError::TooSmall)?;
     Ok(Plan { config, steps, memory })

@@ -80,6 +80,16 @@ impl ModelShape {
     /// Stable Diffusion 3.5 Medium.
     pub const SD35_MEDIUM: Self = Self { name: "Stable Diffusion 3.5 Medium", dual_layers: 13, qk_norm: true, ..Self::SD3_MEDIUM };
 
+    /// Stable Diffusion 3.5 Large.
+    pub const SD35_LARGE: Self = Self { name: "Stable Diffusion 3.5 Large", layers: 38, hidden: 2432, dual_layers: 0, ..Self::SD35_MEDIUM };
+
+    /// The published model that a repository of the hub is named after; its files say it for certain, later.
+    pub fn of_repository(repo: &str) -> Option<Self> {
+        let name = repo.rsplit('/').next().unwrap_or(repo).to_ascii_lowercase();
+        let published = [("3.5-medium", Self::SD35_MEDIUM), ("3.5-large", Self::SD35_LARGE), ("3-medium", Self::SD3_MEDIUM)];
+        published.into_iter().find(|(part, _)| name.contains("stable-diffusion-") && name.contains(part)).map(|(_, shape)| shape)
+    }
+
     /// Parameters of the transformer, without the table of positions.
     pub fn parameters(&self) -> u64 {
         let d = self.hidden;
@@ -161,6 +171,20 @@ mod tests {
     fn parameters_are_those_of_the_published_models() {
         assert_eq!(ModelShape::SD3_MEDIUM.parameters(), 2_028_328_000);
         assert_eq!(ModelShape::SD35_MEDIUM.parameters(), 2_243_171_520);
+        // 8.06 thousand million without the table of positions.
+        assert!((8.0e9..8.2e9).contains(&(ModelShape::SD35_LARGE.parameters() as f64)));
+    }
+
+    #[test]
+    fn published_repositories_are_known_by_name() {
+        for (repo, shape) in [
+            ("stabilityai/stable-diffusion-3-medium-diffusers", Some(ModelShape::SD3_MEDIUM)),
+            ("stabilityai/stable-diffusion-3.5-medium", Some(ModelShape::SD35_MEDIUM)),
+            ("stabilityai/stable-diffusion-3.5-large-turbo", Some(ModelShape::SD35_LARGE)),
+            ("somebody/medium", None),
+        ] {
+            assert_eq!(ModelShape::of_repository(repo), shape, "{repo}");
+        }
     }
 
     #[test]
