@@ -181,7 +181,7 @@ fn the_base_models_own_pictures_change_less() {
         assert!(output.status.success(), "{}", text(&output));
         let model = ModelDir::open(&bucket.join("models/tiny-sd3")).unwrap();
         let lora = LoraState::open(&bucket.join("loras").join(name).join(LORA)).unwrap();
-        let pipeline = Pipeline::open(&model, &finetune_compute::kernels::Engine::cpu()).unwrap().with_lora(lora);
+        let pipeline = Pipeline::open(&model, &finetune_compute::kernels::Engine::cpu()).unwrap().with_lora(lora, 1.0);
         let pictures = pipeline.run(&prompts, &[0.0, 1.0], &settings, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
         let distances: Vec<f64> = pictures[0].iter().zip(&pictures[1]).map(|(base, lora)| distance(base, lora)).collect();
         let mean = |d: &[f64]| d.iter().sum::<f64>() / d.len() as f64;

@@ -34,13 +34,14 @@ pub(super) struct Args {
     #[arg(long, default_value = "")]
     negative_prompt: String,
 
-    /// LoRA file (diffusers' layout, as `pytorch_lora_weights.safetensors`).
+    /// LoRA: a file (as diffusers, peft, kohya, ComfyUI and OneTrainer write them), or a folder with one, as an output of this program.
+    /// Repeat for several.
     #[arg(long)]
-    lora: Option<PathBuf>,
+    lora: Vec<PathBuf>,
 
-    /// Scale of the LoRA.
-    #[arg(long, default_value_t = 1.0, requires = "lora")]
-    lora_scale: f64,
+    /// Scale of the LoRA: one for all, or one for each in the order of --lora.
+    #[arg(long, default_value = "1.0", requires = "lora")]
+    lora_scale: Vec<f64>,
 
     /// Draw every prompt without the LoRA too, from the same noise.
     #[arg(long, requires = "lora")]
@@ -142,31 +143,43 @@ fn picture_extension(out: &Path) -> Option<String> {
 
 /// LoRA scales to draw with, and what their files are called.
 fn variants(args: &Args) -> Vec<f64> {
-    match (&args.lora, args.compare) {
-        (None, _) => vec![0.0],
-        (Some(_), false) => vec![args.lora_scale],
-        (Some(_), true) => vec![0.0, args.lora_scale],
+    // Several have their scales as factors of their own.
+    let scale = if let ([_], [scale]) = (&args.lora[..], &args.lora_scale[..]) { *scale } else { 1.0 };
+    match (args.lora.is_empty(), args.compare) {
+        (true, _) => vec![0.0],
+        (false, false) => vec![scale],
+        (false, true) => vec![0.0, scale],
     }
 }
 
 fn names(args: &Args) -> Vec<&'static str> {
-    match (&args.lora, args.compare) {
-        (None, _) => vec![""],
-        (Some(_), false) => vec!["-lora"],
-        (Some(_), true) => vec!["-base", "-lora"],
+    match (args.lora.is_empty(), args.compare) {
+        (true, _) => vec![""],
+        (false, false) => vec!["-lora"],
+        (false, true) => vec!["-base", "-lora"],
     }
+}
+
+/// Each LoRA with its factor.
+fn loras(args: &Args) -> Result<Vec<(LoraState, f64)>> {
+    let (files, scales) = (args.lora.len(), &args.lora_scale);
+    if scales.len() > 1 && scales.len() != files {
+        bail!("there are {files} --lora and {} --lora-scale: give one scale for all, or one for each", scales.len());
+    }
+    let scale = |i: usize| if files == 1 { 1.0 } else { scales.get(i).or(scales.first()).copied().unwrap_or(1.0) };
+    args.lora.iter().enumerate().map(|(i, path)| Ok((LoraState::open(path)?, scale(i)))).collect()
 }
 
 fn draw(args: &Args, prompts: &[String], engine: &Engine) -> Result<Vec<Vec<RgbImage>>> {
     let model = ModelDir::open(&args.model)?;
     let mut pipeline = Pipeline::open(&model, engine)?;
-    if let Some(path) = &args.lora {
-        pipeline = pipeline.with_lora(LoraState::open(path)?);
+    for (lora, factor) in loras(args)? {
+        pipeline = pipeline.with_lora(lora, factor);
     }
     let skip_layers =
         (!args.skip_layers.is_empty()).then(|| SkipLayers { layers: args.skip_layers.clone(), scale: args.skip_layers_scale, ..SkipLayers::default() });
     let settings = PipelineSettings {
-        denoise: Denoise { steps: args.steps, guidance_scale: args.guidance_scale, lora_scale: args.lora_scale, skip_layers },
+        denoise: Denoise { steps: args.steps, guidance_scale: args.guidance_scale, lora_scale: 1.0, skip_layers },
         negative_prompt: args.negative_prompt.clone(),
         max_sequence_length: args.max_sequence_length,
         seed: args.seed,

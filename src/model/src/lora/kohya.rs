@@ -11,19 +11,19 @@ use finetune_compute::optim::Param;
 
 /// Where a diffusers module lies in the original model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+pub(super) struct Place {
     /// The original layer's name with underscores, as `joint_blocks_0_x_block_attn_qkv`.
-    layer: String,
+    pub(super) layer: String,
     /// Which rows of the original weight, in parts of the module's own outputs: part `index` of `parts`.
-    index: usize,
+    pub(super) index: usize,
     /// Parts of the original weight.
-    parts: usize,
+    pub(super) parts: usize,
     /// The module's rows are two halves, (scale, shift) in diffusers and (shift, scale) in the original.
-    swap_halves: bool,
+    pub(super) swap_halves: bool,
 }
 
 /// The original place of a diffusers module.
-fn place(name: &str, last_block: usize) -> Option<Place> {
+pub(super) fn place(name: &str, last_block: usize) -> Option<Place> {
     let whole = |layer: String| Some(Place { layer, index: 0, parts: 1, swap_halves: false });
     if let Some(rest) = name.strip_prefix("transformer_blocks.") {
         let (block, part) = rest.split_once('.')?;

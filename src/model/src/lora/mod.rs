@@ -3,14 +3,17 @@
 //! A module with weight `W` [out, in] computes `y = W x + b + scale · B (A dropout(x))` with `A` [r, in], `B` [out, r] and
 //! `scale = alpha / r` (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; names and semantics as peft).
 
+mod keys;
 mod merge;
+mod stack;
 mod state_dict;
 mod target;
 
 pub mod kohya;
 
 pub use merge::{delta_weight, merge_into};
-pub use state_dict::{LoraState, METADATA_KEY, metadata_json};
+pub use stack::stack;
+pub use state_dict::{LoraState, METADATA_KEY, Scaling, choose, metadata_json};
 pub use target::{LinearSite, matches, select};
 
 use finetune_common::rng::{Purpose, Stream};
@@ -102,8 +105,22 @@ pub enum LoraError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The `lora_adapter_metadata` of the LoRA file is not what diffusers writes.
-    #[error("failed to understand lora_adapter_metadata")]
+    /// The folder holds no LoRA file, or several.
+    #[error("{path} is a folder, and {problem}")]
+    Folder {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// What it holds instead.
+        problem: String,
+    },
+    /// A LoRA to start from is not what the job trains.
+    #[error("the LoRA to start from does not fit spec.training.lora: {problem}")]
+    Start {
+        /// What differs, and what to set.
+        problem: String,
+    },
+    /// The configuration of the LoRA is not what diffusers and peft write.
+    #[error("failed to understand the configuration of the LoRA (lora_adapter_metadata or adapter_config.json)")]
     Metadata(#[source] serde_json::Error),
 }
 

@@ -7,7 +7,7 @@ use image::RgbImage;
 
 use super::{Denoise, PromptBatch, SampleError, denoise, initial_latents, to_pictures};
 use crate::layout::{ModelDir, Part};
-use crate::lora::LoraState;
+use crate::lora::{LoraState, stack};
 use crate::mmdit::{Mmdit, MmditConfig};
 use crate::text::{EncodeProgress, PromptEncoder};
 use crate::vae::{VaeConfig, VaeDecoder};
@@ -60,7 +60,7 @@ pub struct Pipeline {
     engine: Engine,
     transformer: MmditConfig,
     vae: VaeConfig,
-    lora: Option<LoraState>,
+    loras: Vec<(LoraState, f64)>,
 }
 
 impl Pipeline {
@@ -70,13 +70,13 @@ impl Pipeline {
     /// If a part is missing or not supported.
     pub fn open(model: &ModelDir, engine: &Engine) -> Result<Self, SampleError> {
         let transformer = MmditConfig::open(&model.path(Part::Transformer))?;
-        Ok(Self { model: model.clone(), engine: engine.clone(), vae: VaeConfig::read(model)?, transformer, lora: None })
+        Ok(Self { model: model.clone(), engine: engine.clone(), vae: VaeConfig::read(model)?, transformer, loras: Vec::new() })
     }
 
-    /// Adds a LoRA; its scale is given with each variant.
+    /// Adds a LoRA with a factor of its own; the scale of all of them is given with each variant.
     #[must_use]
-    pub fn with_lora(mut self, lora: LoraState) -> Self {
-        self.lora = Some(lora);
+    pub fn with_lora(mut self, lora: LoraState, factor: f64) -> Self {
+        self.loras.push((lora, factor));
         self
     }
 
@@ -98,7 +98,7 @@ impl Pipeline {
         on_stage: &mut dyn FnMut(Stage) -> ControlFlow<()>,
     ) -> Result<Vec<Vec<RgbImage>>, SampleError> {
         let (height, width) = self.latent_size(settings)?;
-        if self.lora.is_none() && variants.iter().any(|scale| *scale != 0.0) {
+        if self.loras.is_empty() && variants.iter().any(|scale| *scale != 0.0) {
             tracing::debug!("no LoRA: every variant is the base model");
         }
         let mut captions = prompts.to_vec();
@@ -150,11 +150,20 @@ impl Pipeline {
     fn load_transformer(&self) -> Result<Mmdit, SampleError> {
         let weights = Weights::open(&self.model.path(Part::Transformer))?;
         let mut transformer = Mmdit::load(Arc::new(weights), self.transformer.clone(), &self.engine)?;
-        if let Some(lora) = &self.lora {
-            let (layout, params) = lora.resolve(&self.transformer.linear_sites())?;
-            transformer.attach_layout(layout)?;
-            transformer.set_lora(&params)?;
-        }
+        let sites = self.transformer.linear_sites();
+        let resolve = |(lora, factor): &(LoraState, f64)| lora.resolve(&sites).map(|(layout, params)| (layout, params, *factor));
+        let mut loras = self.loras.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let (layout, params) = match loras.pop() {
+            None => return Ok(transformer),
+            // One alone keeps its bits.
+            Some((layout, params, 1.0)) if loras.is_empty() => (layout, params),
+            Some(last) => {
+                loras.push(last);
+                stack(&loras)?
+            }
+        };
+        transformer.attach_layout(layout)?;
+        transformer.set_lora(&params)?;
         Ok(transformer)
     }
 

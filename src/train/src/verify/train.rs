@@ -11,7 +11,7 @@ use finetune_compute::kernels::Engine;
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
 use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip_global_norm};
 use finetune_model::Weights;
-use finetune_model::lora::{LoraSpec, LoraState};
+use finetune_model::lora::{LoraSpec, LoraState, Scaling};
 use finetune_model::mmdit::{Mmdit, MmditConfig};
 
 #[derive(Deserialize)]
@@ -62,7 +62,7 @@ pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) 
     let layout = model.attach_lora(&spec).map_err(VerifyError::product)?.clone();
     let mut params = parameters(&inputs, &layout.parameters())?;
     // What the file names must be exactly what the targets mean.
-    let state = LoraState { tensors: given(&inputs)?, alpha: Some(lora.alpha) };
+    let state = LoraState { tensors: given(&inputs)?, scaling: Scaling { alpha: Some(lora.alpha), ..Scaling::default() } };
     let (resolved, _) = state.resolve(&model.config().linear_sites()).map_err(VerifyError::product)?;
     if resolved.modules != layout.modules {
         return Err(VerifyError::Setting { key: "lora.target_modules".into() });
