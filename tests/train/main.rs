@@ -11,6 +11,7 @@ mod deletions;
 mod existing;
 mod failures;
 mod fencing;
+mod models;
 mod outputs;
 mod prior;
 mod resume;

@@ -44,11 +44,11 @@ pub struct ResumeSpec {
     /// Whether to look for a checkpoint of this job.
     #[serde(default)]
     pub policy: ResumePolicy,
-    /// LoRA and optimizer state of another run to start from; ends with "/".
+    /// LoRA to start from, of any trainer: a folder (of checkpoints, an output, or with a LoRA file) ends with "/", a file with ".safetensors".
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
     #[x_kube(validation = Rule::new(super::storage::URI_RULE).message(super::storage::URI_MESSAGE))]
-    #[x_kube(validation = Rule::new("self.endsWith('/')").message("must end with \"/\", as it is a folder"))]
+    #[x_kube(validation = Rule::new("self.endsWith('/') || self.endsWith('.safetensors')").message("must end with \"/\", if it is a folder, or with \".safetensors\""))]
     pub from_checkpoint: Option<String>,
 }
 

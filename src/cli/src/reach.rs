@@ -9,11 +9,14 @@ use super::validate::Reached;
 use finetune_api::FineTuneJob;
 use finetune_api::plan::{self, Facts};
 use finetune_api::validate::Violation;
+use finetune_model::survey;
 use finetune_store::Buckets;
 use finetune_store::claims::LEASE;
+use finetune_train::division;
 use finetune_train::environment::JobEnvironment;
 use finetune_train::inspect::{self, Inspection};
 use finetune_train::interrupt::Interrupt;
+use finetune_train::look::LookError;
 use finetune_train::report::Reporter;
 
 /// Looks at what each job reads.
@@ -58,7 +61,16 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
         }
         match model {
             _ if claim => reached.unchecked.push(format!("{name}: the model was not checked: its volume is the cluster's")),
-            Ok(()) => reached.good.push(format!("{name}: the model has every part")),
+            Ok(model) => match plan::resolve(&job.spec, "default", &name, &Facts { model: Some(division::shape(&model.transformer)), ..facts }) {
+                Ok(_) => {
+                    let without = if model.t5 { "" } else { ", without T5 (its place is filled with zeros)" };
+                    reached.good.push(format!("{name}: the model is {} and has every part{without}", survey::name(&model.transformer)));
+                }
+                Err(error) => reached.violations.push(violation("spec.training", error.to_string())),
+            },
+            Err(LookError::Unfit(unfit)) => {
+                reached.violations.extend(unfit.problems.iter().map(|problem| violation(&problem.path, problem.message.clone())));
+            }
             Err(error) if inspect::model_is_unreachable(&error) => {
                 reached.unchecked.push(format!("{name}: the model was not checked: {}", job::chain(&error)));
             }

@@ -46,7 +46,7 @@ pub enum LayoutError {
 }
 
 /// Parts of a model folder, by their diffusers names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// CLIP-L's tokenizer.
     Tokenizer,
@@ -69,6 +69,19 @@ pub enum Part {
 }
 
 impl Part {
+    /// Every part.
+    pub const ALL: [Self; 9] = [
+        Self::Tokenizer,
+        Self::Tokenizer2,
+        Self::Tokenizer3,
+        Self::TextEncoder,
+        Self::TextEncoder2,
+        Self::TextEncoder3,
+        Self::Vae,
+        Self::Transformer,
+        Self::Scheduler,
+    ];
+
     /// The sub-folder's name.
     pub fn folder(self) -> &'static str {
         match self {

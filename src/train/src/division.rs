@@ -11,7 +11,7 @@ const RECOMPUTE_STEPS: u32 = 4;
 /// What the memory plan needs to know of a transformer.
 pub fn shape(config: &MmditConfig) -> ModelShape {
     ModelShape {
-        name: "the job's model",
+        name: finetune_model::survey::name(config),
         layers: config.num_layers as u64,
         hidden: config.width() as u64,
         head: config.attention_head_dim as u64,
@@ -59,8 +59,8 @@ mod tests {
     #[test]
     fn the_shape_of_a_configuration_is_that_of_the_published_model() {
         let config = MmditConfig::medium(None, vec![]);
-        assert_eq!(ModelShape { name: ModelShape::SD3_MEDIUM.name, ..shape(&config) }, ModelShape::SD3_MEDIUM);
+        assert_eq!(shape(&config), ModelShape::SD3_MEDIUM);
         let config = MmditConfig::medium(Some("rms_norm"), (0..13).collect());
-        assert_eq!(ModelShape { name: ModelShape::SD35_MEDIUM.name, ..shape(&config) }, ModelShape::SD35_MEDIUM);
+        assert_eq!(shape(&config), ModelShape::SD35_MEDIUM);
     }
 }

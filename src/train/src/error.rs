@@ -1,8 +1,10 @@
 //! Why a run ended without a result, and what that means for exit code and condition.
 
 use super::checkpoint::{CheckpointError, IdentityError, Saved};
+use super::look::LookError;
 use super::prepare::{PrepareError, PreparedError};
 use super::publish::PublishError;
+use super::start::StartError;
 use super::trainer::TrainerError;
 use super::validation::ValidationError;
 use finetune_api::Reason;
@@ -46,6 +48,12 @@ pub enum TrainError {
     /// The model cannot be fetched.
     #[error("failed to fetch the model")]
     ModelSource(#[from] ModelSourceError),
+    /// The model, or the job's settings for it, cannot be used.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// There is no LoRA to start from.
+    #[error(transparent)]
+    Start(#[from] StartError),
     /// The model's folder is not as it should be.
     #[error("failed to load the model")]
     Layout(#[from] LayoutError),
@@ -117,6 +125,10 @@ impl TrainError {
             Self::Dataset(error) => error.reason(),
             Self::DatasetChanged { .. } => Reason::DatasetChanged,
             Self::ModelSource(error) => model_reason(error),
+            Self::Look(LookError::Source(error)) => model_reason(error),
+            Self::Look(LookError::Unfit(unfit)) => unfit.reason(),
+            Self::Start(StartError::Store(error)) => store_reason(error),
+            Self::Start(StartError::NotFound { .. }) => Reason::NotFound,
             Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
             Self::Mmdit(error) => mmdit_reason(error),
             Self::Lora(_) | Self::Folders(_) => Reason::InvalidConfig,
@@ -139,7 +151,8 @@ impl TrainError {
                 TrainerError::Model(error) => mmdit_reason(error),
                 TrainerError::Device(error) => device_reason(error),
                 TrainerError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
-                TrainerError::Prepared(_) | TrainerError::Lora(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
+                TrainerError::Lora(_) => Reason::InvalidConfig,
+                TrainerError::Prepared(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
             },
             Self::Publish(error) => match error {
                 PublishError::Store(error) => store_reason(error),
@@ -212,7 +225,7 @@ fn checkpoint_reason(error: &CheckpointError) -> Reason {
         CheckpointError::Identity(IdentityError::DatasetChanged { .. }) => Reason::DatasetChanged,
         CheckpointError::Identity(IdentityError::ModelChanged { .. }) => Reason::ModelChanged,
         CheckpointError::Identity(_) => Reason::InvalidConfig,
-        CheckpointError::NotFound { .. } | CheckpointError::Lora { .. } => Reason::NotFound,
+        CheckpointError::NotFound { .. } => Reason::NotFound,
         CheckpointError::Snapshot(_) | CheckpointError::Json { .. } => Reason::TrainerCrashed,
     }
 }

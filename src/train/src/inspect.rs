@@ -1,13 +1,15 @@
-//! What a job reads, looked at before it runs: the dataset to its last picture, the model's files by name, the captions by their lengths.
+//! What a job reads, looked at before it runs: the dataset to its last picture, the model to the headers of its weights, the captions by their lengths.
 
 use std::time::Duration;
 
 use super::captions::Truncation;
 use super::environment::JobEnvironment;
+use super::look::{self, LookError};
 use super::prepare::{PrepareError, captions};
 use finetune_api::plan::TrainConfig;
 use finetune_data::dataset::{Dataset, DatasetError};
-use finetune_store::model_source::{ModelFolder, ModelSourceError, Parts};
+use finetune_model::survey::Model;
+use finetune_store::model_source::{ModelFolder, Parts};
 use finetune_store::{RetryPolicy, Store, StoreErrorKind};
 
 /// How long a request to a store is tried: somebody waits for the answer.
@@ -20,14 +22,13 @@ pub struct Inspection {
     pub dataset: Result<Dataset, DatasetError>,
     /// The held-out pictures, where the job has any.
     pub held_out: Option<Result<Dataset, DatasetError>>,
-    /// Whether the model has all parts that a run fetches.
-    pub model: Result<(), ModelSourceError>,
+    /// What the model is.
+    pub model: Result<Model, LookError>,
     /// Captions that are cut, where dataset and model are as they should be.
     pub truncation: Option<Result<Option<Truncation>, PrepareError>>,
 }
 
-/// Looks at the dataset and the model of `config`. Nothing is written but, in the cache folder, a list of the model's files, its
-/// `model_index.json` and its tokenizers.
+/// Looks at the dataset and the model of `config`. Nothing is written but, in the cache folder, a list of the model's files and the small ones.
 pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Inspection {
     let held_out = match config.validation.as_ref().and_then(|validation| validation.dataset_uri.as_ref()) {
         Some(uri) => Some(dataset(config, uri, environment).await),
@@ -36,10 +37,10 @@ pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Insp
     let dataset = dataset(config, &config.dataset.uri, environment).await;
     let folder = model(config, environment).await;
     let truncation = match (&dataset, &folder) {
-        (Ok(dataset), Ok(folder)) => Some(truncation(config, dataset, folder, environment).await),
+        (Ok(dataset), Ok((folder, _))) => Some(truncation(config, dataset, folder, environment).await),
         _ => None,
     };
-    Inspection { dataset, held_out, model: folder.map(|_| ()), truncation }
+    Inspection { dataset, held_out, model: folder.map(|(_, model)| model), truncation }
 }
 
 /// The captions against the model's own tokenizers: a few megabytes.
@@ -59,12 +60,12 @@ async fn dataset(config: &TrainConfig, uri: &str, environment: &JobEnvironment) 
     Dataset::scan(&Store::open(uri, &options)?, &config.dataset).await
 }
 
-async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<ModelFolder, ModelSourceError> {
+async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(ModelFolder, Model), LookError> {
     let (source, mut options) = environment.model_source(config);
     options.retry = impatient(&options.retry);
     let folder = ModelFolder::open(&source, &options, &environment.cache_dir).await?;
-    folder.check(Parts::ALL)?;
-    Ok(folder)
+    let model = look::look(config, &folder).await?;
+    Ok((folder, model))
 }
 
 /// Whether a failure says nothing about what is stored: nobody answered, or not to us.
@@ -87,6 +88,6 @@ pub fn dataset_is_unreachable(error: &DatasetError) -> bool {
 }
 
 /// Whether the model could not be looked at, rather than lacking something.
-pub fn model_is_unreachable(error: &ModelSourceError) -> bool {
-    error.store_kind().is_some_and(is_unreachable)
+pub fn model_is_unreachable(error: &LookError) -> bool {
+    matches!(error, LookError::Source(error) if error.store_kind().is_some_and(is_unreachable))
 }

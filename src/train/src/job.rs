@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::block_in_place;
 
-use super::checkpoint::{self, CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
+use super::checkpoint::{CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
 use super::comparison::{self, HeldOut};
 use super::environment::JobEnvironment;
 use super::error::TrainError;
@@ -21,7 +21,7 @@ use super::setup;
 use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
-use super::{device, division};
+use super::{device, division, look, start};
 use finetune_api::Stage;
 use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
 use finetune_common::digest;
@@ -34,6 +34,7 @@ use finetune_model::ModelDir;
 use finetune_model::layout::Part;
 use finetune_model::lora::LoraLayout;
 use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::survey::Model;
 use finetune_model::weights::Weights;
 use finetune_store::claims::{self, Claim, KeptAlive, Owner};
 use finetune_store::model_source::{ModelFolder, Parts};
@@ -77,7 +78,8 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     // What is done already needs no GPU.
     let engine = device::open(config.device, config.training.precision)?;
     let budget = device::limit_memory(&engine);
-    let Sources { dataset, folder, digests } = sources(config, environment).await?;
+    let (folder, base) = look_at_model(config, environment, budget).await?;
+    let Sources { dataset, digests } = sources(config, environment, &folder).await?;
 
     let (claim, alive) = claim(config, environment, &output).await?;
     let attempt = async {
@@ -94,7 +96,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
             ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
         };
         let held_out = held_out(config, environment).await?;
-        let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints };
+        let run = Run { config, environment, engine, budget, dataset, folder, base, held_out, checkpoints };
         let (mut trainer, model) = run.load().await?;
         run.train(&mut trainer, &model).await?;
         run.publish(&output, &trainer, &model).await
@@ -115,7 +117,7 @@ async fn reuse(
     found: &publish::Found,
     result: &RunResult,
 ) -> Result<Outcome, TrainError> {
-    let Sources { digests, .. } = sources(config, environment).await?;
+    let Sources { digests, .. } = sources(config, environment, &open_model(config, environment).await?).await?;
     publish::decide(output.uri(), config.output.existing, found, &environment.run_id, Some(&digests))?;
     publish::repair(output, result).await?;
     let left = delete_leftovers(config, environment, output, store, digests).await.unwrap_or_else(|error| {
@@ -164,25 +166,37 @@ async fn delete_leftovers(config: &TrainConfig, environment: &JobEnvironment, ou
 /// What a run reads.
 struct Sources {
     dataset: Dataset,
-    folder: ModelFolder,
     digests: Digests,
 }
 
-/// Checks the dataset, lists the model, and makes the digests of both.
-async fn sources(config: &TrainConfig, environment: &JobEnvironment) -> Result<Sources, TrainError> {
+/// Checks the dataset, and makes the digests of it and of the model.
+async fn sources(config: &TrainConfig, environment: &JobEnvironment, folder: &ModelFolder) -> Result<Sources, TrainError> {
     let dataset = scan(config, environment).await?;
     let reporter = &environment.reporter;
     reporter.identity(&config.spec_hash, Some(&dataset.digest), Some(dataset.skipped.len() as u64));
-    let (source, options) = environment.model_source(config);
-    let (folder, fingerprint) = unless_interrupted(environment, async {
-        reporter.stage(Stage::DownloadingModel, "looking at the model", 0);
-        let folder = ModelFolder::open(&source, &options, &environment.cache_dir).await?;
-        let fingerprint = folder.fingerprint(Parts::ALL).await?;
-        Ok((folder, fingerprint))
-    })
-    .await?;
+    reporter.stage(Stage::DownloadingModel, "making the digest of the model", 0);
+    let fingerprint = unless_interrupted(environment, async { Ok(folder.fingerprint(Parts::ALL).await?) }).await?;
     let digests = Digests { dataset: dataset.digest.clone(), model: digest::to_text(&fingerprint) };
-    Ok(Sources { dataset, folder, digests })
+    Ok(Sources { dataset, digests })
+}
+
+/// The model's files as they are listed.
+async fn open_model(config: &TrainConfig, environment: &JobEnvironment) -> Result<ModelFolder, TrainError> {
+    environment.reporter.stage(Stage::DownloadingModel, "looking at the model", 0);
+    let (source, options) = environment.model_source(config);
+    unless_interrupted(environment, async { Ok(ModelFolder::open(&source, &options, &environment.cache_dir).await?) }).await
+}
+
+/// The model's files as they are listed, and what it is, if it can be trained as the job says: before anything is downloaded or computed.
+async fn look_at_model(config: &TrainConfig, environment: &JobEnvironment, budget: MemoryBudget) -> Result<(ModelFolder, Model), TrainError> {
+    let folder = open_model(config, environment).await?;
+    unless_interrupted(environment, async {
+        let model = look::look(config, &folder).await?;
+        look::memory(config, &model, budget)?;
+        tracing::info!(model = finetune_model::survey::name(&model.transformer), t5 = model.t5, "the model is complete");
+        Ok((folder, model))
+    })
+    .await
 }
 
 async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Dataset, TrainError> {
@@ -224,6 +238,8 @@ struct Run<'a> {
     folder: ModelFolder,
     held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
+    /// What it is.
+    base: Model,
 }
 
 impl Run<'_> {
@@ -234,7 +250,10 @@ impl Run<'_> {
         reporter.stage(Stage::RestoringCheckpoint, "looking for a checkpoint", 0);
         let snapshot = self.snapshot().await?;
         let warm = match (&snapshot, &config.resume.from_checkpoint) {
-            (None, Some(uri)) => Some(checkpoint::warm_start(&environment.open(uri, config)?).await?),
+            (None, Some(uri)) => {
+                let (folder, file) = start::split(uri);
+                Some(start::parameters(&environment.open(folder, config)?, file, &config.training, &self.base.transformer).await?)
+            }
             _ => None,
         };
 
@@ -280,13 +299,7 @@ impl Run<'_> {
         }
     }
 
-    fn trainer(
-        &self,
-        model: &ModelDir,
-        prepared: Prepared,
-        snapshot: Option<Snapshot>,
-        warm: Option<std::collections::BTreeMap<String, Param>>,
-    ) -> Result<Trainer, TrainError> {
+    fn trainer(&self, model: &ModelDir, prepared: Prepared, snapshot: Option<Snapshot>, warm: Option<Vec<Param>>) -> Result<Trainer, TrainError> {
         let training = &self.config.training;
         let scheduler = model.scheduler()?;
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
@@ -297,15 +310,7 @@ impl Run<'_> {
         let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
         tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
-        let params = match warm {
-            None => layout.init(training.seed),
-            Some(mut given) => {
-                let mut params: Vec<Param> = layout.parameters().iter().filter_map(|(name, _)| given.remove(name)).collect();
-                // What does not belong to this LoRA is refused with its name.
-                params.extend(given.into_values());
-                params
-            }
-        };
+        let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
         let (density, kind) = setup::flow_matching(&training.flow_matching);
         let settings = Settings {

@@ -35,8 +35,13 @@ pub struct MmditConfig {
     #[serde(default)]
     pub qk_norm: Option<String>,
     /// Blocks with a second, image-only attention.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "none_as_empty")]
     pub dual_attention_layers: Vec<usize>,
+}
+
+/// Some files say `null` where none are meant.
+fn none_as_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// Sinusoidal features of a timestep.
@@ -210,6 +215,17 @@ mod tests {
         assert_eq!(count(&["to_k", "to_q", "to_v", "to_out.0"]), (96, 1_179_648));
         let all = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"].map(|n| format!("attn.{n}"));
         assert_eq!(count(&all.each_ref().map(String::as_str)), (191, 2_347_008));
+    }
+
+    #[test]
+    fn no_dual_attention_has_three_forms() {
+        let json = |field: &str| {
+            let text = r#"{"patch_size": 2, "in_channels": 16, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 12,
+                "caption_projection_dim": 8, "pooled_projection_dim": 6, "pos_embed_max_size": 8"#;
+            serde_json::from_str::<MmditConfig>(&format!("{text}{field}}}")).unwrap().dual_attention_layers
+        };
+        assert_eq!([json(""), json(r#", "dual_attention_layers": null"#), json(r#", "dual_attention_layers": []"#)], [const { Vec::<usize>::new() }; 3]);
+        assert_eq!(json(r#", "dual_attention_layers": [1]"#), [1]);
     }
 
     #[test]

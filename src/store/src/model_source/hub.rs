@@ -42,6 +42,8 @@ fn trusting(mut client: reqwest::ClientBuilder, options: &StoreOptions) -> Resul
     }
     Ok(client)
 }
+/// First byte and, unless it is the file's, the last.
+type ByteRange = (u64, Option<u64>);
 
 /// One repository of the hub at one commit.
 #[derive(Clone)]
@@ -142,7 +144,7 @@ impl Hub {
         }
         url.set_query(Some("blobs=true"));
         let location = self.location();
-        let body = self.get_bytes(url).await?;
+        let body = self.get_bytes(url, None, MAX_LISTING_BYTES).await?;
         let answer: Answer =
             serde_json::from_slice(&body).map_err(|error| StoreError::corrupt(&location, format!("the hub's answer is not a list of files: {error}")))?;
         if answer.sha != self.shared.revision {
@@ -184,18 +186,29 @@ impl Hub {
         url
     }
 
-    /// Reads a small answer whole; retries include its body.
-    async fn get_bytes(&self, url: Url) -> Result<Vec<u8>> {
+    /// The first `bytes` of a file, or all of a shorter one.
+    pub(super) async fn first_bytes(&self, path: &str, bytes: usize) -> Result<Vec<u8>> {
+        let last = (bytes as u64).saturating_sub(1);
+        self.get_bytes(self.file_address(path), Some((0, Some(last))), bytes).await
+    }
+
+    /// Reads a small answer whole, or its first `most` bytes where a range is asked for; retries include its body.
+    async fn get_bytes(&self, url: Url, range: Option<ByteRange>, most: usize) -> Result<Vec<u8>> {
         let mut attempts = Attempts::new(&self.shared.retry);
         loop {
-            let response = self.get(url.clone(), None).await?;
+            let response = self.get(url.clone(), range).await?;
             let mut body = Vec::new();
             let mut stream = response.bytes_stream();
             let failure = loop {
                 match stream.next().await {
                     None => return Ok(body),
-                    Some(Ok(piece)) if body.len() + piece.len() > MAX_LISTING_BYTES => {
-                        return Err(StoreError::corrupt(self.location(), format!("the hub's answer is larger than {MAX_LISTING_BYTES} bytes")));
+                    // A server that knows no ranges sends the whole file.
+                    Some(Ok(piece)) if body.len() + piece.len() >= most && range.is_some() => {
+                        body.extend_from_slice(&piece[..most - body.len()]);
+                        return Ok(body);
+                    }
+                    Some(Ok(piece)) if body.len() + piece.len() > most => {
+                        return Err(StoreError::corrupt(self.location(), format!("the hub's answer is larger than {most} bytes")));
                     }
                     Some(Ok(piece)) => body.extend_from_slice(&piece),
                     Some(Err(error)) => break error,
@@ -207,10 +220,10 @@ impl Hub {
     }
 
     /// Sends a GET, with retries and redirects, and returns a successful answer.
-    async fn get(&self, url: Url, offset: Option<u64>) -> Result<reqwest::Response> {
+    async fn get(&self, url: Url, range: Option<ByteRange>) -> Result<reqwest::Response> {
         let mut attempts = Attempts::new(&self.shared.retry);
         loop {
-            let result = match tokio::time::timeout(attempts.remaining().max(Duration::from_millis(1)), self.follow(url.clone(), offset)).await {
+            let result = match tokio::time::timeout(attempts.remaining().max(Duration::from_millis(1)), self.follow(url.clone(), range)).await {
                 Ok(result) => result,
                 Err(_elapsed) => Err(Failure::Transient(self.error("no answer within the time limit", &attempts), None)),
             };
@@ -236,13 +249,14 @@ impl Hub {
     }
 
     /// One attempt: the request and its redirects.
-    async fn follow(&self, mut url: Url, offset: Option<u64>) -> std::result::Result<reqwest::Response, Failure> {
+    async fn follow(&self, mut url: Url, range: Option<ByteRange>) -> std::result::Result<reqwest::Response, Failure> {
         let home = self.shared.endpoint.origin();
         for _ in 0..=MAX_REDIRECTS {
             let mut headers = HeaderMap::new();
             headers.insert(ACCEPT_ENCODING, "identity".parse().map_err(|_| Failure::Final(self.refused("accept-encoding")))?);
-            if let Some(offset) = offset {
-                headers.insert(RANGE, format!("bytes={offset}-").parse().map_err(|_| Failure::Final(self.refused("range")))?);
+            if let Some((first, last)) = range {
+                let last = last.map(|last| last.to_string()).unwrap_or_default();
+                headers.insert(RANGE, format!("bytes={first}-{last}").parse().map_err(|_| Failure::Final(self.refused("range")))?);
             }
             if let Some(token) = self.shared.token.as_ref().filter(|_| url.origin() == home) {
                 let mut value: reqwest::header::HeaderValue =
@@ -347,7 +361,7 @@ impl Remote for HubFile<'_> {
 
     fn open<'a>(&'a self, identity: &'a Identity, offset: u64) -> BoxFuture<'a, Result<Opened>> {
         Box::pin(async move {
-            let response = self.hub.get(self.hub.file_address(&self.file.path), (offset > 0).then_some(offset)).await?;
+            let response = self.hub.get(self.hub.file_address(&self.file.path), (offset > 0).then_some((offset, None))).await?;
             let start = if response.status() == reqwest::StatusCode::PARTIAL_CONTENT {
                 let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
                 let start = range.and_then(|range| range.strip_prefix("bytes ")?.split_once('-')?.0.trim().parse::<u64>().ok());

@@ -8,6 +8,7 @@ use serde_json::Value;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ModelIndex {
     parts: BTreeMap<String, Listed>,
+    class: Option<String>,
 }
 
 /// What the table says about a part.
@@ -30,7 +31,13 @@ impl ModelIndex {
             // `_class_name`, versions and settings.
             _ => None,
         };
-        Ok(Self { parts: fields.iter().filter_map(|(name, value)| Some((name.clone(), listed(value)?))).collect() })
+        let class = fields.get("_class_name").and_then(Value::as_str).map(str::to_owned);
+        Ok(Self { class, parts: fields.iter().filter_map(|(name, value)| Some((name.clone(), listed(value)?))).collect() })
+    }
+
+    /// The pipeline's class, as in `StableDiffusion3Pipeline`.
+    pub(super) fn class(&self) -> Option<&str> {
+        self.class.as_deref()
     }
 
     /// What it says about the folder of a part, if anything.
@@ -52,6 +59,7 @@ mod tests {
         assert_eq!(index.part("text_encoder_3"), Some(&Listed::LeftOut));
         assert_eq!(index.part("tokenizer_3"), Some(&Listed::LeftOut));
         assert_eq!((index.part("transformer"), index.part("_class_name")), (None, None));
+        assert_eq!((index.class(), ModelIndex::default().class()), (Some("StableDiffusion3Pipeline"), None));
         assert!(ModelIndex::parse(b"[]").is_err() && ModelIndex::parse(b"version https://git-lfs").is_err());
     }
 }

@@ -7,6 +7,7 @@
 mod hub;
 mod hub_cache;
 mod index;
+mod look;
 mod select;
 
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use super::error::{StoreError, StoreErrorKind};
 use super::{NoProgress, Progress, Store, StoreOptions, check_key, download};
 use finetune_common::digest;
 
+pub use look::{Found, WeightFile};
 pub use select::Parts;
 
 /// Files downloaded at a time.
@@ -60,12 +62,12 @@ pub enum ModelSourceError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The source was read and does not hold what is needed.
-    #[error("the model at {location} cannot be used: {problem}")]
+    #[error("the model at {location} cannot be used: {}", problems.join("; "))]
     Unusable {
         /// Where the model is.
         location: String,
-        /// What is missing or wrong.
-        problem: String,
+        /// Everything that is missing or wrong, a sentence each.
+        problems: Vec<String>,
     },
 }
 
@@ -174,26 +176,12 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError`].
     pub async fn fetch(&self, parts: Parts, progress: &dyn Progress) -> Result<PathBuf> {
-        let selection = select::select(&self.listing, &self.contents, parts, &self.location)?;
+        let selection = self.select(parts)?;
         self.bring(&selection.files, progress).await?;
         for index in &selection.indexes {
-            let path = self.folder.join(index);
-            let size = std::fs::metadata(&path).map_err(StoreError::local("read the size of", &path))?.len();
-            if size > MAX_INDEX_BYTES {
-                return Err(self.unusable(format!("{index} is larger than {MAX_INDEX_BYTES} bytes")));
-            }
-            let json = std::fs::read(&path).map_err(StoreError::local("read", &path))?;
-            self.bring(&select::shards(&json, index, &self.listing, &self.location)?, progress).await?;
+            self.bring(&self.shards(index)?, progress).await?;
         }
         Ok(self.folder.clone())
-    }
-
-    /// Whether the files of `parts` are listed, without fetching them.
-    ///
-    /// # Errors
-    /// [`ModelSourceError::Unusable`] names the first that is missing.
-    pub fn check(&self, parts: Parts) -> Result<()> {
-        select::select(&self.listing, &self.contents, parts, &self.location).map(|_| ())
     }
 
     /// The model's folder. Holds what has been fetched.
@@ -207,7 +195,7 @@ impl ModelFolder {
     /// # Errors
     /// [`ModelSourceError`].
     pub async fn fingerprint(&self, parts: Parts) -> Result<[u8; 32]> {
-        let Selection { files, weights, .. } = select::select(&self.listing, &self.contents, parts, &self.location)?;
+        let Selection { files, weights, .. } = self.select(parts)?;
         let mut all = files;
         all.extend(weights);
         all.sort_by(|a, b| a.path.cmp(&b.path));
@@ -256,8 +244,23 @@ impl ModelFolder {
         }
     }
 
+    fn select(&self, parts: Parts) -> Result<Selection> {
+        select::select(&self.listing, &self.contents, parts, &self.location)
+    }
+
+    /// The files that an index names; the index has been fetched.
+    fn shards(&self, index: &str) -> Result<Vec<RemoteFile>> {
+        let path = self.folder.join(index);
+        let size = std::fs::metadata(&path).map_err(StoreError::local("read the size of", &path))?.len();
+        if size > MAX_INDEX_BYTES {
+            return Err(self.unusable(format!("{index} is larger than {MAX_INDEX_BYTES} bytes")));
+        }
+        let json = std::fs::read(&path).map_err(StoreError::local("read", &path))?;
+        select::shards(&json, index, &self.listing, &self.location)
+    }
+
     fn unusable(&self, problem: String) -> ModelSourceError {
-        ModelSourceError::Unusable { location: self.location.clone(), problem }
+        ModelSourceError::Unusable { location: self.location.clone(), problems: vec![problem] }
     }
 }
 

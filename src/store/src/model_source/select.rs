@@ -92,14 +92,20 @@ pub(super) struct Selection {
 }
 
 /// Selects the files of `parts` in `listing`; `contents` is what `model_index.json` says.
+///
+/// # Errors
+/// Every part that is missing or has no usable weights, at once.
 pub(super) fn select(listing: &[RemoteFile], contents: &ModelIndex, parts: Parts, location: &str) -> Result<Selection, ModelSourceError> {
-    let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problem };
+    let (selection, problems) = select_present(listing, contents, parts);
+    if problems.is_empty() { Ok(selection) } else { Err(ModelSourceError::Unusable { location: location.to_owned(), problems }) }
+}
+
+/// Selects what there is of the files of `parts`, and names every part that is missing or has no usable weights.
+pub(super) fn select_present(listing: &[RemoteFile], contents: &ModelIndex, parts: Parts) -> (Selection, Vec<String>) {
     let mut selection = Selection::default();
-    let Some(index) = listing.iter().find(|file| file.path == MODEL_INDEX) else {
-        let problem = format!("it has no {MODEL_INDEX}; a model in diffusers' folder layout is needed (names of such repositories often end in -diffusers)");
-        return Err(unusable(problem));
-    };
+    let Some(index) = listing.iter().find(|file| file.path == MODEL_INDEX) else { return (selection, vec![no_index(listing)]) };
     selection.files.push(index.clone());
+    let mut problems = Vec::new();
     for component in COMPONENTS.iter().filter(|component| parts.contains(component.part)) {
         let files = in_folder(listing, component.folder);
         let listed = contents.part(component.folder);
@@ -107,29 +113,51 @@ pub(super) fn select(listing: &[RemoteFile], contents: &ModelIndex, parts: Parts
             continue;
         }
         if files.is_empty() {
-            let problem = match (component.optional, listed) {
+            problems.push(match (component.optional, listed) {
                 (true, Some(Listed::As(class))) => format!(
                     "it has no folder {folder}/, which {MODEL_INDEX} lists ({class}): fetch it too, or, to go without T5, write \"text_encoder_3\": [null, null] and \
                      \"tokenizer_3\": [null, null] in {MODEL_INDEX}",
                     folder = component.folder
                 ),
                 _ => format!("it has no folder {}/", component.folder),
-            };
-            return Err(unusable(problem));
+            });
+            continue;
         }
         let config = |name: &&str| {
             let index = name.contains(".safetensors.index.") || name.contains(".bin.index.");
             ending(name) == "json" && !index && !name.starts_with("flax_")
         };
-        let texts = files.keys().filter(|name| config(name) || **name == "merges.txt");
+        // SentencePiece's own file only where it is needed: it holds what tokenizer.json does.
+        let tokens = |name: &&str| **name == *"merges.txt" || (**name == *"spiece.model" && !files.contains_key("tokenizer.json"));
+        let texts = files.keys().filter(|name| config(name) || tokens(name));
         selection.files.extend(texts.filter_map(|name| files.get(name)).map(|file| (*file).clone()));
-        if component.weights {
-            take_weights(&files, component.folder, &mut selection).map_err(unusable)?;
+        if component.weights
+            && let Err(problem) = take_weights(&files, component.folder, &mut selection)
+        {
+            problems.push(problem);
         }
     }
     selection.files.sort_by(|a, b| a.path.cmp(&b.path));
     selection.weights.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(selection)
+    (selection, problems)
+}
+
+/// What a folder without a table of contents is instead, and what to do.
+fn no_index(listing: &[RemoteFile]) -> String {
+    let mut problem = format!("it has no {MODEL_INDEX}; a model in diffusers' folder layout is needed");
+    let has = |ending: &str| listing.iter().find(|file| file.path.to_ascii_lowercase().ends_with(ending)).map(|file| file.path.as_str());
+    if let Some(below) = listing.iter().find_map(|file| file.path.strip_suffix(MODEL_INDEX)?.strip_suffix('/')) {
+        problem += &format!(": there is one in its folder {below}/, so name that");
+    } else if listing.iter().any(|file| file.path == "refs/main") {
+        problem += ": this is the hub's cache of a repository, whose folder snapshots/<commit>/ holds the model";
+    } else if let Some(file) = has(".gguf") {
+        problem += &format!("; {file} is quantised (GGUF), which is not read");
+    } else if let Some(file) = has(".safetensors") {
+        problem += &format!("; single files such as {file} are not read (names of repositories with folders often end in -diffusers)");
+    } else {
+        problem += " (names of such repositories often end in -diffusers)";
+    }
+    problem
 }
 
 /// Whether the model leaves T5 out: by its table of contents, or, where that does not mention it, for lack of its folder.
@@ -145,6 +173,11 @@ pub(super) fn is_without_t5(listing: &[RemoteFile], contents: &ModelIndex) -> bo
 /// What follows the last dot of a file's name.
 fn ending(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(_, ending)| ending)
+}
+
+/// The folder of a path; nothing at the top.
+pub(super) fn folder_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(folder, _)| folder)
 }
 
 /// The files directly in `folder`, by name.
@@ -163,13 +196,26 @@ struct WeightName<'a> {
 
 fn weight_name(name: &str) -> Option<WeightName<'_>> {
     let base = name.strip_suffix(".safetensors")?;
-    let shard = base.len().checked_sub("-00001-of-00002".len()).filter(|at| base.is_char_boundary(*at)).and_then(|at| {
+    let (rest, mut shard) = split_shard(base);
+    let (stem, variant) = rest.split_once('.').unwrap_or((rest, ""));
+    // The old form has the variant last: model-00001-of-00002.fp16.
+    let stem = if shard.is_none() {
+        let (stem, numbers) = split_shard(stem);
+        shard = numbers;
+        stem
+    } else {
+        stem
+    };
+    matches!(stem, "model" | "diffusion_pytorch_model").then_some(WeightName { stem, variant, shard })
+}
+
+/// A name without its `-00001-of-00002`, and those numbers.
+fn split_shard(base: &str) -> (&str, Option<(u32, u32)>) {
+    let split = base.len().checked_sub("-00001-of-00002".len()).filter(|at| base.is_char_boundary(*at)).and_then(|at| {
         let (number, count) = base[at..].strip_prefix('-')?.split_once("-of-")?;
-        Some((at, number.parse().ok()?, count.parse().ok()?))
+        Some((&base[..at], (number.parse().ok()?, count.parse().ok()?)))
     });
-    let base = shard.map_or(base, |(at, ..)| &base[..at]);
-    let (stem, variant) = base.split_once('.').unwrap_or((base, ""));
-    matches!(stem, "model" | "diffusion_pytorch_model").then_some(WeightName { stem, variant, shard: shard.map(|(_, number, count)| (number, count)) })
+    split.map_or((base, None), |(rest, numbers)| (rest, Some(numbers)))
 }
 
 /// One variant of a component's weights: the one without a name, else `fp16`, else the first by name; one file rather than shards.
@@ -181,7 +227,13 @@ fn take_weights(files: &BTreeMap<&str, &RemoteFile>, folder: &str, selection: &m
     });
     let Some((first, first_file)) = named.first() else {
         let other = files.keys().any(|name| [".bin", ".ckpt", ".pt", ".msgpack", ".onnx", ".h5"].iter().any(|ending| name.ends_with(ending)));
-        let hint = if other { "; other formats (.bin, .ckpt) can run code when they are loaded and are not read" } else { "" };
+        let hint = if files.keys().any(|name| name.ends_with(".gguf")) {
+            "; GGUF files, whose weights are quantised, are not read"
+        } else if other {
+            "; other formats (.bin, .ckpt) can run code when they are loaded and are not read"
+        } else {
+            ""
+        };
         return Err(format!("its folder {folder}/ has no weights in safetensors format{hint}"));
     };
     let Some((_, count)) = first.shard else {
@@ -189,12 +241,13 @@ fn take_weights(files: &BTreeMap<&str, &RemoteFile>, folder: &str, selection: &m
         selection.weights.push((*first_file).clone());
         return Ok(());
     };
-    let index_name = if first.variant.is_empty() {
-        format!("{}.safetensors.index.json", first.stem)
-    } else {
-        format!("{}.safetensors.index.{}.json", first.stem, first.variant)
+    // diffusers writes the variant last, transformers before; both read either.
+    let index_names = match (first.stem, first.variant) {
+        (stem, "") => vec![format!("{stem}.safetensors.index.json")],
+        (stem, variant) => vec![format!("{stem}.safetensors.index.{variant}.json"), format!("{stem}.{variant}.safetensors.index.json")],
     };
-    let index = files.get(index_name.as_str()).ok_or_else(|| format!("its folder {folder}/ has weights in {count} shards but no {index_name}"))?;
+    let index = index_names.iter().find_map(|name| files.get(name.as_str()));
+    let index = index.ok_or_else(|| format!("its folder {folder}/ has weights in {count} shards but no {}", index_names.join(" or ")))?;
     selection.files.push((*index).clone());
     selection.indexes.push(index.path.clone());
     let same = |name: &WeightName<'_>| (name.stem, name.variant) == (first.stem, first.variant) && name.shard.is_some();
@@ -209,22 +262,28 @@ pub(super) fn shards(index: &[u8], index_path: &str, listing: &[RemoteFile], loc
         weight_map: BTreeMap<String, String>,
     }
 
-    let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problem };
+    let unusable = |problem: String| ModelSourceError::Unusable { location: location.to_owned(), problems: vec![problem] };
     let parsed: Index = serde_json::from_slice(index).map_err(|error| unusable(format!("{index_path} is no index of weights: {error}")))?;
-    let folder = index_path.rsplit_once('/').map_or("", |(folder, _)| folder);
-    let files = in_folder(listing, folder);
+    let files = in_folder(listing, folder_of(index_path));
     let names: std::collections::BTreeSet<&str> = parsed.weight_map.values().map(String::as_str).collect();
     if names.is_empty() {
         return Err(unusable(format!("{index_path} names no weights")));
     }
     let find = |name: &&str| {
         if !name.ends_with(".safetensors") {
-            return Err(unusable(format!("{index_path} names {name:?}, which is not a safetensors file of its folder")));
+            return Err(format!("{index_path} names {name:?}, which is not a safetensors file of its folder"));
         }
         // Only names that are listed directly in the folder are found, so "../" leads nowhere.
-        files.get(name).map(|file| (*file).clone()).ok_or_else(|| unusable(format!("{index_path} names {name:?}, which does not exist in its folder")))
+        files.get(name).map(|file| (*file).clone()).ok_or_else(|| format!("{index_path} names {name:?}, which does not exist in its folder"))
     };
-    names.iter().map(find).collect()
+    let (mut found, mut problems) = (Vec::new(), Vec::new());
+    for name in &names {
+        match find(name) {
+            Ok(file) => found.push(file),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() { Ok(found) } else { Err(ModelSourceError::Unusable { location: location.to_owned(), problems }) }
 }
 
 #[cfg(test)]
@@ -319,6 +378,8 @@ mod tests {
         assert_eq!(encoders.indexes, ["text_encoder_3/model.safetensors.index.json"]);
         assert!(paths(&encoders.weights).contains(&"text_encoder_3/model-00002-of-00002.safetensors"));
         assert!(paths(&take(Parts::TOKENIZERS).files).contains(&"tokenizer/merges.txt"));
+        let pieces: Vec<&str> = SD3.iter().copied().filter(|path| *path != "tokenizer_3/tokenizer.json").collect();
+        assert!(paths(&select(&listing(&pieces), &ModelIndex::default(), Parts::TOKENIZERS, "x").unwrap().files).contains(&"tokenizer_3/spiece.model"));
         assert!(
             !paths(&take(Parts::ALL).files)
                 .iter()
@@ -359,6 +420,42 @@ mod tests {
     }
 
     #[test]
+    fn every_part_that_is_missing_is_named() {
+        let few: Vec<&str> = SD3.iter().copied().filter(|path| !path.starts_with("vae/") && !path.starts_with("scheduler/")).collect();
+        let error = select(&listing(&few), &ModelIndex::default(), Parts::ALL, "x").unwrap_err().to_string();
+        assert!(error.contains("no folder vae/") && error.contains("no folder scheduler/"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_model_folder_gets_a_hint() {
+        for (paths, part) in [
+            (&["README.md"][..], "-diffusers"),
+            (&["sd3_medium.safetensors", "README.md"], "sd3_medium.safetensors"),
+            (&["sd3.5_medium-Q4_0.gguf"], "GGUF"),
+            (&["tiny-sd3/model_index.json", "tiny-sd3/README.md"], "in its folder tiny-sd3/"),
+            (&["refs/main"], "snapshots/<commit>/"),
+        ] {
+            let error = select(&listing(paths), &ModelIndex::default(), Parts::ALL, "x").unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        let quantised = ["model_index.json", "transformer/config.json", "transformer/sd3.gguf"];
+        assert!(select(&listing(&quantised), &ModelIndex::default(), Parts::TRANSFORMER, "x").unwrap_err().to_string().contains("GGUF"));
+    }
+
+    #[test]
+    fn old_names_of_shards_and_indexes_are_known() {
+        let old = [
+            "model_index.json",
+            "transformer/config.json",
+            "transformer/diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+            "transformer/diffusion_pytorch_model-00002-of-00002.fp16.safetensors",
+            "transformer/diffusion_pytorch_model.fp16.safetensors.index.json",
+        ];
+        let selection = select(&listing(&old), &ModelIndex::default(), Parts::TRANSFORMER, "x").unwrap();
+        assert_eq!((selection.indexes, selection.weights.len()), (vec![old[4].to_owned()], 2));
+    }
+
+    #[test]
     fn an_index_decides_on_the_shards_and_cannot_leave_its_folder() {
         let files = listing(&SD3);
         let path = "text_encoder_3/model.safetensors.index.json";
@@ -379,6 +476,7 @@ mod tests {
         assert_eq!(weight_name("model.safetensors"), name("model", "", None));
         assert_eq!(weight_name("model.fp16.safetensors"), name("model", "fp16", None));
         assert_eq!(weight_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"), name("diffusion_pytorch_model", "fp16", Some((1, 2))));
+        assert_eq!(weight_name("model-00001-of-00002.fp16.safetensors"), name("model", "fp16", Some((1, 2))));
         for other in ["model.bin", "adapter.safetensors", "modelé-0001-of-0002.safetensors", "model.safetensors.index.json"] {
             assert_eq!(weight_name(other), None, "{other}");
         }

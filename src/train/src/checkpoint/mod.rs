@@ -13,7 +13,7 @@ mod own;
 mod place;
 mod snapshot;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -26,8 +26,6 @@ pub use place::{Label, Place};
 pub use snapshot::{ExecutionPlan, LORA_FILE, METRICS_FILE, Snapshot, SnapshotError, State};
 
 use self::inventory::{Inventory, Ownership};
-use super::tensor_file::{self, TensorFileError};
-use finetune_compute::optim::Param;
 use finetune_store::claims::Claim;
 use finetune_store::manifest::{self, Content, Verified};
 use finetune_store::{Store, StoreError};
@@ -61,15 +59,6 @@ pub enum CheckpointError {
     NotFound {
         /// Where.
         uri: String,
-    },
-    /// The checkpoint's LoRA cannot be read.
-    #[error("failed to read the LoRA of the checkpoint in {uri}")]
-    Lora {
-        /// Where.
-        uri: String,
-        /// The cause.
-        #[source]
-        source: TensorFileError,
     },
 }
 
@@ -299,20 +288,13 @@ fn stale(keys: &[String], keep: u32, attempt: u64) -> Vec<&String> {
     keys.iter().filter(|k| Place::parse(k).is_some_and(|(place, _)| is_stale(place))).collect()
 }
 
-/// The LoRA of a checkpoint of another run: of the folder that `store` is, or of the newest that verifies below it.
+/// The files of the newest checkpoint that verifies, whichever run it belongs to.
 ///
 /// # Errors
-/// [`CheckpointError::NotFound`] if there is none.
-pub async fn warm_start(store: &Store) -> Result<BTreeMap<String, Param>, CheckpointError> {
-    let not_found = || CheckpointError::NotFound { uri: store.uri().to_owned() };
-    let files: BTreeMap<String, Bytes> = if let Some(manifest) = manifest::read(store).await? {
-        manifest::read_files(store, &manifest).await?.into_iter().collect()
-    } else {
-        let folders: Vec<String> = places(store).await?.into_iter().rev().map(Place::folder).collect();
-        manifest::first_that_verifies(store, &folders).await?.ok_or_else(not_found)?.files.into_iter().collect()
-    };
-    let bytes = files.get(LORA_FILE).ok_or_else(not_found)?;
-    tensor_file::read_params(bytes, LORA_FILE).map_err(|source| CheckpointError::Lora { uri: store.uri().to_owned(), source })
+/// If the store fails.
+pub async fn newest(store: &Store) -> Result<Option<Vec<(String, Bytes)>>, StoreError> {
+    let folders: Vec<String> = places(store).await?.into_iter().rev().map(Place::folder).collect();
+    Ok(manifest::first_that_verifies(store, &folders).await?.map(|verified| verified.files))
 }
 
 /// All places with a manifest, oldest first.
