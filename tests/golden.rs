@@ -52,3 +52,12 @@ fn a_folder_without_cases_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     verify(dir.path()).code(1).stderr(predicate::str::contains("no case found"));
 }
+
+/// T5 by an independent second implementation, on weights that no reference case was made from.
+#[test]
+fn a_models_t5_agrees_with_candle_transformers() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/quickstart/bucket/models/tiny-sd3");
+    let verify = |model: &Path| Command::new(env!("CARGO_BIN_EXE_finetune")).arg("verify").arg("--model").arg(model).args(["--device", "cpu"]).assert();
+    verify(&model).success().stdout(predicate::str::contains("text_encoder_3").and(predicate::str::contains("ok")));
+    verify(Path::new("/nonexistent")).failure().stderr(predicate::str::contains("/nonexistent"));
+}

@@ -1,4 +1,5 @@
-//! `finetune verify DIR`: numbers of this build against cases of the reference implementation.
+//! `finetune verify DIR`: numbers of this build against cases of the reference implementation; with `--model`, a model of the user's own against
+//! candle-transformers.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,13 +8,20 @@ use anyhow::{Result, bail};
 
 use super::device::{DeviceName, PrecisionName};
 use finetune_compute::kernels::Precision;
+use finetune_model::ModelDir;
 use finetune_train::verify::{self, Case, Report, Row};
 
 /// Arguments of `finetune verify`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// A case, or a folder of cases.
-    dir: PathBuf,
+    #[arg(required_unless_present = "model")]
+    dir: Option<PathBuf>,
+
+    /// Instead of cases: a model's folder in diffusers layout. Its T5 is run by this build and, in 32 bits on the CPU, by candle-transformers, a second
+    /// implementation that shares no code with it.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "kind"])]
+    model: Option<PathBuf>,
 
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
@@ -35,12 +43,19 @@ pub(super) struct Args {
 /// Exit code 0 when every tensor of every case is within its tolerance, 1 otherwise.
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let engine = args.device.open(args.precision)?;
-    let mut cases = Case::find(&args.dir)?;
+    if let Some(model) = &args.model {
+        let report = verify::text_encoder(&ModelDir::open(model)?, &engine)?;
+        say(&format!("{} against candle-transformers", model.display()));
+        print_rows(&report, args.quiet);
+        return Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    let Some(dir) = &args.dir else { bail!("give a folder of cases, or --model") };
+    let mut cases = Case::find(dir)?;
     if let Some(kind) = &args.kind {
         cases.retain(|case| case.kind() == kind);
     }
     if cases.is_empty() {
-        bail!("no case found in {}: a case is a folder with a case.json", args.dir.display());
+        bail!("no case found in {}: a case is a folder with a case.json", dir.display());
     }
     let mut failed = 0;
     for case in &cases {
@@ -63,6 +78,10 @@ fn print(case: &Case, report: &Report, half: bool, quiet: bool) {
     let verdict = if report.passed() { "passed" } else { "FAILED" };
     let allowed = if half { "each tensor as the case says".to_owned() } else { format!("{:.1e}", case.tolerance()) };
     say(&format!("{} ({}): {verdict}, largest relative error {:.2e}, allowed {allowed}", case.name(), case.kind(), report.worst()));
+    print_rows(report, quiet);
+}
+
+fn print_rows(report: &Report, quiet: bool) {
     let width = report.rows().iter().map(|r| r.name.len()).max().unwrap_or(0);
     for row in report.rows().iter().filter(|row| !quiet || !row.passed) {
         let allowed = row.tolerance.map_or_else(|| "-".to_owned(), |tolerance| format!("{tolerance:.1e}"));

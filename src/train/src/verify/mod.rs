@@ -14,7 +14,10 @@ mod encode_image;
 mod encode_prompt;
 mod preprocess;
 mod sample;
+mod second;
 pub mod train;
+
+pub use second::text_encoder;
 
 /// Why a case could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +59,9 @@ pub enum VerifyError {
         "case.json has no half_precision.{0}: the errors of the reference implementation in that precision (reference/half_precision.py); without them a case is judged in fp32 only"
     )]
     NoHalfPrecision(&'static str),
+    /// The second implementation covers T5 alone.
+    #[error("the model in {0} has no text_encoder_3/: there is nothing to compare")]
+    NoT5(PathBuf),
     /// No module for this kind.
     #[error("unknown kind of case {0:?}")]
     UnknownKind(String),
