@@ -28,7 +28,7 @@ use super::nodes;
 use super::pod_names::PodNames;
 use super::progress::{self, Changed};
 use super::queue::Urgency;
-use super::readiness::{Problem, Readiness, Scope, Trouble};
+use super::readiness::{Problem, Readiness, Scope, Trouble, until};
 use super::strip::{strip_child, strip_job, strip_pod};
 use super::world;
 use finetune_api::{FineTuneJob, JOB_LABEL, JOB_UID_LABEL, job_name};
@@ -141,10 +141,10 @@ impl Caches {
         };
         // Without its Workloads every queued job would look as if it had lost its quota.
         let mut kueue_seen = self.kueue_seen.clone();
-        let kueue = kueue_seen.wait_for(|seen| *seen);
+        let kueue = until(&mut kueue_seen);
         let (jobs, children, pods, nodes, kueue) =
             futures::join!(self.jobs.wait_until_ready(), self.children.wait_until_ready(), self.pods.wait_until_ready(), nodes, kueue);
-        jobs.is_ok() && children.is_ok() && pods.is_ok() && nodes && kueue.is_ok()
+        jobs.is_ok() && children.is_ok() && pods.is_ok() && nodes && kueue
     }
 }
 

@@ -194,6 +194,16 @@ impl fmt::Display for Problem<'_> {
     }
 }
 
+/// Waits until the channel holds true; false if its other end is gone before. Unlike `Receiver::wait_for`, it keeps no guard, which may not cross threads.
+pub(crate) async fn until(receiver: &mut tokio::sync::watch::Receiver<bool>) -> bool {
+    while !*receiver.borrow_and_update() {
+        if receiver.changed().await.is_err() {
+            return false;
+        }
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,7 +21,7 @@ use super::http::{HttpError, Server};
 use super::lease::{Elector, Intervals, Leadership, LeaseError};
 use super::metrics::Metrics;
 use super::progress::{Poller, http_client};
-use super::readiness::{self, Readiness};
+use super::readiness::{self, Readiness, until};
 use super::reconcile::Scope;
 use super::settings::Settings;
 use finetune_api::{API_VERSION, KIND};
@@ -130,7 +130,7 @@ async fn work(client: &Client, options: &Options, metrics: &Arc<Metrics>, readin
     let leading = async {
         tokio::select! {
             // The other end lives as long as this future.
-            _ = served.wait_for(|served| *served) => Box::pin(lead(client, options, metrics, readiness, shutdown)).await,
+            _ = until(&mut served) => Box::pin(lead(client, options, metrics, readiness, shutdown)).await,
             () = waiting => Ok(()),
         }
     };

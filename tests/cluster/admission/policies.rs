@@ -73,11 +73,12 @@ async fn jobs_may_name_the_images_and_service_accounts_that_are_allowed_and_no_o
     }
 
     // What is there may be suspended, but not given another image that is not allowed.
-    let patch = |change: Value| kubernetes::patch(&client, "FineTuneJob", NAMESPACE, "older", &change, false);
+    let client = &client;
+    let patch = |change: Value| async move { kubernetes::patch(client, "FineTuneJob", NAMESPACE, "older", &change, false).await };
     patch(json!({"spec": {"suspend": true}})).await.map_err(|error| error.to_string()).map(drop).expect("it may be suspended");
     let said = patch(json!({"spec": {"image": "docker.io/other:2"}})).await.expect_err("another image").to_string();
     assert!(said.contains("spec.image must begin"), "{said}");
-    kubernetes::delete(&client, "FineTuneJob", NAMESPACE, "older").await;
+    kubernetes::delete(client, "FineTuneJob", NAMESPACE, "older").await;
 }
 
 #[tokio::test]
