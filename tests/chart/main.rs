@@ -122,7 +122,7 @@ const NAMESPACED_RIGHTS: &[(&str, &str, &[&str])] = &[
     ("batch", "jobs", &["get", "list", "watch", "create", "delete", "patch"]),
     ("", "pods", &["list", "watch"]),
     ("", "configmaps", &["get", "create"]),
-    ("events.k8s.io", "events", &["create", "patch"]),
+    ("events.k8s.io", "events", &["create", "list", "patch"]),
     ("kueue.x-k8s.io", "workloads", &["list", "watch"]),
 ];
 

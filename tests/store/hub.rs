@@ -250,7 +250,7 @@ async fn a_gated_model_says_what_to_do() {
     let hub = Running::start(Behaviour { gated: true, ..Behaviour::default() }).await;
     for token in [None, Some("hf_another-account")] {
         let cache = tempfile::tempdir().unwrap();
-        let error = hub.open(token, cache.path()).await.unwrap().fetch(Parts::VAE, &NoProgress).await.unwrap_err();
+        let error = hub.open(token, cache.path()).await.unwrap_err();
         assert_eq!(error.store_kind(), Some(StoreErrorKind::PermissionDenied));
         let text = shown(&error);
         assert!(text.contains("licence") && text.contains("HF_TOKEN") && text.contains("GatedRepo"), "{text}");

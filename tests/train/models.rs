@@ -346,7 +346,7 @@ fn a_run_starts_from_a_lora() {
         let result: Value = serde_json::from_slice(&again.read(&format!("{number}/result.json"))).unwrap();
         assert_eq!(&result["evaluation"]["start"], end, "{from}");
     }
-    for (changes, code, part) in [
+    for (mut changes, code, part) in [
         (json!({"resume": {"fromCheckpoint": "s3://test/data/"}}), Reason::NotFound, "holds no LoRA file"),
         (json!({"resume": {"fromCheckpoint": "s3://test/start/output/"}, "training": {"lora": {"rank": 8}}}), Reason::InvalidConfig, "set rank to"),
         (
@@ -355,6 +355,7 @@ fn a_run_starts_from_a_lora() {
             "targetModules does not name",
         ),
     ] {
+        changes["output"] = json!({"uri": "s3://test/refused/"});
         let output = again.run(&changes);
         assert_eq!(output.status.code(), Some(i32::from(code.exit_code())), "{}", text(&output));
         assert!(text(&output).contains(part), "{}", text(&output));

@@ -185,7 +185,7 @@ impl RetryingService {
             tracing::warn!(
                 count = new.len(),
                 first,
-                "objects were left out of a listing: \"//\", \".\", \"..\" and control characters cannot be in a name here"
+                "objects were left out of a listing: \"//\", \".\", \"..\" control characters and what is no text cannot be in a name here"
             );
         }
         Ok(HttpResponse::from_parts(parts, page.body.into_bytes().into()))

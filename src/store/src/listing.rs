@@ -57,7 +57,6 @@ pub(super) fn with_plain_spaces(query: &str) -> Cow<'_, str> {
 /// What is wrong with the server, if its pages never end.
 pub(super) fn page(dialect: &Dialect, query: &str, body: &[u8]) -> Result<Page, String> {
     let text = String::from_utf8_lossy(body);
-    let damaged = matches!(text, Cow::Owned(_));
     if let Some(next) = element(&text, dialect.next).filter(|token| !token.is_empty()) {
         let next = unescape(next).unwrap_or(Cow::Borrowed(next));
         if form_urlencoded::parse(query.as_bytes()).any(|(name, value)| name == dialect.token && value == next) {
@@ -71,7 +70,7 @@ pub(super) fn page(dialect: &Dialect, query: &str, body: &[u8]) -> Result<Page, 
         let entry = &rest[start..start + length];
         kept.push_str(&rest[..start]);
         match element(entry, dialect.key) {
-            Some(key) => match usable(key, damaged) {
+            Some(key) => match usable(key) {
                 Ok(()) => kept.push_str(entry),
                 Err(key) => left_out.push(key),
             },
@@ -83,10 +82,11 @@ pub(super) fn page(dialect: &Dialect, query: &str, body: &[u8]) -> Result<Page, 
     Ok(Page { body: kept, left_out })
 }
 
-/// Whether `object_store` takes the key; the key itself where not.
-fn usable(key: &str, damaged: bool) -> Result<(), String> {
+/// Whether `object_store` takes the key; the key itself where not. The replacement character stands for bytes that are no text: here or, as in gofakes3, on
+/// the server, which then knows no such key.
+fn usable(key: &str) -> Result<(), String> {
     let Ok(decoded) = unescape(key) else { return Err(key.to_owned()) };
-    let unreadable = damaged && decoded.contains(char::REPLACEMENT_CHARACTER);
+    let unreadable = decoded.contains(char::REPLACEMENT_CHARACTER);
     if unreadable || ObjectPath::parse(&*decoded).is_err() { Err(decoded.into_owned()) } else { Ok(()) }
 }
 

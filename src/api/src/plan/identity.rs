@@ -7,7 +7,7 @@ use super::{DatasetConfig, OutputFormat, TrainingConfig, ValidationConfig, canon
 use finetune_common::digest;
 
 /// Version of the identity's form; part of the hash.
-const IDENTITY_VERSION: u32 = 1;
+const IDENTITY_VERSION: u32 = 2;
 
 /// What determines the weights, after resolution: a default written out and a default left out are the same.
 ///
