@@ -67,8 +67,10 @@ fn shared_output(job: &FineTuneJob, caches: &Caches, settings: &Settings) -> Opt
         });
         other.metadata.uid != job.metadata.uid && !ended && other.metadata.deletion_timestamp.is_none() && overlap(job, other, settings)
     };
-    let found = caches.jobs.find(|other| other.0.as_ref().is_ok_and(shares))?;
-    let found = found.0.as_ref().ok()?;
+    // The first by name: whoever looks again finds the same one.
+    let others = caches.jobs.state();
+    let others = others.iter().filter_map(|other| other.0.as_ref().ok()).filter(|other| shares(other));
+    let found = others.min_by_key(|other| (other.namespace(), other.name_any()))?;
     Some(format!("FineTuneJob {:?} ({})", format!("{}/{}", found.namespace().unwrap_or_default(), found.name_any()), found.spec.output.uri))
 }
 

@@ -174,6 +174,8 @@ fn next(
     }
     match intent {
         Intent::Wait(Wait::Ending(_) | Wait::JobDeleting) => pauses.push(LATER),
+        // What the API server finds invalid stays so.
+        Intent::Create { .. } if matches!(outcome, Outcome::Invalid { .. }) => {}
         Intent::Create { .. } | Intent::Delete { .. } => pauses.push(BELIEF_ENDS),
         _ => {}
     }

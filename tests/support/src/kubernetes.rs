@@ -40,6 +40,8 @@ pub fn api(client: &Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
         "ConfigMap" => ("", "v1", "configmaps"),
         "Namespace" => ("", "v1", "namespaces"),
         "Node" => ("", "v1", "nodes"),
+        "ResourceQuota" => ("", "v1", "resourcequotas"),
+        "LimitRange" => ("", "v1", "limitranges"),
         "Secret" => ("", "v1", "secrets"),
         "Workload" => ("kueue.x-k8s.io", "v1beta2", "workloads"),
         other => panic!("kubernetes::api does not know {other}"),
