@@ -89,7 +89,7 @@ fn read(path: &Path) -> Result<TrainConfig, String> {
 /// YAML or JSON. By way of JSON's data model: the YAML library wants `!Tag` for the enums that JSON writes as maps with one key.
 fn parse(text: &str) -> Result<TrainConfig, String> {
     let value: serde_json::Value = yaml::from_str(text).map_err(|error| job::chain(&error))?;
-    let (config, unknown) = TrainConfig::read(value).map_err(|error| error.to_string())?;
+    let (config, unknown) = TrainConfig::read(&value).map_err(|error| error.to_string())?;
     if !unknown.is_empty() {
         tracing::warn!(
             fields = unknown.join(", "),

@@ -25,7 +25,7 @@ impl TrainConfig {
     ///
     /// # Errors
     /// If it was written for newer trainers, misses something, or has values that cannot be.
-    pub fn read(value: Value) -> Result<(Self, Vec<String>), ConfigError> {
+    pub fn read(value: &Value) -> Result<(Self, Vec<String>), ConfigError> {
         let found = value.get("configVersion").and_then(Value::as_u64).unwrap_or(0);
         if found > u64::from(CONFIG_VERSION) {
             return Err(ConfigError::Newer { found });
@@ -33,7 +33,7 @@ impl TrainConfig {
         let config: Self = serde_json::from_value(value.clone()).map_err(ConfigError::Malformed)?;
         let known = serde_json::to_value(&config).map_err(ConfigError::Malformed)?;
         let mut unknown = Vec::new();
-        left_out(&value, &known, "", &mut unknown);
+        left_out(value, &known, "", &mut unknown);
         Ok((config, unknown))
     }
 }
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn the_stored_configuration_of_this_version_is_read_without_loss() {
         let stored: Value = serde_json::from_str(STORED).unwrap();
-        let (config, unknown) = TrainConfig::read(stored.clone()).unwrap();
+        let (config, unknown) = TrainConfig::read(&stored).unwrap();
         assert_eq!((config.config_version, unknown), (1, Vec::new()));
         assert_eq!(serde_json::to_value(&config).unwrap(), stored);
     }
@@ -79,11 +79,11 @@ mod tests {
     #[test]
     fn what_a_newer_operator_has_added_is_left_out_and_named() {
         let mut value: Value = serde_json::from_str(STORED).unwrap();
-        let plain = TrainConfig::read(value.clone()).unwrap().0;
+        let plain = TrainConfig::read(&value).unwrap().0;
         value["surprise"] = json!(1);
         value["training"]["surprise"] = json!({"a": 1});
         value["training"]["absent"] = Value::Null;
-        let (config, unknown) = TrainConfig::read(value).unwrap();
+        let (config, unknown) = TrainConfig::read(&value).unwrap();
         assert_eq!((config, unknown), (plain, vec!["surprise".to_owned(), "training.surprise".to_owned()]));
     }
 
@@ -91,10 +91,10 @@ mod tests {
     fn a_configuration_for_newer_trainers_is_refused_with_the_way_out() {
         let mut value: Value = serde_json::from_str(STORED).unwrap();
         value["configVersion"] = json!(CONFIG_VERSION + 1);
-        let error = TrainConfig::read(value.clone()).unwrap_err().to_string();
+        let error = TrainConfig::read(&value).unwrap_err().to_string();
         assert!(error.contains("version 2") && error.contains("spec.image"), "{error}");
         // One from before there were versions.
         value.as_object_mut().unwrap().remove("configVersion");
-        assert_eq!(TrainConfig::read(value).unwrap().0.config_version, 0);
+        assert_eq!(TrainConfig::read(&value).unwrap().0.config_version, 0);
     }
 }

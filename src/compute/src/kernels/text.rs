@@ -115,6 +115,7 @@ impl Engine {
     ///
     /// # Errors
     /// What `work` returns.
+    #[expect(clippy::type_complexity, reason = "a callback with its error, used here alone")]
     pub fn stream_layers<E>(&self, layers: usize, source: &dyn LayerSource, work: &mut dyn FnMut(usize, &[LayerMatrix<'_>]) -> Result<(), E>) -> Result<(), E> {
         on_gpu!(self, gpu => gpu.stream_layers(layers, source, &mut |index, matrices| {
             let matrices: Vec<_> = matrices.iter().map(|m| LayerMatrix(LayerWeight::Device(*m))).collect();

@@ -147,11 +147,11 @@ fn no_index(listing: &[RemoteFile]) -> String {
     let mut problem = format!("it has no {MODEL_INDEX}; a model in diffusers' folder layout is needed");
     let has = |ending: &str| listing.iter().find(|file| file.path.to_ascii_lowercase().ends_with(ending)).map(|file| file.path.as_str());
     if let Some(below) = listing.iter().find_map(|file| file.path.strip_suffix(MODEL_INDEX)?.strip_suffix('/')) {
-        problem += &format!(": there is one in its folder {below}/, so name that");
+        problem = format!("{problem}: there is one in its folder {below}/, so name that");
     } else if listing.iter().any(|file| file.path == "refs/main") {
         problem += ": this is the hub's cache of a repository, whose folder snapshots/<commit>/ holds the model";
     } else if let Some(file) = has(".gguf") {
-        problem += &format!("; {file} is quantised (GGUF), which is not read");
+        problem = format!("{problem}; {file} is quantised (GGUF), which is not read");
     } else if let Some(file) = has(".safetensors") {
         problem += &format!("; single files such as {file} are not read (names of repositories with folders often end in -diffusers)");
     } else {

@@ -64,6 +64,7 @@ struct Geometry {
 
 impl Device {
     /// A matrix in memory of its own.
+    #[expect(clippy::unused_self, reason = "reads as an operation of the device")]
     pub(super) fn matrix<'a>(&self, values: &'a Buffer, outputs: usize, inputs: usize) -> Matrix<'a> {
         let memory = values.device();
         assert_eq!(memory.len(), outputs * inputs, "should be [outputs, inputs]");
