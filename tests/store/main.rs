@@ -1,6 +1,6 @@
 //! Stores against real servers, servers that fail, and the model hub's protocol. `tests/testbed/install-servers` installs the servers.
 #![cfg(feature = "train")]
-#![expect(clippy::unwrap_used, clippy::panic, reason = "test code; clippy takes the functions marked as tests alone for such")]
+#![expect(clippy::unwrap_used, reason = "test code; clippy takes the functions marked as tests alone for such")]
 
 mod faults;
 mod hub;

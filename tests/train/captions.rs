@@ -45,7 +45,7 @@ fn text_files_and_tables_train_as_metadata_jsonl() {
     assert!(log.contains("captions: 6 from .txt") && log.contains("notes.txt"), "{log}");
     assert!(lines == texts);
     let (table, _) = lora(&json!({}), |bench| {
-        let body: String = rows(bench).iter().map(|(name, caption)| format!("\"{caption}\",{name}\n")).collect();
+        let body: String = rows(bench).iter().fold(String::new(), |body, (name, caption)| body + &format!("\"{caption}\",{name}\n"));
         fs::remove_file(bench.bucket("data/metadata.jsonl")).unwrap();
         fs::write(bench.bucket("data/metadata.csv"), format!("caption,file_name\n{body}")).unwrap();
     });

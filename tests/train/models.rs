@@ -127,7 +127,7 @@ const REFUSED: [(&str, Change, &[&str]); 32] = [
             change_header(&m.join(TRANSFORMER), |h| {
                 let any = h["proj_out.weight"].clone();
                 h.insert("proj_out.weight.quant_state.bitsandbytes__nf4".into(), any);
-            })
+            });
         },
         &["quantised to 4 bits by bitsandbytes"],
     ),
@@ -137,7 +137,7 @@ const REFUSED: [(&str, Change, &[&str]); 32] = [
             change_header(&m.join(TRANSFORMER), |h| {
                 let gone = h.remove("transformer_blocks.0.attn.to_q.weight").unwrap();
                 h.insert("stranger".into(), gone);
-            })
+            });
         },
         &["transformer/ lacks 1 tensor (\"transformer_blocks.0.attn.to_q.weight\")"],
     ),
@@ -255,13 +255,13 @@ const ACCEPTED: [(&str, Change); 6] = [
         change_header(&m.join("text_encoder/model.safetensors"), |h| {
             let last = h.iter().filter(|(n, _)| *n != "__metadata__").map(|(_, v)| v["data_offsets"][1].as_u64().unwrap()).max().unwrap();
             h.insert("text_model.embeddings.position_ids".into(), json!({"dtype": "I64", "shape": [0], "data_offsets": [last, last]}));
-        })
+        });
     }),
     ("the table under its other name", |m| {
         change_header(&m.join(T5), |h| {
             let table = h.remove("shared.weight").unwrap();
             h.insert("encoder.embed_tokens.weight".into(), table);
-        })
+        });
     }),
 ];
 

@@ -65,7 +65,7 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
                 Err(error) => tracing::warn!(%address, %error, "failed to serve /progress and /metrics"),
             }
         }
-        anyhow::Ok(shutdown::run(config, &environment).await)
+        anyhow::Ok(Box::pin(shutdown::run(config, &environment)).await)
     })?;
     reporter.finished(training_result(&result), artifacts(config, &result));
     runtime.shutdown_background();

@@ -104,7 +104,7 @@ fn choose(events: &[Event], since: Timestamp) -> Option<Warning> {
             event.event_time.as_ref().map(|time| time.0),
             event.metadata.creation_timestamp.as_ref().map(|time| time.0),
         ];
-        times.into_iter().flatten().max().map(|time| time.as_second())
+        times.into_iter().flatten().max().map(Timestamp::as_second)
     };
     let after = since.checked_sub(SLACK).unwrap_or(since).as_second();
     let known = |list: &[&str], event: &Event| event.reason.as_deref().is_some_and(|reason| list.contains(&reason));

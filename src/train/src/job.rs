@@ -96,7 +96,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
             ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
         };
         let held_out = held_out(config, environment).await?;
-        let run = Run { config, environment, engine, budget, dataset, folder, base, held_out, checkpoints };
+        let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints, base };
         let (mut trainer, model) = run.load().await?;
         run.train(&mut trainer, &model).await?;
         run.publish(&output, &trainer, &model).await

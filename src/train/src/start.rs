@@ -59,13 +59,12 @@ async fn read(store: &Store, file: Option<&str>, training: &TrainingConfig) -> R
         // A checkpoint does not say its alpha: that of the job is meant.
         return Ok(LoraState { scaling: Scaling { alpha: Some(training.lora.alpha), ..Scaling::default() }, ..state });
     }
-    let name = match file {
-        Some(file) => file.to_owned(),
-        None => {
-            let objects = store.list("").await.map_err(StartError::Store)?;
-            let not_found = |problem| StartError::NotFound { uri: store.uri().to_owned(), problem };
-            lora::choose(objects.iter().map(|object| object.key.as_str())).map_err(not_found)?.to_owned()
-        }
+    let name = if let Some(file) = file {
+        file.to_owned()
+    } else {
+        let objects = store.list("").await.map_err(StartError::Store)?;
+        let not_found = |problem| StartError::NotFound { uri: store.uri().to_owned(), problem };
+        lora::choose(objects.iter().map(|object| object.key.as_str())).map_err(not_found)?.to_owned()
     };
     let bytes = store.get(&name).await.map_err(StartError::Store)?;
     let beside = checkpoint::read_optional(store, PEFT_CONFIG).await.map_err(StartError::Store)?;

@@ -17,15 +17,15 @@ pub(super) fn report(after: &mut FineTuneJobStatus, world: &World, attempts: &At
         (Some(_), Some(progress)) => (progress.clone(), world.report.at.unwrap_or(now)),
         (Some(_), None) => return,
         // Its last words, also while the Job has not drawn the consequence yet.
-        (None, _) => match last_words(world, attempts) {
-            Some(progress) => (progress, now),
-            None => {
+        (None, _) => {
+            let Some(progress) = last_words(world, attempts) else {
                 if let Some(progress) = &mut after.progress {
                     at_rest(progress, attempts.history.last().is_some_and(|last| last.cause == Some(AttemptCause::Succeeded)));
                 }
                 return;
-            }
-        },
+            };
+            (progress, now)
+        }
     };
     if let Some(digest) = &report.dataset_digest {
         after.dataset_digest = Some(digest.clone());

@@ -153,7 +153,7 @@ fn no_index(listing: &[RemoteFile]) -> String {
     } else if let Some(file) = has(".gguf") {
         problem = format!("{problem}; {file} is quantised (GGUF), which is not read");
     } else if let Some(file) = has(".safetensors") {
-        problem += &format!("; single files such as {file} are not read (names of repositories with folders often end in -diffusers)");
+        problem = format!("{problem}; single files such as {file} are not read (names of repositories with folders often end in -diffusers)");
     } else {
         problem += " (names of such repositories often end in -diffusers)";
     }
