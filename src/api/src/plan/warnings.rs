@@ -57,7 +57,7 @@ mod tests {
     use super::*;
     use crate::plan::{Facts, resolve};
 
-    fn found(training: Value, total: Option<u64>) -> Vec<&'static str> {
+    fn found(training: &Value, total: Option<u64>) -> Vec<&'static str> {
         let spec = json!({
             "model": {"source": {"objectStore": {"uri": "s3://models/sd3/"}}}, "dataset": {"uri": "s3://data/"}, "output": {"uri": "s3://loras/"}, "training": training,
         });
@@ -75,10 +75,10 @@ mod tests {
             json!({"optimizer": {"learningRate": "1e-2"}}),
             json!({"learningRateSchedule": {"type": "Cosine", "warmupSteps": 500}}),
         ] {
-            assert_eq!(found(fine.clone(), None), none, "{fine}");
+            assert_eq!(found(&fine, None), none, "{fine}");
         }
-        assert_eq!(found(json!({"optimizer": {"type": "Prodigy"}}), None), [rate]);
-        assert_eq!(found(json!({"optimizer": {"learningRate": "1"}}), None), [rate]);
+        assert_eq!(found(&json!({"optimizer": {"type": "Prodigy"}}), None), [rate]);
+        assert_eq!(found(&json!({"optimizer": {"learningRate": "1"}}), None), [rate]);
         let long = json!({"maxSteps": 400, "learningRateSchedule": {"type": "ConstantWithWarmup", "warmupSteps": 500}});
         assert_eq!(found(long, None), [warmup]);
         // An epoch's length is known with the dataset.

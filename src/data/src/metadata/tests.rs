@@ -126,7 +126,8 @@ fn over_long_lines_are_skipped_without_being_held() {
 
 #[test]
 fn other_keys_are_named_once_with_the_setting() {
-    let rows = |image: &str, caption: &str| (1..=50).map(|n| format!("{{\"{image}\": \"{n}.png\", \"{caption}\": \"c\", \"x\": 1}}\n")).collect::<String>();
+    let rows =
+        |image: &str, caption: &str| (1..=50).map(|n| format!("{{\"{image}\": \"{n}.png\", \"{caption}\": \"c\", \"x\": 1}}\n")).collect::<Vec<_>>().concat();
     let of = |text: &str| {
         let rows = parse(text.as_bytes());
         let mut all = rows.problems.clone();
