@@ -1,5 +1,5 @@
 //! What the events about a Job or its pod say where nothing else does: that the API server refuses the pod, or that the node cannot start it. Listed only
-//! while a pod is missing or being created, and each time at least [`AGAIN`] after the last.
+//! while a pod is missing or being created, and each time at least `AGAIN` after the last.
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::events::v1::Event;

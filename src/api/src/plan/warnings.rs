@@ -80,9 +80,9 @@ mod tests {
         assert_eq!(found(&json!({"optimizer": {"type": "Prodigy"}}), None), [rate]);
         assert_eq!(found(&json!({"optimizer": {"learningRate": "1"}}), None), [rate]);
         let long = json!({"maxSteps": 400, "learningRateSchedule": {"type": "ConstantWithWarmup", "warmupSteps": 500}});
-        assert_eq!(found(long, None), [warmup]);
+        assert_eq!(found(&long, None), [warmup]);
         // An epoch's length is known with the dataset.
         let epochs = json!({"epochs": 1, "learningRateSchedule": {"type": "Linear", "warmupSteps": 500}});
-        assert_eq!((found(epochs.clone(), None), found(epochs, Some(90))), (none.to_vec(), vec![warmup]));
+        assert_eq!((found(&epochs, None), found(&epochs, Some(90))), (none.to_vec(), vec![warmup]));
     }
 }

@@ -60,12 +60,12 @@ pub struct GroupNorm {
     pub(super) epsilon: f32,
 }
 
-/// Weights [outputs, inputs, kernel, kernel] and bias [outputs] of a convolution on the host.
+/// Weights `[outputs, inputs, kernel, kernel]` and bias `[outputs]` of a convolution on the host.
 #[derive(Debug, Clone, Copy)]
 pub struct HostConvolution<'a> {
     /// [outputs, inputs, kernel, kernel].
     pub weight: &'a [f32],
-    /// [outputs].
+    /// `[outputs]`.
     pub bias: &'a [f32],
     /// Channels in.
     pub inputs: usize,

@@ -5,7 +5,7 @@
 //!   whose files do not match is passed over for the one before it.
 //! - Attempts never write into each other's folders (`step-S/eN/`, N being the claim).
 //! - Before each manifest and each deletion the claims are listed; an attempt that finds a newer one stops and deletes nothing.
-//! - Nothing is deleted but what this run has written: see [`inventory`].
+//! - Nothing is deleted but what this run has written: see `inventory`.
 
 mod identity;
 mod inventory;
