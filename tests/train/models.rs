@@ -68,7 +68,7 @@ const T5: &str = "text_encoder_3/model.safetensors";
 
 type Change = fn(&Path);
 
-/// A change of the model's folder, and what is said of it.
+/// A change of the model's folder, and what is reported.
 const REFUSED: [(&str, Change, &[&str]); 32] = [
     (
         "no T5, though listed",

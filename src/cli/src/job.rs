@@ -35,7 +35,7 @@ pub(super) struct Place {
 pub(super) struct Ended {
     /// The outcome.
     pub(super) result: Result<Outcome, TrainError>,
-    /// What the operator is told.
+    /// What is reported to the operator.
     pub(super) reporter: Reporter,
 }
 

@@ -114,7 +114,7 @@ fn resolve(job: &FineTuneJob) -> Result<TrainConfig, String> {
     plan::resolve(&job.spec, namespace, name, &Facts::default()).map(|plan| plan.config).map_err(|error| job::chain(&error))
 }
 
-/// The device to train on. On the CPU the length of the run is said before it begins, and a long one must be asked for.
+/// The device to train on. On the CPU the estimated length of the run is printed before it begins, and a long one must be asked for.
 fn choose(choice: DeviceChoice, asked: DeviceRequest, on_cpu: impl FnOnce() -> Estimate) -> Result<DeviceRequest, String> {
     match (choice, asked) {
         (DeviceChoice::Cuda, _) => Ok(DeviceRequest::Gpu),

@@ -59,7 +59,7 @@ pub(super) fn check(text: &str) -> Result<Vec<FineTuneJob>, Vec<Violation>> {
     if problems.is_empty() { Ok(jobs) } else { Err(problems) }
 }
 
-/// What is said about a valid job's settings.
+/// Warnings about a valid job's settings.
 fn setting_warnings(job: &FineTuneJob) -> Vec<String> {
     let facts = Facts { model_directory: Some(PathBuf::from("/model")), ..Facts::default() };
     let name = job.metadata.name.clone().unwrap_or_default();

@@ -30,7 +30,7 @@ pub(super) enum Format {
     Csv,
 }
 
-/// Why a folder's files cannot be told apart.
+/// Why a folder's files cannot be distinguished.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{first:?} and {second:?} are both there: set dataset.metadataFile to the one with the captions")]
 pub struct Ambiguous {

@@ -38,7 +38,7 @@ impl Dataset {
     ///
     /// # Errors
     /// With `onBadSample: Fail` [`DatasetError::Problems`] lists everything that is wrong; with `Skip` it is left out,
-    /// and [`DatasetError::NoSamples`] tells that nothing remains.
+    /// and [`DatasetError::NoSamples`] reports that nothing remains.
     pub async fn scan_with(store: &Store, config: &DatasetConfig, options: ScanOptions) -> Result<Self, DatasetError> {
         let uri = || store.uri().to_owned();
         let listed = store.list("").await?.into_iter().map(|object| (object.key, object.size));

@@ -12,7 +12,7 @@
 //! | status | [`status`], [`conditions`], [`transitions`] | the new status; events and metrics of its change |
 //! | write | [`write`](mod@write) | writes it where it differs |
 //!
-//! `docs/concepts/operator.md` tells what it guarantees.
+//! `docs/concepts/operator.md` describes what it guarantees.
 
 pub mod apply;
 pub mod attempts;

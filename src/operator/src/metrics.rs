@@ -85,7 +85,7 @@ impl Census {
         let count = self.phases.entry((namespace.to_owned(), phase.to_owned())).or_default();
         count.jobs += 1;
         count.longest_seconds = count.longest_seconds.max(seconds);
-        // 0 is told too: a series that comes and goes would leave an alert without an end.
+        // 0 is exported too: a series that comes and goes would leave an alert without an end.
         *self.progress_unknown.entry(namespace.to_owned()).or_default() += i64::from(progress_unknown);
     }
 

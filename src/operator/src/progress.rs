@@ -87,7 +87,7 @@ struct Entry {
     in_vain: u32,
 }
 
-/// A job whose trainer says something that should be told at once.
+/// A job whose trainer reports something that should be written at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
     /// Namespace of the job.
@@ -169,7 +169,7 @@ impl Poller {
         due
     }
 
-    /// Notes an answer. True where it should be told at once: the first one, or another stage.
+    /// Notes an answer. True where it should be written at once: the first one, or another stage.
     fn note(&self, uid: &str, answer: Result<Progress, FetchError>, now: Timestamp) -> bool {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(uid) else { return false };

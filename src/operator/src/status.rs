@@ -147,8 +147,8 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     after
 }
 
-/// Whether something differs that must be told at once. The rest (texts, progress, the checkpoint, on which node the pod is, which step of its
-/// preparation the trainer does) is told with it, or a little later.
+/// Whether a lifecycle field changed, which is written immediately. The rest (texts, progress, the checkpoint, on which node the pod is, which step of its
+/// preparation the trainer does) is written with it, or a little later.
 pub fn lifecycle_differs(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> bool {
     essence(before) != essence(after)
 }
@@ -236,7 +236,7 @@ fn suspended(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
     }
 }
 
-/// Whether the Job is being replaced, after an end that was no failure: nothing of which anybody has to be told but the next start.
+/// Whether the Job is being replaced, after an end that was no failure: only the next start is reported.
 fn is_renewed(inputs: &Inputs<'_>) -> bool {
     let Inputs { job, attempts, .. } = *inputs;
     let free = attempts.history.last().and_then(|last| last.cause).is_some_and(|cause| cause.is_free() && cause != AttemptCause::Suspended);

@@ -1,4 +1,4 @@
-//! What a change of status means for events and metrics. Pure; nothing is told that has not changed.
+//! What a change of status means for events and metrics. Pure; only changes are reported.
 
 use std::time::Duration;
 

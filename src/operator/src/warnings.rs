@@ -79,7 +79,7 @@ pub async fn warning(job_uid: &str, namespace: &str, world: &World, ctx: &Contex
     let about = ListParams::default().fields(&format!("regarding.uid={}", subject.uid)).limit(MOST);
     let warning = match ctx.call(Operation::ListEvents, events.list(&about)).await {
         Ok(events) => choose(&events.items, subject.since),
-        // Less is told, and that is no reason to do less.
+        // The status then explains less; nothing else depends on it.
         Err(error) => {
             tracing::warn!(namespace, error = &error as &dyn std::error::Error, "failed to see why a pod is missing");
             last.and_then(|last| last.warning)

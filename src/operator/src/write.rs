@@ -1,4 +1,4 @@
-//! The last step: writes the status, then tells of its change by metrics and events.
+//! The last step: writes the status, then reports its change by metrics and events.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ pub async fn write(job: &FineTuneJob, change: &Change<'_>, now: Timestamp, scope
         Err(error) if error.is_not_found() || error.is_conflict() => return Ok(Written::Stale),
         Err(error) => return Err(error),
     };
-    // benches/operator reads it: from here on whoever asks the API server is told.
+    // benches/operator reads it: readers of the API server see the new status from here on.
     tracing::debug!(started = after.attempts.map_or(0, |attempts| attempts.started), phase = ?after.phase, "status written");
     ctx.metrics.status_patched();
     ctx.remember_status(&written);

@@ -128,7 +128,7 @@ async fn reuse(
     Ok(Outcome { result: result.clone(), already_completed: true, notes })
 }
 
-/// What is said about files that were left alone.
+/// Reports files that were left alone.
 fn notes(left: &LeftAlone) -> Vec<String> {
     if left.is_empty() {
         return Vec::new();

@@ -56,7 +56,7 @@ pub(super) fn convert(args: &[String], place: &Place) -> anyhow::Result<Converte
     Ok(Converted { manifest, remarks: job.remarks })
 }
 
-/// What `accelerate launch` (or `torchrun`) is told before the script's name.
+/// What `accelerate launch` (or `torchrun`) is given before the script's name.
 fn launch(args: &[String], given: &mut Given, remarks: &mut Vec<String>) {
     let mut args = args.iter().map(|arg| arg.trim()).peekable();
     while let Some(arg) = args.next() {
@@ -347,7 +347,7 @@ impl Job {
         Ok(())
     }
 
-    /// The modules of the script that is named: diffusers' own trains eight projections where nothing is said, the article's four.
+    /// The modules of the script that is named: diffusers' own trains eight projections by default, the article's four.
     fn script_layers(&mut self) -> Option<Vec<String>> {
         match self.script.as_deref() {
             Some(DIFFUSERS_SCRIPT) => Some(DIFFUSERS_LAYERS.iter().map(|layer| format!("attn.{layer}")).collect()),

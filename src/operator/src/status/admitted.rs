@@ -11,7 +11,7 @@ use finetune_api::{AdmittedReason, ConditionType};
 /// How long Kueue may take to make a Workload before its absence needs an explanation.
 const WORKLOAD_WAIT: SignedDuration = SignedDuration::from_secs(30);
 
-/// From when on it is told that Kueue has made no Workload; `None` where there is one, or where nothing is held.
+/// From when on the status reports that Kueue has made no Workload; `None` where there is one, or where nothing is held.
 pub(crate) fn workload_due(world: &World) -> Option<Timestamp> {
     if !is_held(world) || world.workload.is_some() {
         return None;

@@ -10,7 +10,7 @@ use crate::decide;
 use crate::world::{self, World};
 use finetune_api::{AttemptCause, ConditionType, PodsScheduledReason, Reason, RunningReason};
 
-/// How long a trainer may leave its progress unanswered before that is told.
+/// How long a trainer may leave its progress unanswered before the status reports it.
 const SILENCE: SignedDuration = SignedDuration::from_secs(60);
 /// How long after its grace period a pod is believed to end by itself.
 const LOST: SignedDuration = SignedDuration::from_secs(30);
@@ -51,7 +51,7 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
             list.set(ConditionType::Running, Truth::False, RunningReason::NoProgress.as_str(), &text);
             return;
         }
-        // Of a pod of which nothing is known yet the same is said as before there was one: no write for it.
+        // A pod without a status yet reports the same as no pod: no write for it.
         doing(pod, world, was_training(before), now).unwrap_or_else(not_started)
     } else if job.spec.suspend && world.job.is_none() {
         (Truth::False, RunningReason::Suspended, "suspended by spec.suspend".to_owned())
