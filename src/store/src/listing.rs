@@ -124,8 +124,9 @@ mod tests {
 
     #[test]
     fn a_key_of_other_bytes_than_utf8_is_taken_out() {
-        let body = [s3(&["data/a", "data/\u{fffd}b"], "").into_bytes(), vec![]].concat();
-        assert!(page(&S3, "list-type=2", &body).unwrap().left_out.is_empty(), "the character itself may be in a name");
+        // Servers that replace such bytes themselves know no object by the name that they list.
+        let replaced = page(&S3, "list-type=2", s3(&["data/a", "data/\u{fffd}b"], "").as_bytes()).unwrap();
+        assert_eq!((replaced.body, replaced.left_out), (s3(&["data/a"], ""), vec!["data/\u{fffd}b".to_owned()]));
         let body: Vec<u8> = s3(&["data/a", "data/?"], "").bytes().map(|b| if b == b'?' { 0xff } else { b }).collect();
         let page = page(&S3, "list-type=2", &body).unwrap();
         assert_eq!((page.body, page.left_out.len()), (s3(&["data/a"], ""), 1));
