@@ -252,13 +252,14 @@ fn end_of(pod: &Pod, suspending: bool, now: Timestamp) -> Option<End> {
     match world::phase(pod) {
         "Succeeded" => end(AttemptCause::Succeeded, None),
         "Failed" => {
-            // The same order as the rules of the Job's podFailurePolicy.
-            if world::pod_condition(pod, "DisruptionTarget").is_some_and(|(status, ..)| status == "True") {
-                return end(AttemptCause::Disrupted, None);
-            }
+            // By its own word, and whatever else has happened to it since: its successor was at work already.
             let interrupted = exit_code == Some(Reason::INTERRUPTED_EXIT_CODE);
             if interrupted && termination_report(pod).as_ref().and_then(Progress::failure).is_some_and(|failure| failure.reason == Reason::Superseded) {
                 return end(AttemptCause::Superseded, None);
+            }
+            // The same order as the rules of the Job's podFailurePolicy.
+            if world::pod_condition(pod, "DisruptionTarget").is_some_and(|(status, ..)| status == "True") {
+                return end(AttemptCause::Disrupted, None);
             }
             if suspending && (interrupted || was_asked_to_end(pod)) {
                 return end(AttemptCause::Suspended, None);

@@ -75,6 +75,13 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Keeps what `PodsScheduled` says of a pod that exists: that an earlier one was refused is over.
+    pub fn keep_scheduling(&mut self) {
+        if !find(self.before, ConditionType::PodsScheduled).is_some_and(is_refusal) {
+            self.keep(ConditionType::PodsScheduled);
+        }
+    }
+
     /// Reason and message of a condition that was set to False.
     pub fn false_of(&self, type_: ConditionType) -> Option<(String, String)> {
         find(&self.list, type_).filter(|condition| condition.status == "False").map(|condition| (condition.reason.clone(), condition.message.clone()))
@@ -133,12 +140,15 @@ pub fn is_stuck(reason: &str) -> bool {
     STUCK.iter().any(|stuck| stuck.as_str() == reason)
 }
 
+/// Whether `PodsScheduled` says that there is no pod, since it is refused.
+fn is_refusal(condition: &Condition) -> bool {
+    condition.status == "False" && !SCHEDULING.iter().any(|reason| reason.as_str() == condition.reason)
+}
+
 /// Reason and message of what keeps a pod from being created or from starting, other than the lack of a node.
 pub fn cannot_start(list: &[Condition]) -> Option<(&str, &str)> {
-    let told = |condition: &'_ Condition| condition.status == "False";
-    let refused =
-        find(list, ConditionType::PodsScheduled).filter(|condition| told(condition) && !SCHEDULING.iter().any(|reason| reason.as_str() == condition.reason));
-    let stuck = || find(list, ConditionType::Running).filter(|condition| told(condition) && is_stuck(&condition.reason));
+    let refused = find(list, ConditionType::PodsScheduled).filter(|condition| is_refusal(condition));
+    let stuck = || find(list, ConditionType::Running).filter(|condition| condition.status == "False" && is_stuck(&condition.reason));
     refused.or_else(stuck).map(|condition| (condition.reason.as_str(), condition.message.as_str()))
 }
 

@@ -275,9 +275,15 @@ fn each_way_to_end_has_its_cause_and_reason() {
     let words = |reason: &str, code: i32| {
         json!({"stage": "Finished", "result": {"failure": {"reason": reason, "exitCode": code, "message": "what happened"}}}).to_string()
     };
+    let mut evicted_too = terminated(5, 9, 75, "Error", &words("Superseded", 75));
+    evicted_too["conditions"] = json!([{"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}]);
     let cases = [
         (terminated(5, 9, 75, "Error", ""), AttemptCause::Checkpointed, None),
         (disrupted(5, 9), AttemptCause::Disrupted, None),
+        (terminated(5, 9, 75, "Error", &words("Superseded", 75)), AttemptCause::Superseded, None),
+        (evicted_too, AttemptCause::Superseded, None),
+        (terminated(5, 9, 78, "Error", &words("OutputInUse", 78)), AttemptCause::Failed, Some(Reason::OutputInUse)),
+        (terminated(5, 9, 78, "Error", ""), AttemptCause::Failed, Some(Reason::InvalidConfig)),
         (terminated(5, 9, 137, "OOMKilled", ""), AttemptCause::Failed, Some(Reason::HostOutOfMemory)),
         (terminated(5, 9, 137, "Error", ""), AttemptCause::Failed, Some(Reason::TrainerCrashed)),
         (terminated(5, 9, 12, "Error", ""), AttemptCause::Failed, Some(Reason::GPUOutOfMemory)),
@@ -301,6 +307,8 @@ fn each_way_to_end_has_its_cause_and_reason() {
 #[test]
 fn a_failed_job_names_the_cause_even_when_its_pods_are_gone() {
     let failed = |reason: &str, message: &str| child("j1", |job| job["status"] = ended("Failed", reason, message));
+    let words = json!({"stage": "Finished", "result": {"failure": {"reason": "OutputInUse", "exitCode": 78, "message": "in use by job team-a/other"}}});
+    let taken = terminated(5, 9, 78, "Error", &words.to_string());
     let policy = "Container trainer for pod team-a/corgi-train-0-x failed with exit code 65 matching FailJob rule at index 2";
     let cases = [
         (
@@ -309,6 +317,7 @@ fn a_failed_job_names_the_cause_even_when_its_pods_are_gone() {
             Reason::InvalidDataset,
         ),
         (world(Some(failed("PodFailurePolicy", policy)), vec![]), Reason::InvalidDataset, Reason::InvalidDataset),
+        (world(Some(failed("PodFailurePolicy", "exit code 78")), vec![pod("p1", "j1", &taken)]), Reason::OutputInUse, Reason::OutputInUse),
         (
             world(Some(failed("BackoffLimitExceeded", "")), vec![pod("p1", "j1", &terminated(5, 9, 137, "OOMKilled", ""))]),
             Reason::RetriesExhausted,
@@ -374,7 +383,12 @@ fn a_pod_that_the_api_server_refuses_is_told_in_its_words() {
     assert_eq!((told(&after, C::Reconciling), told(&after, C::Stalled)), (Some(("True", "Progressing")), Some(("False", "NotStalled"))));
     let events = super::transitions::events(&FineTuneJobStatus::default(), &after, &[], ResumePolicy::Auto);
     assert!(events.iter().any(|event| event.reason == "QuotaExceeded" && event.note.as_ref().is_some_and(|text| text.contains(note))));
-    // The quota is raised.
+    // The quota is raised: the pod is there, and no scheduler has looked at it.
+    let mut fresh = (*pod("p1", "j1", &json!({"phase": "Pending"}))).clone();
+    fresh.spec.as_mut().unwrap().node_name = None;
+    let (_, created) = step(&job(|_| {}), &after, &world(Some(child("j1", |_| {})), vec![std::sync::Arc::new(fresh)]), at(30));
+    assert_eq!((created.reason.as_deref(), told(&created, C::PodsScheduled), told(&created, C::Reconciling)), (None, None, Some(("False", "Reconciled"))));
+    assert!(lifecycle_differs(&after, &created), "it is written at once");
     let (_, mended) = step(&job(|_| {}), &after, &world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &running(30))]), at(31));
     assert_eq!((mended.reason.as_deref(), told(&mended, C::Reconciling)), (None, Some(("False", "Reconciled"))));
 }
@@ -495,6 +509,22 @@ fn after_a_free_end_the_next_pod_does_not_wait_and_nothing_flickers() {
     let (intent, failed) = step(&job(|_| {}), &training(), &world(Some(child("j1", |_| {})), twice), at(101));
     assert_eq!(intent, Intent::Keep);
     assert_eq!(message(&failed), "the last pod failed (StorageUnavailable); the Job controller starts the next one at 2026-08-24T10:02:00Z");
+}
+
+#[test]
+fn an_attempt_whose_successor_had_taken_over_is_reported_as_superseded() {
+    let words = json!({"stage": "Finished", "result": {"failure": {"reason": "Superseded", "exitCode": 75, "message": "superseded by attempt 2"}}}).to_string();
+    let seen = world(Some(child("j1", |_| {})), vec![pod("p1", "j1", &terminated(5, 100, 75, "Error", &words))]);
+    let attempts = Attempts::update(&job(|_| {}), &training(), &seen, at(101));
+    let (_, after) = step(&job(|_| {}), &training(), &seen, at(101));
+    let events = super::transitions::events(&training(), &after, &attempts.ended_now, ResumePolicy::Auto);
+    assert_eq!(
+        events.iter().map(|event| event.reason.as_str()).filter(|reason| ["Superseded", "Interrupted"].contains(reason)).collect::<Vec<_>>(),
+        ["Superseded"]
+    );
+    let measures = super::transitions::measures(&training(), &after, &attempts.ended_now, None, at(101));
+    assert_eq!(measures, [super::transitions::Measure::Restarted("Superseded")]);
+    assert_eq!((after.attempts.unwrap().failed, after.failure), (0, None), "no failure");
 }
 
 #[test]

@@ -22,6 +22,14 @@ async fn a_permanent_failure_ends_the_job_with_the_trainers_reason() {
     assert!(failed["status"]["failure"]["message"].as_str().is_some_and(|message| message.contains("line 3")));
     assert!(kubernetes::is_true(&failed, "Stalled"), "kstatus must see the failure");
     assert_eq!(failed["status"]["attempts"], json!({"started": 1, "disrupted": 0, "failed": 1}));
+
+    // Of the reasons of one exit code the trainer's own word tells which.
+    stage.create("taken", |_| {}).await;
+    let pod = stage.pod("taken", None).await;
+    stage.start(&pod).await;
+    stage.finish(&pod, 78, "Error", &failure("OutputInUse", 78, "the output is in use by job team-a/other")).await;
+    let failed = stage.condition("taken", "Failed", "True", "OutputInUse").await;
+    assert_eq!((&failed["status"]["reason"], &failed["status"]["failure"]["reason"]), (&json!("OutputInUse"), &json!("OutputInUse")));
     operator.stop().await;
 }
 
@@ -37,14 +45,17 @@ async fn disruptions_and_checkpoints_are_free_and_failures_are_counted_across_jo
     let second = stage.pod("tough", Some(&first)).await;
     stage.start(&second).await;
     stage.finish(&second, 75, "Error", &failure("Interrupted", 75, "saved a checkpoint")).await;
-    let third = stage.pod("tough", Some(&second)).await;
+    let superseded = stage.pod("tough", Some(&second)).await;
+    stage.start(&superseded).await;
+    stage.finish(&superseded, 75, "Error", &failure("Superseded", 75, "superseded by attempt 4")).await;
+    let third = stage.pod("tough", Some(&superseded)).await;
     stage.start(&third).await;
     stage.finish(&third, 137, "OOMKilled", "").await;
     let seen = stage.until("tough", "the failure", |job| job["status"]["attempts"]["failed"] == 1).await;
     assert_eq!(seen["status"]["failure"]["reason"], "HostOutOfMemory");
-    assert_eq!(seen["status"]["attempts"], json!({"started": 3, "disrupted": 2, "failed": 1}));
+    assert_eq!(seen["status"]["attempts"], json!({"started": 4, "disrupted": 3, "failed": 1}));
     let causes: Vec<_> = seen["status"]["attemptHistory"].as_array().into_iter().flatten().map(|attempt| attempt["cause"].clone()).collect();
-    assert_eq!(causes, ["Disrupted", "Checkpointed", "Failed"]);
+    assert_eq!(causes, ["Disrupted", "Checkpointed", "Superseded", "Failed"]);
 
     // A new Job may have so many fewer: after one of one, the next failure is the last.
     stage.patch("tough", &json!({"spec": {"suspend": true}})).await;

@@ -35,7 +35,7 @@ pub(super) fn pods_scheduled(list: &mut Builder<'_>, world: &World) {
             set(Truth::False, PodsScheduledReason::NoMatchingGPUNode, &text);
         }
         Some(("False", "Unschedulable", message)) => set(Truth::False, PodsScheduledReason::Unschedulable, message),
-        _ => list.keep(ConditionType::PodsScheduled),
+        _ => list.keep_scheduling(),
     }
 }
 
