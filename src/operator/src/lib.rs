@@ -43,9 +43,9 @@ pub mod run;
 pub mod settings;
 pub mod status;
 mod strip;
-pub mod transitions;
 #[cfg(test)]
-mod traps;
+mod tests;
+pub mod transitions;
 pub mod unreadable;
 pub mod validate;
 pub mod warnings;
