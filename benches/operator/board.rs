@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use finetune_api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_SUFFIX};
-use finetune_operator::status::lifecycle_differs;
+use finetune_operator::reconcile::status::lifecycle_differs;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;

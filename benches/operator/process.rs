@@ -29,7 +29,7 @@ impl Operator {
             .arg(format!("--address=127.0.0.1:{port}"))
             .args(further)
             .env("KUBECONFIG", kubeconfig())
-            .env("RUST_LOG", "info,finetune_operator::write=debug")
+            .env("RUST_LOG", "info,finetune_operator::reconcile::write=debug")
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("a file"))
             .stderr(file)

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use finetune_operator::metrics::{Census, Metrics};
+use finetune_operator::telemetry::metrics::{Census, Metrics};
 use serde_json::{Value, json};
 
 use super::{EVERYTHING, only, rendered};

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-use finetune_operator::context::FaultHook;
-use finetune_operator::lease::Intervals;
-use finetune_operator::metrics::Metrics;
+use finetune_operator::controller::context::FaultHook;
+use finetune_operator::controller::lease::Intervals;
 use finetune_operator::run::{Election, Options, run as run_operator};
 use finetune_operator::settings::{ConfigFile, Settings};
+use finetune_operator::telemetry::metrics::Metrics;
 
 /// Arguments of `finetune operator`.
 #[derive(Debug, clap::Args)]

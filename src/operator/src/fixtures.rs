@@ -7,12 +7,12 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::attempts::Attempts;
-use super::decide::{Intent, decide};
-use super::settings::{ConfigFile, Settings};
-use super::status::{Inputs, Outcome, status};
-use super::validate::{ValidatedJob, validate};
-use super::world::World;
+use crate::reconcile::attempts::Attempts;
+use crate::reconcile::decide::{Intent, decide};
+use crate::reconcile::status::{Inputs, Outcome, status};
+use crate::reconcile::validate::{ValidatedJob, validate};
+use crate::reconcile::world::World;
+use crate::settings::{ConfigFile, Settings};
 use finetune_api::{FineTuneJob, FineTuneJobStatus};
 
 /// 2026-08-24T10:00:00Z, when the job is created.
@@ -131,5 +131,5 @@ pub(super) fn step_with(job: &FineTuneJob, before: &FineTuneJobStatus, world: &W
 
 /// `Running=False/Starting` and the like: (status, reason) of a condition.
 pub(super) fn told(status: &FineTuneJobStatus, type_: finetune_api::ConditionType) -> Option<(&str, &str)> {
-    super::conditions::find(&status.conditions, type_).map(|condition| (condition.status.as_str(), condition.reason.as_str()))
+    crate::reconcile::conditions::find(&status.conditions, type_).map(|condition| (condition.status.as_str(), condition.reason.as_str()))
 }

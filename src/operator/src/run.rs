@@ -12,18 +12,18 @@ use kube::{Client, Config};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::caches::{self, Request};
-use super::client;
-use super::context::{Context, FaultHook};
-use super::drive::drive;
-use super::events::Events;
-use super::http::{HttpError, Server};
-use super::lease::{Elector, Intervals, Leadership, LeaseError};
-use super::metrics::Metrics;
-use super::progress::{Poller, http_client};
-use super::readiness::{self, Readiness, until};
-use super::reconcile::Scope;
-use super::settings::Settings;
+use crate::controller::caches::{self, Request};
+use crate::controller::client;
+use crate::controller::context::{Context, FaultHook};
+use crate::controller::drive::drive;
+use crate::controller::lease::{Elector, Intervals, Leadership, LeaseError};
+use crate::controller::progress::{Poller, http_client};
+use crate::controller::readiness::{self, Readiness, until};
+use crate::reconcile::Scope;
+use crate::settings::Settings;
+use crate::telemetry::events::Events;
+use crate::telemetry::http::{HttpError, Server};
+use crate::telemetry::metrics::Metrics;
 use finetune_api::{API_VERSION, KIND};
 
 /// How often it is looked whether the resource is served.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{EnvVar, LocalObjectReference};
 use serde::Deserialize;
 
-use super::build::affinity::{NodeClass, NodeClassError, check_node_classes};
+use crate::reconcile::build::affinity::{NodeClass, NodeClassError, check_node_classes};
 use finetune_api::{ConfigMapKeyRef, StorageSpec};
 
 /// The configuration file (`--config`), as the Helm chart renders it.

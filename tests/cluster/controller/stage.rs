@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use finetune_operator::context::FaultHook;
-use finetune_operator::metrics::Metrics;
+use finetune_operator::controller::context::FaultHook;
 use finetune_operator::run::{Election, Options, run};
 use finetune_operator::settings::{ConfigFile, Settings};
+use finetune_operator::telemetry::metrics::Metrics;
 use kube::Client;
 use kube::api::{Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -83,8 +83,11 @@ impl Stage {
 
     /// An election of this stage for a candidate called `identity`.
     pub(crate) fn election(&self, identity: &str) -> Election {
-        let intervals =
-            finetune_operator::lease::Intervals { duration: Duration::from_secs(4), renew_deadline: Duration::from_secs(3), retry: Duration::from_millis(500) };
+        let intervals = finetune_operator::controller::lease::Intervals {
+            duration: Duration::from_secs(4),
+            renew_deadline: Duration::from_secs(3),
+            retry: Duration::from_millis(500),
+        };
         Election { namespace: self.namespace.clone(), name: "operator".to_owned(), identity: identity.to_owned(), intervals }
     }
 

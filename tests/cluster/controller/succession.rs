@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use finetune_operator::context::FaultHook;
+use finetune_operator::controller::context::FaultHook;
 use futures::StreamExt as _;
 use serde_json::json;
 

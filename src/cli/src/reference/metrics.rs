@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::Context as _;
-use finetune_operator::metrics::Metrics;
+use finetune_operator::telemetry::metrics::Metrics;
 use finetune_train::report::Reporter;
 
 use super::cell;
