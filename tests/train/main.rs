@@ -13,6 +13,7 @@ mod failures;
 mod fencing;
 mod models;
 mod outputs;
+mod page;
 mod prior;
 mod resume;
 mod s3;

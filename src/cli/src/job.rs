@@ -29,6 +29,8 @@ pub(super) struct Place {
     pub(super) time_to_end: Option<Duration>,
     /// Address of the progress server; none: no server.
     pub(super) progress_address: Option<SocketAddr>,
+    /// Called with the address in use.
+    pub(super) serving: fn(SocketAddr),
 }
 
 /// How a run ended.
@@ -60,9 +62,12 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
         interrupt.on_signals().context("failed to listen to signals")?;
         if let Some(address) = place.progress_address {
             match server::serve(address, reporter.clone()).await {
-                Ok(address) => tracing::info!(%address, "serving /progress and /metrics"),
+                Ok(address) => {
+                    tracing::info!(%address, "serving the page of the run, /progress and /metrics");
+                    (place.serving)(address);
+                }
                 // Nobody can watch, but training is what counts.
-                Err(error) => tracing::warn!(%address, %error, "failed to serve /progress and /metrics"),
+                Err(error) => tracing::warn!(%address, %error, "failed to serve the page of the run, /progress and /metrics"),
             }
         }
         anyhow::Ok(Box::pin(shutdown::run(config, &environment)).await)

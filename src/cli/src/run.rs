@@ -42,7 +42,7 @@ pub(super) struct Args {
     #[arg(long, env = "FINETUNE_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
 
-    /// Serve /progress and /metrics here while the job runs, as 127.0.0.1:9400.
+    /// Serve the page of the run, /progress and /metrics here while the job runs, as 127.0.0.1:9400; the page's address is printed.
     #[arg(long)]
     progress_address: Option<SocketAddr>,
 }
@@ -79,7 +79,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         Err(message) => return Ok(job::fail(Reason::GPUUnavailable, &message)),
     };
     let output = local_output(&config, &buckets);
-    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, time_to_end: None, progress_address })?;
+    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, time_to_end: None, progress_address, serving })?;
     Ok(match result {
         Ok(outcome) => {
             say(&summary(&outcome, &config, output.as_deref()));
@@ -162,6 +162,9 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
         let reader = if artifact.format == OutputFormat::Diffusers { "diffusers" } else { "ComfyUI, kohya" };
         row("file", format!("{} ({:.1} KiB, {reader})", artifact.file, artifact.size_bytes as f64 / 1024.0));
     }
+    if result.files.contains_key(finetune_train::page::FILE_NAME) {
+        row("open", format!("{place}{}", finetune_train::page::FILE_NAME));
+    }
     row("also", "result.json, metrics.jsonl, logs/ (TensorBoard)".to_owned());
     row("in", place.clone());
     if result.artifacts.iter().any(|a| a.format == OutputFormat::Diffusers) {
@@ -176,6 +179,11 @@ fn summary(outcome: &Outcome, config: &TrainConfig, local: Option<&Path>) -> Str
     };
     let lines = rows.iter().map(|(name, value)| format!("  {name:width$}  {value}"));
     std::iter::once(head).chain(lines).collect::<Vec<_>>().join("\n")
+}
+
+/// Prints where the run can be watched.
+fn serving(address: SocketAddr) {
+    notice(&format!("look at the run at http://{address}/"));
 }
 
 #[expect(clippy::print_stdout, reason = "the command's result")]

@@ -70,7 +70,8 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     };
     let cache_dir = job::cache_dir(args.cache_dir, &config);
     let time_to_end = args.termination_grace_seconds.map(|seconds| shutdown::time_to_end(Duration::from_secs(seconds)));
-    let Ended { result, reporter } = job::execute(&config, Place { buckets, cache_dir, time_to_end, progress_address: Some(args.progress_address) })?;
+    let Ended { result, reporter } =
+        job::execute(&config, Place { buckets, cache_dir, time_to_end, progress_address: Some(args.progress_address), serving: |_| {} })?;
     write_termination_message(args.termination_log, &reporter);
     Ok(match result {
         Ok(outcome) => {

@@ -56,8 +56,8 @@ impl HeldOut {
     }
 }
 
-/// The picture of `[3, R, R]` values in [-1, 1].
-fn to_picture(values: &[f32], resolution: u32) -> RgbImage {
+/// The picture of `[3, R, R]` values in [-1, 1]: a model's input as people see it.
+pub(super) fn to_picture(values: &[f32], resolution: u32) -> RgbImage {
     let side = resolution as usize;
     let level = |c: usize, x: u32, y: u32| ((values[(c * side + y as usize) * side + x as usize] / 2.0 + 0.5) * 255.0).round() as u8;
     RgbImage::from_fn(resolution, resolution, |x, y| image::Rgb([level(0, x, y), level(1, x, y), level(2, x, y)]))

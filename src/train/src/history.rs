@@ -147,16 +147,11 @@ impl History {
         })
     }
 
-    /// Exponential mean of the training loss with factor 0.95, corrected for its start: what progress shows.
+    /// [`smoothed`] training loss of the last update: what progress shows.
     pub fn smoothed_loss(&self) -> Option<f64> {
-        let (mut sum, mut weight) = (0.0, 0.0);
         // 200 updates back the factor is below 1e-4.
         let recent: Vec<f64> = self.losses().rev().take(200).collect();
-        for loss in recent.into_iter().rev() {
-            sum = 0.95 * sum + 0.05 * loss;
-            weight = 0.95 * weight + 0.05;
-        }
-        (weight > 0.0).then(|| sum / weight)
+        smoothed(recent.into_iter().rev()).last()
     }
 
     /// `metrics.jsonl`.
@@ -198,6 +193,15 @@ impl History {
         }
         out
     }
+}
+
+/// The exponential means of losses with factor 0.95, corrected for their start.
+pub fn smoothed(losses: impl Iterator<Item = f64>) -> impl Iterator<Item = f64> {
+    losses.scan((0.0, 0.0), |(sum, weight), loss| {
+        *sum = 0.95 * *sum + 0.05 * loss;
+        *weight = 0.95 * *weight + 0.05;
+        Some(*sum / *weight)
+    })
 }
 
 /// Seconds since 1970.

@@ -2,6 +2,8 @@
 //!
 //! One model is in memory at a time: text encoders, then the VAE, then the transformer.
 
+mod show;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +15,7 @@ use super::environment::JobEnvironment;
 use super::error::TrainError;
 use super::folders;
 use super::output;
+use super::page;
 use super::parameters::Parameters;
 use super::prepare::{self, PrepareError, Prepared};
 use super::publish::{self, Decision};
@@ -309,6 +312,7 @@ impl Run<'_> {
         let MemoryPlan { micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
         let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
         tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
+        self.environment.reporter.show(|page| page.memory = Some(memory.clone()));
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
@@ -370,6 +374,7 @@ impl Run<'_> {
         if trainer.step() == 0 && block_in_place(|| trainer.evaluate(interrupt))?.is_none() {
             return Err(self.interrupted(trainer, saved_step).await?);
         }
+        self.show_run(trainer).await;
         while trainer.step() < total {
             match block_in_place(|| trainer.update(interrupt))? {
                 Update::Interrupted => return Err(self.interrupted(trainer, saved_step).await?),
@@ -418,6 +423,7 @@ impl Run<'_> {
         let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
         let Some(pictures) = drawn else { return Ok(false) };
         validation::keep(&self.checkpoints, &pictures).await?;
+        self.show_pictures(&pictures);
         Ok(true)
     }
 
@@ -428,7 +434,7 @@ impl Run<'_> {
         self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
         self.checkpoints.retain(self.config.checkpoint.keep_last).await?;
         let logs = self.checkpoints.store().child(&log_folder(self.checkpoints.attempt())).map_err(CheckpointError::from)?;
-        output::put_logs(&logs, trainer.history()).await.map_err(CheckpointError::from)?;
+        output::put_logs(&logs, trainer.history(), self.page(trainer)).await.map_err(CheckpointError::from)?;
         Ok(saved)
     }
 
@@ -476,6 +482,14 @@ impl Run<'_> {
             result.comparison = Some(comparison);
             result.files.insert(comparison::FILE_NAME.to_owned(), FileDigest::of(&png));
             files.insert(comparison::FILE_NAME.to_owned(), png.into());
+        }
+        self.show_result(&pictures, &result, files.get(comparison::FILE_NAME));
+        match self.page(trainer) {
+            Some(page) => {
+                result.files.insert(page::FILE_NAME.to_owned(), FileDigest::of(page.as_bytes()));
+                files.insert(page::FILE_NAME.to_owned(), page.into());
+            }
+            None => result.warnings.push(format!("{} could not be made; the log says why", page::FILE_NAME)),
         }
         let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
         if self.config.checkpoint.keep_after_success {

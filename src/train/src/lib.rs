@@ -16,6 +16,7 @@ pub mod interrupt;
 pub mod job;
 pub mod look;
 pub mod output;
+pub mod page;
 mod parameters;
 pub mod prepare;
 pub mod publish;

@@ -1,4 +1,4 @@
-//! Tells how far a run is: a progress bar on a terminal, log lines elsewhere, `Progress` for the operator, metrics for Prometheus.
+//! Shows how far a run is: a progress bar on a terminal, log lines elsewhere, `Progress` for the operator, metrics for Prometheus, a page for people.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 
 use super::checkpoint::{ExecutionPlan, Saved};
-use super::history::{self, Record};
+use super::history::{self, History, Record};
+use super::page::Page;
 use finetune_api::{Progress, ReportedArtifact, ReportedCheckpoint, Stage, TrainingResult};
 
 /// Where no bar is drawn, at most one line per this time.
@@ -34,6 +35,7 @@ struct Shared {
     checkpoint_seconds: f64,
     checkpoint_bytes: u64,
     preparing: (u64, u64),
+    page: Page,
 }
 
 impl Reporter {
@@ -56,6 +58,7 @@ impl Reporter {
             checkpoint_seconds: 0.0,
             checkpoint_bytes: 0,
             preparing: (0, 0),
+            page: Page::default(),
         };
         Self { shared: Arc::new(Mutex::new(shared)) }
     }
@@ -70,6 +73,7 @@ impl Reporter {
         let mut shared = self.lock();
         shared.progress.stage = stage;
         shared.preparing = (0, total);
+        shared.page.stages.begin(what);
         shared.transfers.clear();
         shared.last_line = None;
         if let Some(bar) = &shared.bar {
@@ -115,6 +119,7 @@ impl Reporter {
         shared.progress.stage = Stage::Training;
         shared.progress.step = step;
         shared.progress.total_steps = total;
+        shared.page.stages.begin("training, with checkpoints and validation pictures");
         shared.last_line = None;
         if let Some(bar) = &shared.bar {
             bar.reset();
@@ -150,6 +155,7 @@ impl Reporter {
         progress.memory.get_or_insert_default().host_peak_bytes = record.memory_bytes;
         let (step, total, rate) = (record.step, progress.total_steps, progress.steps_per_second.unwrap_or_default());
         shared.latest = Some(record.clone());
+        shared.page.history.push(record.clone());
         if let Some(bar) = &shared.bar {
             bar.set_message(format!("loss {:.4}  {rate:.2} it/s", smoothed_loss.unwrap_or_default()));
             bar.set_position(step);
@@ -157,6 +163,22 @@ impl Reporter {
             let (loss, learning_rate, gradient_norm) = (record.loss, record.learning_rate, record.gradient_norm);
             tracing::info!(step, total, loss, smoothed_loss, learning_rate, gradient_norm, steps_per_second = rate, seconds_left = left, "training");
         }
+    }
+
+    /// Everything measured so far, by earlier attempts too.
+    pub fn history(&self, history: &History) {
+        self.lock().page.history = history.clone();
+    }
+
+    /// What else the page shows.
+    pub fn show(&self, change: impl FnOnce(&mut Page)) {
+        change(&mut self.lock().page);
+    }
+
+    /// The page as of now.
+    pub fn page(&self) -> Page {
+        let shared = self.lock();
+        Page { progress: shared.progress.clone(), ..shared.page.clone() }
     }
 
     /// A checkpoint is in the bucket.

@@ -209,7 +209,7 @@ fn tools_folder() -> PathBuf {
 }
 
 /// The installed program `name`.
-fn program(server: &str, name: &str) -> PathBuf {
+pub(crate) fn program(server: &str, name: &str) -> PathBuf {
     let tools = std::env::var_os("FINETUNE_TEST_TOOLS").map_or_else(tools_folder, PathBuf::from);
     let program = tools.join("bin").join(name);
     assert!(program.exists(), "{} is not installed: run tests/testbed/install-servers {server}", program.display());
@@ -292,7 +292,8 @@ fn base64(bytes: &[u8]) -> String {
     digits.collect()
 }
 
-fn from_base64(text: &str) -> Vec<u8> {
+/// The bytes of standard base64.
+pub fn from_base64(text: &str) -> Vec<u8> {
     let digits: Vec<u32> = text.bytes().filter_map(|byte| ALPHABET.iter().position(|digit| *digit == byte)).map(|digit| digit as u32).collect();
     let bytes = digits.chunks(4).flat_map(|chunk| {
         let word = chunk.iter().fold(0, |word, digit| word << 6 | digit) << (6 * (4 - chunk.len()));

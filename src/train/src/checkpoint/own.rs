@@ -5,6 +5,7 @@ use super::snapshot::{LORA_FILE, METRICS_FILE, OPTIMIZER_FILE, STATE_FILE};
 use super::{PREPARED, identity};
 use crate::events;
 use crate::history::Picture;
+use crate::page;
 use crate::validation;
 use finetune_data::cache;
 use finetune_store::manifest;
@@ -16,7 +17,7 @@ pub enum Key<'a> {
     Identity,
     /// `prepared/<digest>.safetensors`: named by its content.
     Prepared,
-    /// `logs/eN/metrics.jsonl` and `logs/eN/events.out.tfevents.<seconds>.finetune`.
+    /// `logs/eN/metrics.jsonl`, `logs/eN/report.html` and `logs/eN/events.out.tfevents.<seconds>.finetune`.
     Log,
     /// `pictures/validation/step-S/P.png`.
     Picture,
@@ -55,7 +56,8 @@ pub fn log_folder(attempt: u64) -> String {
 fn is_log(rest: &str) -> bool {
     let Some((folder, file)) = rest.split_once('/') else { return false };
     let attempt = folder.strip_prefix('e').and_then(|digits| digits.parse::<u64>().ok());
-    attempt.is_some_and(|attempt| format!("e{attempt}") == folder) && (file == METRICS_FILE || events::is_file_name(file, events::HOST))
+    attempt.is_some_and(|attempt| format!("e{attempt}") == folder)
+        && ([METRICS_FILE, page::FILE_NAME].contains(&file) || events::is_file_name(file, events::HOST))
 }
 
 #[cfg(test)]
@@ -69,6 +71,7 @@ mod tests {
             "identity.json",
             &pack,
             "logs/e2/metrics.jsonl",
+            "logs/e2/report.html",
             "logs/e12/events.out.tfevents.1700000000.finetune",
             "pictures/validation/step-000500/0.png",
             "step-000200/e3/lora.safetensors",
@@ -95,6 +98,8 @@ mod tests {
             "logs/metrics.jsonl",
             "logs/e02/metrics.jsonl",
             "logs/e2/train.log",
+            "logs/report.html",
+            "logs/e2/reports.html",
             "logs/e2/sub/metrics.jsonl",
             "logs/e2/events.out.tfevents.1700000000.host",
             "logs/e2/events.out.tfevents.17x.finetune",

@@ -92,6 +92,22 @@ pub async fn prepare(
     Ok(Prepared::new(cache, &preparation.keys, dataset, config.dataset.repeats, prior, scaling, truncation))
 }
 
+/// The pictures of `samples` (their first copies) as they are trained, in that order: for people to look at.
+pub(crate) fn sheet<'a>(
+    dataset: &'a Dataset,
+    pictures: &Store,
+    prepared: &'a Prepared,
+    samples: impl Iterator<Item = usize> + 'a,
+) -> impl futures::Stream<Item = (usize, Result<Pixels, PrepareError>)> + 'a {
+    let loader = Loader::new(pictures);
+    futures::stream::iter(samples)
+        .map(move |sample| {
+            let loading = loader.load(dataset.samples[sample].clone(), prepared.transform(dataset, sample, 0));
+            async move { (sample, loading.wait().await) }
+        })
+        .buffered(loader::AHEAD)
+}
+
 struct Preparation<'a> {
     config: &'a TrainConfig,
     dataset: &'a Dataset,

@@ -8,6 +8,7 @@ use finetune_common::digest::Sha256Digest;
 use finetune_common::tensor::HostTensor;
 use finetune_data::cache::TensorCache;
 use finetune_data::dataset::Dataset;
+use finetune_data::transform::Transform;
 
 /// Prepared data of a dataset. Tensors stay on disk, memory-mapped, until a batch needs them.
 pub struct Prepared {
@@ -50,6 +51,11 @@ impl Prepared {
     /// Number of samples.
     pub fn samples(&self) -> usize {
         self.prompts.len()
+    }
+
+    /// What is done to a copy of a sample's picture.
+    pub(super) fn transform(&self, dataset: &Dataset, sample: usize, copy: u32) -> Transform {
+        self.keys.transform(dataset, sample, copy)
     }
 
     /// Captions that are cut, if any is.
