@@ -51,6 +51,7 @@ pub use scheduling::{GpuSpec, PodTemplate, ResourceAmounts, ResourcesSpec, Sched
 pub use spec::{FineTuneJob, FineTuneJobSpec};
 pub use status::{
     ArtifactStatus, Attempt, AttemptCause, AttemptCounts, CheckpointStatus, FailureStatus, FineTuneJobStatus, JobRef, Phase, ProgressStatus, QueueStatus,
+    UsageStatus,
 };
 pub use storage::{AddressingStyle, ConfigMapKeyRef, CredentialsSpec, LocalRef, StorageSpec};
 pub use text::clean;

@@ -45,6 +45,8 @@ closed_enum! {
         RestartStorm,
         /// Ran longer than `activeDeadlineSeconds`.
         DeadlineExceeded,
+        /// Held GPUs for as long as `maxGPUSeconds` allows, all attempts together; a checkpoint was saved first.
+        GPUSecondsExceeded,
         /// Waited longer than `startDeadlineSeconds`.
         StartDeadlineExceeded,
         /// The trainer finished no step within `progressDeadlineSeconds`; the operator has stopped it, and another attempt follows.
@@ -82,7 +84,13 @@ impl Reason {
             Self::PermissionDenied => 77,
             Self::InvalidConfig | Self::OutputExists | Self::OutputInUse => 78,
             Self::HostOutOfMemory => 137,
-            Self::RetriesExhausted | Self::RestartStorm | Self::DeadlineExceeded | Self::StartDeadlineExceeded | Self::NoProgress | Self::TrainerCrashed => 1,
+            Self::RetriesExhausted
+            | Self::RestartStorm
+            | Self::DeadlineExceeded
+            | Self::GPUSecondsExceeded
+            | Self::StartDeadlineExceeded
+            | Self::NoProgress
+            | Self::TrainerCrashed => 1,
         }
     }
 
@@ -140,7 +148,10 @@ mod tests {
         for &reason in Reason::ALL {
             let code = i32::from(reason.exit_code());
             let permanent = Reason::PERMANENT_EXIT_CODES.contains(&code);
-            let operator_only = matches!(reason, Reason::RetriesExhausted | Reason::RestartStorm | Reason::DeadlineExceeded | Reason::StartDeadlineExceeded);
+            let operator_only = matches!(
+                reason,
+                Reason::RetriesExhausted | Reason::RestartStorm | Reason::DeadlineExceeded | Reason::GPUSecondsExceeded | Reason::StartDeadlineExceeded
+            );
             if !operator_only {
                 assert_eq!(permanent, reason.retry() == Retry::Never, "{reason}");
                 assert_eq!(code == Reason::INTERRUPTED_EXIT_CODE, reason.retry() == Retry::Free, "{reason}");

@@ -137,6 +137,11 @@ pub struct FineTuneJobSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 60, max = 31_536_000))]
     pub progress_deadline_seconds: Option<i64>,
+    /// Seconds for which the job may hold GPUs, all attempts together (`status.usage.gpuSeconds`). Then the trainer saves a checkpoint and ends, and the
+    /// job fails with `GPUSecondsExceeded`; another job of the same spec goes on from the checkpoint. It can be changed at any time.
+    #[serde(rename = "maxGPUSeconds", skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 60, max = 1_000_000_000))]
+    pub max_gpu_seconds: Option<u64>,
     /// Seconds after which a finished job is cleaned up, as `ttlScope` says.
     #[serde(default = "ttl_seconds_after_finished")]
     #[schemars(range(min = 0, max = 31_536_000))]

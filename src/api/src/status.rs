@@ -55,6 +55,9 @@ pub struct FineTuneJobStatus {
     #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub attempt_history: Vec<Attempt>,
+    /// What the job has used.
+    #[serde(default, deserialize_with = "lenient::field", skip_serializing_if = "Option::is_none")]
+    pub usage: Option<UsageStatus>,
     /// Nodes on which the job runs.
     #[serde(default, deserialize_with = "lenient::list", skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
@@ -148,6 +151,18 @@ pub struct AttemptCounts {
     pub failed: u32,
 }
 
+/// What a job has used, by the times of its pods.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UsageStatus {
+    /// Seconds for which the job has held GPUs, all attempts together: from the start of each trainer to its end, times its GPUs. Of one that runs, until it
+    /// was last heard.
+    pub gpu_seconds: u64,
+    /// Of these, the seconds of the attempts that have ended.
+    #[serde(rename = "endedGPUSeconds")]
+    pub ended_gpu_seconds: u64,
+}
+
 /// One pod of the job.
 #[derive(Clone, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -161,6 +176,9 @@ pub struct Attempt {
     /// Node on which it ran.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// GPUs that it held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<u32>,
     /// When its trainer started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
@@ -173,7 +191,7 @@ pub struct Attempt {
     /// Exit code of its trainer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// Reason of a failure.
+    /// Reason of a failure, or why the operator has stopped it.
     #[serde(default, deserialize_with = "lenient::optional_name", skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
 }

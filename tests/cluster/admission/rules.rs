@@ -346,6 +346,8 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.failurePolicy.maxRetries", json!(-1)),
         ("spec.activeDeadlineSeconds", json!(0)),
         ("spec.progressDeadlineSeconds", json!(59)),
+        ("spec.maxGPUSeconds", json!(59)),
+        ("spec.maxGPUSeconds", json!("3600")),
         ("spec.image", json!("no spaces allowed")),
     ] {
         let mut job = job("bounds");

@@ -69,7 +69,7 @@ fn cell(text: &str) -> String {
 
 /// Whether only the operator gives this reason, so that no exit code stands for it.
 const fn operator_only(reason: Reason) -> bool {
-    matches!(reason, Reason::RetriesExhausted | Reason::RestartStorm | Reason::DeadlineExceeded | Reason::StartDeadlineExceeded)
+    matches!(reason, Reason::RetriesExhausted | Reason::RestartStorm | Reason::DeadlineExceeded | Reason::GPUSecondsExceeded | Reason::StartDeadlineExceeded)
 }
 
 fn api_page() -> anyhow::Result<String> {

@@ -6,8 +6,9 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use crate::reconcile::usage;
 use crate::reconcile::world::{self, JobEnd, World};
-use finetune_api::{Attempt, AttemptCause, AttemptCounts, FineTuneJob, FineTuneJobStatus, Progress, Reason, Stage, clean};
+use finetune_api::{Attempt, AttemptCause, AttemptCounts, FineTuneJob, FineTuneJobStatus, Progress, Reason, Stage, UsageStatus, clean};
 
 /// Attempts kept in status.
 pub const HISTORY: usize = 20;
@@ -29,28 +30,32 @@ pub struct Attempts {
     pub ended_now: Vec<Attempt>,
     /// How many started since the status was written.
     pub started_now: u32,
+    /// GPU seconds of all that ever were.
+    pub usage: UsageStatus,
 }
 
 impl Attempts {
     /// The attempts after what was seen now, given those in status.
     pub fn update(job: &FineTuneJob, status: &FineTuneJobStatus, world: &World, now: Timestamp) -> Self {
         let mut attempts = Self { counts: status.attempts.unwrap_or_default(), history: status.attempt_history.clone(), ..Self::default() };
+        attempts.usage = usage::written(status);
         for pod in &world.pods {
-            attempts.enter(pod);
+            attempts.enter(pod, job.spec.scheduling.gpu.per_replica);
         }
         // Stable: of two that started within one second the one entered later is the later one.
         attempts.history.sort_by_key(start);
         for index in 0..attempts.history.len() {
-            attempts.end(index, world, job.spec.suspend, now);
+            attempts.end(index, status, world, job.spec.suspend, now);
         }
         attempts.give_up(job, world, now);
+        attempts.spend(job, status, world, now);
         let surplus = attempts.history.len().saturating_sub(HISTORY);
         attempts.history.drain(..surplus);
         attempts
     }
 
-    /// Enters a pod that has started and is not known yet.
-    fn enter(&mut self, pod: &Pod) {
+    /// Enters a pod that has started with so many GPUs and is not known yet.
+    fn enter(&mut self, pod: &Pod, gpus: u32) {
         let (Some(uid), Some(job_uid), Some(started)) = (pod.metadata.uid.as_deref(), world::owner_uid(pod), started_at(pod)) else { return };
         if self.history.iter().any(|attempt| attempt.pod_uid == uid) {
             return;
@@ -65,6 +70,7 @@ impl Attempts {
             pod_uid: uid.to_owned(),
             job_uid: job_uid.to_owned(),
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            gpus: Some(gpus),
             start_time: Some(Time(started)),
             end_time: None,
             cause: None,
@@ -74,13 +80,14 @@ impl Attempts {
     }
 
     /// Notes the end of an attempt whose pod has ended or is gone.
-    fn end(&mut self, index: usize, world: &World, suspending: bool, now: Timestamp) {
+    fn end(&mut self, index: usize, before: &FineTuneJobStatus, world: &World, suspending: bool, now: Timestamp) {
         let newest = index + 1 == self.history.len();
         let Some(attempt) = self.history.get_mut(index).filter(|attempt| attempt.cause.is_none()) else { return };
         let completed = |attempt: &Attempt| {
             world.job_uid() == Some(attempt.job_uid.as_str()) && world.job.as_deref().and_then(world::job_end) == Some(world::JobEnd::Complete)
         };
-        let end = match world.pods.iter().find(|pod| pod.metadata.uid.as_deref() == Some(attempt.pod_uid.as_str())) {
+        let pod = world.pods.iter().find(|pod| pod.metadata.uid.as_deref() == Some(attempt.pod_uid.as_str()));
+        let end = match pod {
             // A Job completes by its last pod.
             None if newest && completed(attempt) => End { cause: AttemptCause::Succeeded, exit_code: None, reason: None, time: now },
             None => End { cause: if suspending { AttemptCause::Suspended } else { AttemptCause::Lost }, exit_code: None, reason: None, time: now },
@@ -100,6 +107,8 @@ impl Attempts {
         };
         // The operator has stopped it for that, whatever it made of the request to end.
         let end = match attempt.reason {
+            // It has done nothing wrong.
+            Some(Reason::GPUSecondsExceeded) if end.cause.is_free() => End { reason: attempt.reason, ..end },
             Some(reason) if end.cause != AttemptCause::Succeeded => End { cause: AttemptCause::Failed, reason: Some(reason), ..end },
             _ => end,
         };
@@ -107,6 +116,9 @@ impl Attempts {
         attempt.exit_code = end.exit_code;
         attempt.reason = end.reason;
         attempt.end_time = Some(Time(end.time));
+        let heard = before.progress.as_ref().and_then(|progress| progress.last_report_time.as_ref()).map(|time| time.0);
+        // The end of a pod that vanished is when that was seen, which may be days later.
+        self.usage.ended_gpu_seconds += usage::of(attempt, heard.filter(|heard| pod.is_none() && Some(*heard) >= start(attempt)).unwrap_or(end.time));
         match end.cause {
             AttemptCause::Succeeded => {}
             AttemptCause::Failed => self.counts.failed = self.counts.failed.saturating_add(1),
@@ -125,7 +137,7 @@ impl Attempts {
         };
         let trains = progress.stage == Stage::Training && world.report.failing_since.is_none() && !job.spec.suspend;
         let pod = world.current_pod().filter(|pod| pod.metadata.deletion_timestamp.is_none()).and_then(|pod| pod.metadata.uid.as_deref());
-        let newest = self.history.last_mut().filter(|attempt| attempt.cause.is_none() && Some(attempt.pod_uid.as_str()) == pod);
+        let newest = self.history.last_mut().filter(|attempt| attempt.cause.is_none() && attempt.reason.is_none() && Some(attempt.pod_uid.as_str()) == pod);
         if let Some(attempt) = newest.filter(|_| trains && now.duration_since(since).as_secs() >= limit) {
             attempt.reason = Some(Reason::NoProgress);
         }
@@ -200,7 +212,8 @@ impl Attempts {
     }
 }
 
-fn start(attempt: &Attempt) -> Option<Timestamp> {
+/// When the attempt's trainer started.
+pub(super) fn start(attempt: &Attempt) -> Option<Timestamp> {
     attempt.start_time.as_ref().map(|time| time.0)
 }
 

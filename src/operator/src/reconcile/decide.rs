@@ -110,6 +110,11 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
         if let Some((reason, _)) = storm(job, attempts).or_else(|| never_started(job, status, attempts, now)) {
             return delete(existing, Stop::Limit(reason));
         }
+        // Written first: its successor must know that there is none.
+        if attempts.spent(job).is_some() {
+            let written = status.attempt_history.last() == attempts.history.last();
+            return if written { delete(existing, Stop::Limit(Reason::GPUSecondsExceeded)) } else { Intent::Keep };
+        }
         if let Some(name) = missing_config_map(job, world) {
             // Under the name of another content it cannot be made again; the pod has not started.
             let same = validated.is_some_and(|validated| validated.config_map_name == name);
@@ -199,12 +204,17 @@ fn adjust(job: &FineTuneJob, existing: &Job) -> Intent {
 
 /// A limit that the job has exceeded, where no Job exists. It stays exceeded: none of these depends on how long ago that was.
 fn exceeded(job: &FineTuneJob, status: &FineTuneJobStatus, attempts: &Attempts, now: Timestamp) -> Option<(Reason, String)> {
-    storm(job, attempts).or_else(|| exhausted(job, attempts)).or_else(|| never_started(job, status, attempts, now))
+    storm(job, attempts).or_else(|| spent(job, attempts)).or_else(|| exhausted(job, attempts)).or_else(|| never_started(job, status, attempts, now))
 }
 
 fn storm(job: &FineTuneJob, attempts: &Attempts) -> Option<(Reason, String)> {
     let (restarts, most) = (attempts.restarts_per_hour(), job.spec.failure_policy.max_restarts_per_hour);
     (restarts > most).then(|| (Reason::RestartStorm, format!("{restarts} restarts within an hour, more than failurePolicy.maxRestartsPerHour ({most})")))
+}
+
+fn spent(job: &FineTuneJob, attempts: &Attempts) -> Option<(Reason, String)> {
+    let (most, used) = (attempts.spent(job)?, attempts.usage.ended_gpu_seconds);
+    Some((Reason::GPUSecondsExceeded, format!("used {used} GPU seconds of the {most} that maxGPUSeconds allows; the checkpoints are kept")))
 }
 
 fn exhausted(job: &FineTuneJob, attempts: &Attempts) -> Option<(Reason, String)> {

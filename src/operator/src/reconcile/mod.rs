@@ -23,6 +23,7 @@ pub mod status;
 mod tests;
 pub mod transitions;
 pub mod unreadable;
+mod usage;
 pub mod validate;
 pub mod warnings;
 pub mod world;
@@ -203,6 +204,7 @@ fn next(
         _ => {}
     }
     pauses.extend(decide::start_deadline(job, after, attempts).map(until));
+    pauses.extend(attempts.spent_at(job).map(until));
     pauses.extend(status::workload_due(world).filter(|due| *due > Timestamp::now()).map(until));
     if let Some(pod) = world.live_pod() {
         if let Some(lost) = status::lost_at(pod) {

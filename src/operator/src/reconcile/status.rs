@@ -108,6 +108,9 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
         after.attempts = Some(attempts.counts);
     }
     after.attempt_history.clone_from(&attempts.history);
+    if attempts.counts.started > 0 {
+        after.usage = Some(attempts.usage);
+    }
     if after.start_time.is_none() {
         after.start_time = attempts.history.iter().filter_map(|attempt| attempt.start_time.clone()).min_by_key(|time| time.0);
     }
@@ -163,6 +166,9 @@ fn essence(status: &FineTuneJobStatus) -> FineTuneJobStatus {
         RunningReason::RestoringCheckpoint,
     ];
     let mut status = FineTuneJobStatus { progress: None, last_checkpoint: None, dataset_digest: None, queue: None, nodes: Vec::new(), ..status.clone() };
+    if let Some(usage) = &mut status.usage {
+        usage.gpu_seconds = usage.ended_gpu_seconds;
+    }
     status.conditions.retain(|condition| condition.type_ != ConditionType::PodsScheduled.as_str() || condition.status != "True");
     for condition in &mut status.conditions {
         condition.message.clear();
@@ -240,7 +246,9 @@ fn suspended(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
 fn is_renewed(inputs: &Inputs<'_>) -> bool {
     let Inputs { job, attempts, .. } = *inputs;
     let free = attempts.history.last().and_then(|last| last.cause).is_some_and(|cause| cause.is_free() && cause != AttemptCause::Suspended);
-    free && !job.spec.suspend && matches!(inputs.intent, Intent::Delete { why: Stop::Renewal, .. } | Intent::Wait(Wait::JobDeleting) | Intent::Create { .. })
+    free && !job.spec.suspend
+        && attempts.spent(job).is_none()
+        && matches!(inputs.intent, Intent::Delete { why: Stop::Renewal, .. } | Intent::Wait(Wait::JobDeleting) | Intent::Create { .. })
 }
 
 fn reconciling(list: &mut Builder<'_>, inputs: &Inputs<'_>, ended: bool) {

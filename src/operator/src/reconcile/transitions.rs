@@ -7,7 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::events::{Event, EventType};
 
 use crate::reconcile::conditions::{find, is_false, is_stuck, is_terminal, is_true};
-use finetune_api::{Attempt, AttemptCause, ConditionType, FineTuneJobStatus, ResumePolicy, RunningReason, ValidatedReason, clean};
+use crate::reconcile::usage;
+use finetune_api::{Attempt, AttemptCause, ConditionType, FineTuneJobStatus, Reason, ResumePolicy, RunningReason, ValidatedReason, clean};
 
 /// Longest note of an event, in bytes.
 const NOTE: usize = 1000;
@@ -30,6 +31,8 @@ pub enum Measure {
     Started(Duration),
     /// Another attempt follows one that ended so.
     Restarted(&'static str),
+    /// Attempts have ended that had held GPUs for so long.
+    GpuSeconds(u64),
 }
 
 /// The events that tell of the change from `before` to `after`.
@@ -61,14 +64,14 @@ pub fn events(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[At
     {
         tell(EventType::Warning, "Schedule", &condition.reason, &condition.message);
     }
-    for attempt in ended {
+    for attempt in ended.iter().filter(|attempt| is_followed(attempt)) {
         let (reason, note) = match attempt.cause {
             Some(AttemptCause::Disrupted) => ("Disrupted", followed("the pod was evicted, preempted or deleted, or lost its node")),
             Some(AttemptCause::Checkpointed) => ("Interrupted", followed("the trainer was asked to end")),
             Some(AttemptCause::Superseded) => ("Superseded", followed("a newer attempt had taken over, and the trainer stopped")),
             Some(AttemptCause::Lost) => ("PodLost", followed("the pod vanished before its end was seen")),
             Some(AttemptCause::Failed) => (
-                attempt.reason.map_or("TrainerCrashed", finetune_api::Reason::as_str),
+                attempt.reason.map_or("TrainerCrashed", Reason::as_str),
                 after.failure.as_ref().map_or_else(|| "the trainer failed".to_owned(), |failure| failure.message.clone()),
             ),
             Some(AttemptCause::Succeeded | AttemptCause::Suspended) | None => continue,
@@ -119,8 +122,12 @@ pub fn measures(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[
         let entered = find(&before.conditions, ConditionType::Admitted).map_or(created, |before| before.last_transition_time.0);
         measures.push(Measure::Admitted(since(entered, now)));
     }
+    let used = after.usage.map_or(0, |usage| usage.ended_gpu_seconds).saturating_sub(usage::written(before).ended_gpu_seconds);
+    if used > 0 {
+        measures.push(Measure::GpuSeconds(used));
+    }
     let terminal = is_terminal(&after.conditions);
-    for attempt in ended {
+    for attempt in ended.iter().filter(|attempt| is_followed(attempt)) {
         let cause = match attempt.cause {
             Some(AttemptCause::Disrupted) => "Disrupted",
             Some(AttemptCause::Checkpointed) => "Checkpointed",
@@ -141,6 +148,11 @@ pub fn measures(before: &FineTuneJobStatus, after: &FineTuneJobStatus, ended: &[
         }
     }
     measures
+}
+
+/// Whether another attempt may come after this one: not where the operator has stopped it for good.
+fn is_followed(attempt: &Attempt) -> bool {
+    attempt.reason != Some(Reason::GPUSecondsExceeded)
 }
 
 /// The condition after, if its status or reason has changed.

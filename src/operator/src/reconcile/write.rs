@@ -85,6 +85,7 @@ pub async fn write(job: &FineTuneJob, change: &Change<'_>, now: Timestamp, scope
             Measure::Admitted(waited) => ctx.metrics.job_admitted(waited),
             Measure::Started(waited) => ctx.metrics.job_started(waited),
             Measure::Restarted(cause) => ctx.metrics.job_restarted(cause),
+            Measure::GpuSeconds(seconds) => ctx.metrics.gpu_seconds(&job.namespace().unwrap_or_default(), seconds),
         }
     }
     for event in transitions::events(before, after, &attempts.ended_now, job.spec.resume.policy) {

@@ -48,7 +48,7 @@ struct RequestLabels {
     code: String,
 }
 
-/// Labels of `finetune_watch_failing`.
+/// Labels of `finetune_watch_failing` and `finetune_job_gpu_seconds_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct NamespaceLabels {
     namespace: String,
@@ -127,6 +127,7 @@ pub struct Metrics {
     start_latency_seconds: Histogram,
     duration_seconds: Histogram,
     restarts: Family<CauseLabels, Counter>,
+    gpu_seconds: Family<NamespaceLabels, Counter>,
     reconcile_seconds: Family<ResultLabels, Histogram>,
     reconcile_errors: Family<ClassLabels, Counter>,
     queue_wait_seconds: Histogram,
@@ -166,6 +167,7 @@ impl Metrics {
             start_latency_seconds: long_histogram(),
             duration_seconds: long_histogram(),
             restarts: Family::default(),
+            gpu_seconds: Family::default(),
             reconcile_seconds: Family::new_with_constructor(reconcile_histogram),
             reconcile_errors: Family::default(),
             queue_wait_seconds: reconcile_histogram(),
@@ -209,6 +211,11 @@ impl Metrics {
             "finetune_job_restarts",
             "Attempts after a job's first, by the cause that ended the one before (Disrupted, Checkpointed, Superseded, Suspended, Failed, Lost)",
             self.restarts.clone(),
+        );
+        registry.register(
+            "finetune_job_gpu_seconds",
+            "Seconds for which trainers have held GPUs, from the start of each to its end, times its GPUs; counted when an attempt has ended",
+            self.gpu_seconds.clone(),
         );
         registry.register("finetune_reconcile_duration_seconds", "Seconds of one reconciliation, by result (ok, error)", self.reconcile_seconds.clone());
         registry.register(
@@ -279,6 +286,7 @@ impl Metrics {
         metrics.job_admitted(Duration::from_secs(3));
         metrics.job_started(Duration::from_secs(9));
         metrics.job_restarted("Disrupted");
+        metrics.gpu_seconds("team-a", 60);
         metrics.reconciled(Duration::from_millis(3), Some("apply_job"));
         metrics.waited(Duration::from_millis(3));
         metrics.status_patched();
@@ -321,6 +329,11 @@ impl Metrics {
     /// An attempt was followed by another.
     pub fn job_restarted(&self, cause: &str) {
         self.restarts.get_or_create(&CauseLabels { cause: cause.to_owned() }).inc();
+    }
+
+    /// Attempts of a namespace's jobs have ended that had held GPUs for so long.
+    pub fn gpu_seconds(&self, namespace: &str, seconds: u64) {
+        self.gpu_seconds.get_or_create(&NamespaceLabels { namespace: namespace.to_owned() }).inc_by(seconds);
     }
 
     /// A reconciliation took `duration`; `class` names the error it ended with.
@@ -494,7 +507,7 @@ mod tests {
     #[test]
     fn the_descriptions_are_complete() {
         let described = Metrics::descriptions().unwrap();
-        assert_eq!(described.len(), 20, "a new metric also gets a series in with_each_series");
+        assert_eq!(described.len(), 21, "a new metric also gets a series in with_each_series");
         for metric in &described {
             assert!(!metric.kind.is_empty() && metric.help.len() > 10, "{metric:?}");
         }

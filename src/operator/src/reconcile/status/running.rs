@@ -55,7 +55,7 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         doing(pod, world, was_training(before), now).unwrap_or_else(not_started)
     } else if job.spec.suspend && world.job.is_none() {
         (Truth::False, RunningReason::Suspended, "suspended by spec.suspend".to_owned())
-    } else if matches!(inputs.intent, super::Intent::Fail { .. }) {
+    } else if matches!(inputs.intent, super::Intent::Fail { .. }) || attempts.spent(job).is_some() {
         (Truth::False, RunningReason::Finished, String::new())
     } else if attempts.counts.started > 0 {
         // Between a pod that succeeded and its Job's Complete nothing is to be told.

@@ -7,6 +7,7 @@ mod limits;
 mod pods;
 mod replacement;
 mod suspension;
+mod usage;
 mod writes;
 
 use crate::fixtures::{at, child, job, pod, running, step};
