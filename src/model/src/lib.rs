@@ -5,6 +5,7 @@ pub mod layout;
 pub mod lora;
 pub mod mmdit;
 pub mod sample;
+pub mod single_file;
 pub mod survey;
 pub mod text;
 pub mod vae;

@@ -1,5 +1,7 @@
 //! Weights of one component in diffusers layout: a single `*.safetensors` file or shards with an index, memory-mapped.
 //!
+//! A file of another layout is read in place through a [`TensorMap`] beside it: parts of its tensors under diffusers' names.
+//!
 //! Nothing is read until a tensor is asked for, and [`Weights::release`] drops its pages again, so a model larger than
 //! memory can be streamed through.
 
@@ -7,11 +9,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use safetensors::{Dtype, SafeTensors};
 
 use finetune_common::mmap::MappedFile;
-use finetune_compute::kernels::{Precision, StoredMatrix};
+
+mod map;
+mod view;
+
+pub use map::{Source, Stored, TensorMap};
+pub use view::View;
 
 /// Why weights cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +91,16 @@ pub enum WeightsError {
         /// The shape demanded.
         want: Box<[usize]>,
     },
-    /// A tensor's type is none of f16, bf16 and f32.
-    #[error("tensor {name:?} of {path} is stored as {dtype}: only F16, BF16 and F32 weights can be used")]
+    /// A map of tensors cannot be understood, or does not fit its file.
+    #[error("the map of tensors {path} cannot be used: {problem}")]
+    Map {
+        /// The map.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A tensor's type is none that is read.
+    #[error("tensor {name:?} of {path} is stored as {dtype}: only F16, BF16, F32 and F8_E4M3 weights can be used")]
     Dtype {
         /// The file or folder.
         path: PathBuf,
@@ -99,13 +113,23 @@ pub enum WeightsError {
 
 type Result<T, E = WeightsError> = std::result::Result<T, E>;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Entry {
-    file: usize,
+    place: Place,
     dtype: Dtype,
     shape: Vec<usize>,
-    /// Bytes of the tensor within the file.
+    /// Bytes of the tensor within its place.
     range: Range<usize>,
+    scale: f32,
+}
+
+/// Where a tensor's bytes are.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// In the file of this index.
+    File(usize),
+    /// Among the bytes made of others: rows in another order.
+    Made(usize),
 }
 
 /// The tensors of one component, by name. See the module's documentation.
@@ -113,102 +137,9 @@ struct Entry {
 pub struct Weights {
     path: PathBuf,
     files: Vec<MappedFile>,
+    made: Vec<Vec<u8>>,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
-}
-
-/// A tensor as it lies in the file: little-endian values, row-major, of no particular alignment.
-#[derive(Debug, Clone, Copy)]
-pub struct View<'a> {
-    /// Type of the values.
-    pub dtype: Dtype,
-    /// Dimensions.
-    pub shape: &'a [usize],
-    /// The values.
-    pub bytes: &'a [u8],
-}
-
-impl View<'_> {
-    /// Number of values.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether there are no values.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The type of the values, if it is one that can be computed with.
-    pub fn precision(&self) -> Option<Precision> {
-        match self.dtype {
-            Dtype::F32 => Some(Precision::F32),
-            Dtype::F16 => Some(Precision::F16),
-            Dtype::BF16 => Some(Precision::Bf16),
-            _ => None,
-        }
-    }
-
-    /// Writes values `start..start + out.len()` to `out` as f32. Exact for f16, bf16 and f32.
-    ///
-    /// Returns `false`, and leaves `out` alone, if the type is none of these or the range lies outside the tensor.
-    #[must_use]
-    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> bool {
-        let size = match self.dtype {
-            Dtype::F16 | Dtype::BF16 => 2,
-            Dtype::F32 => 4,
-            _ => return false,
-        };
-        let Some(bytes) = start.checked_mul(size).and_then(|first| self.bytes.get(first..first.checked_add(out.len().checked_mul(size)?)?)) else {
-            return false;
-        };
-        match self.dtype {
-            Dtype::F32 => {
-                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
-            }
-            Dtype::BF16 => {
-                for (value, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *value = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-                }
-            }
-            _ => {
-                // Through a small aligned buffer, which the F16C instructions need.
-                let mut bits = [0_u16; 1024];
-                for (out, bytes) in out.chunks_mut(bits.len()).zip(bytes.chunks(2 * bits.len())) {
-                    let bits = &mut bits[..out.len()];
-                    for (bit, b) in bits.iter_mut().zip(bytes.chunks_exact(2)) {
-                        *bit = u16::from_le_bytes([b[0], b[1]]);
-                    }
-                    bits.reinterpret_cast::<half::f16>().convert_to_f32_slice(out);
-                }
-            }
-        }
-        true
-    }
-
-    /// All values as f32, converted by several threads; `None` if the type is none of f16, bf16 and f32.
-    pub fn to_f32(&self) -> Option<Vec<f32>> {
-        use rayon::prelude::*;
-        const PIECE: usize = 1 << 18;
-        let mut values = vec![0.0_f32; self.len()];
-        let good = values.par_chunks_mut(PIECE).enumerate().map(|(i, piece)| self.read_f32(i * PIECE, piece)).reduce(|| true, |a, b| a && b);
-        good.then_some(values)
-    }
-}
-
-/// Of two dimensions, and of a type that can be computed with.
-impl StoredMatrix for View<'_> {
-    fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
-        let width = self.shape.last().copied().unwrap_or(0);
-        let mut blocks = out.chunks_exact_mut(columns.len().max(1)).zip(rows);
-        assert!(blocks.all(|(out, row)| self.read_f32(row * width + columns.start, out)), "should be a checked weight");
-    }
-
-    fn stored(&self) -> Option<(Precision, &[u8])> {
-        Some((self.precision()?, self.bytes))
-    }
 }
 
 impl Weights {
@@ -222,7 +153,61 @@ impl Weights {
     pub fn open(dir: &Path) -> Result<Self> {
         let chosen = choose(dir)?;
         tracing::debug!(path = %chosen.display(), "opening weights");
-        if chosen.extension().is_some_and(|e| e == "json") { Self::open_index(dir, &chosen) } else { Self::open_file(&chosen) }
+        let weights = if chosen.extension().is_some_and(|e| e == "json") { Self::open_index(dir, &chosen) } else { Self::open_file(&chosen) }?;
+        match TensorMap::read(dir)? {
+            Some(map) => weights.mapped(&map),
+            None => Ok(weights),
+        }
+    }
+
+    /// The tensors that `map` makes of these.
+    fn mapped(mut self, map: &TensorMap) -> Result<Self> {
+        let path = self.path.clone();
+        let wrong = |name: &str, problem: String| WeightsError::Map { path: path.clone(), problem: format!("{name:?} {problem}") };
+        let mut entries = BTreeMap::new();
+        for (name, source) in &map.0 {
+            let entry = match source {
+                Source::Identity(size) => self.make(Dtype::F32, vec![*size; 2], map::identity(*size), 1.0),
+                Source::Stored(Stored { tensor, part, swap_halves, scale }) => {
+                    let mut entry = self.entry(tensor)?.clone();
+                    if let Some((index, count)) = *part {
+                        let rows = map::part_of(&entry.shape, (index, count)).map_err(|problem| wrong(tensor, problem))?;
+                        let bytes = entry.range.len() / count;
+                        entry.range = entry.range.start + index * bytes..entry.range.start + (index + 1) * bytes;
+                        entry.shape[0] = rows;
+                    }
+                    if let Some(scale) = scale {
+                        let values = self.f32(scale)?;
+                        let [value] = values[..] else { return Err(wrong(scale, format!("holds {} values, not one scale", values.len()))) };
+                        entry.scale = value;
+                    }
+                    if *swap_halves {
+                        map::part_of(&entry.shape, (0, 2)).map_err(|problem| wrong(tensor, problem))?;
+                        let bytes = self.bytes(&entry);
+                        let (first, second) = bytes.split_at(bytes.len() / 2);
+                        self.make(entry.dtype, entry.shape, [second, first].concat(), entry.scale)
+                    } else {
+                        entry
+                    }
+                }
+            };
+            entries.insert(name.clone(), entry);
+        }
+        self.entries = entries;
+        Ok(self)
+    }
+
+    fn make(&mut self, dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8>, scale: f32) -> Entry {
+        let range = 0..bytes.len();
+        self.made.push(bytes);
+        Entry { place: Place::Made(self.made.len() - 1), dtype, shape, range, scale }
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        match entry.place {
+            Place::File(file) => &self.files[file][entry.range.clone()],
+            Place::Made(made) => &self.made[made][entry.range.clone()],
+        }
     }
 
     /// Opens a single safetensors file, as a LoRA file.
@@ -230,7 +215,7 @@ impl Weights {
     /// # Errors
     /// If the file cannot be read or its header contradicts its size.
     pub fn open_file(path: &Path) -> Result<Self> {
-        let mut weights = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        let mut weights = Self { path: path.to_owned(), files: Vec::new(), made: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
         weights.add_file(path, None)?;
         Ok(weights)
     }
@@ -250,7 +235,7 @@ impl Weights {
             }
             shards.entry(shard).or_default().push(name);
         }
-        let mut weights = Self { path: dir.to_owned(), files: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
+        let mut weights = Self { path: dir.to_owned(), files: Vec::new(), made: Vec::new(), entries: BTreeMap::new(), metadata: BTreeMap::new() };
         for (shard, names) in shards {
             weights.add_file(&dir.join(shard), Some(&names))?;
         }
@@ -271,7 +256,7 @@ impl Weights {
             let (first, end) = (start.checked_add(info.data_offsets.0), start.checked_add(info.data_offsets.1));
             match (first, end) {
                 (Some(first), Some(end)) if first <= end && end <= map.len() => {
-                    Ok(Entry { file, dtype: info.dtype, shape: info.shape.clone(), range: first..end })
+                    Ok(Entry { place: Place::File(file), dtype: info.dtype, shape: info.shape.clone(), range: first..end, scale: 1.0 })
                 }
                 _ => Err(WeightsError::Safetensors { path: path.to_owned(), source: safetensors::SafeTensorError::InvalidOffset(name.to_owned()) }),
             }
@@ -327,7 +312,7 @@ impl Weights {
     /// If there is none of this name.
     pub fn view(&self, name: &str) -> Result<View<'_>> {
         let entry = self.entry(name)?;
-        Ok(View { dtype: entry.dtype, shape: &entry.shape, bytes: &self.files[entry.file][entry.range.clone()] })
+        Ok(View { dtype: entry.dtype, shape: &entry.shape, bytes: self.bytes(entry), scale: entry.scale })
     }
 
     /// The tensor as it lies in the file, if its shape is `shape`.
@@ -353,7 +338,7 @@ impl Weights {
     /// The tensor's values as f32.
     ///
     /// # Errors
-    /// If there is none of this name, or it is not stored as f16, bf16 or f32.
+    /// If there is none of this name, or it is not stored as f16, bf16, f32 or in the 8 bits of E4M3.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
         let view = self.view(name)?;
         view.to_f32().ok_or_else(|| WeightsError::Dtype { path: self.path.clone(), name: name.to_owned(), dtype: view.dtype })
@@ -371,8 +356,12 @@ impl Weights {
 
     fn each(&self, prefix: &str, apply: impl Fn(&MappedFile, Range<usize>)) {
         // Neighbours in the file are joined, so that small tensors between large ones go with them.
+        let in_file = |entry: &Entry| match entry.place {
+            Place::File(file) => Some((file, entry.range.clone())),
+            Place::Made(_) => None,
+        };
         let mut ranges: Vec<(usize, Range<usize>)> =
-            self.entries.iter().filter(|(n, _)| n.starts_with(prefix)).map(|(_, e)| (e.file, e.range.clone())).collect();
+            self.entries.iter().filter(|(n, _)| n.starts_with(prefix)).filter_map(|(_, entry)| in_file(entry)).collect();
         ranges.sort_by_key(|(file, range)| (*file, range.start));
         let mut joined: Vec<(usize, Range<usize>)> = Vec::new();
         for (file, range) in ranges {
@@ -432,6 +421,7 @@ fn variant_of(name: &str) -> Option<(String, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use finetune_compute::kernels::{Precision, StoredMatrix as _};
 
     fn bytes_of(tensors: &[(&str, &[f32])]) -> Vec<u8> {
         let data: Vec<(String, Vec<u8>, usize)> =

@@ -97,7 +97,8 @@ pub(super) fn names(sites: &[LinearSite]) -> BTreeMap<String, Vec<Slot<'_>>> {
     let mut names: BTreeMap<String, Vec<Slot<'_>>> = BTreeMap::new();
     for site in sites {
         let own = site.name.replace('.', "_");
-        if let Some(Place { layer, index, parts, swap_halves }) = kohya::place(&site.name, last).filter(|place| place.layer != own) {
+        if let Some(place) = kohya::place(&site.name, last).filter(|place| place.underscored() != own) {
+            let (layer, Place { index, parts, swap_halves, .. }) = (place.underscored(), place);
             names.entry(layer).or_default().push(Slot { site, index, parts, swap_halves });
         }
         names.insert(own, vec![Slot { site, index: 0, parts: 1, swap_halves: false }]);

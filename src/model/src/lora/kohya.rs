@@ -11,25 +11,32 @@ use finetune_compute::optim::Param;
 
 /// Where a diffusers module lies in the original model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
-    /// The original layer's name with underscores, as `joint_blocks_0_x_block_attn_qkv`.
-    pub(super) layer: String,
+pub(crate) struct Place {
+    /// The original layer's name, as `joint_blocks.0.x_block.attn.qkv`.
+    pub(crate) layer: String,
     /// Which rows of the original weight, in parts of the module's own outputs: part `index` of `parts`.
-    pub(super) index: usize,
+    pub(crate) index: usize,
     /// Parts of the original weight.
-    pub(super) parts: usize,
+    pub(crate) parts: usize,
     /// The module's rows are two halves, (scale, shift) in diffusers and (shift, scale) in the original.
-    pub(super) swap_halves: bool,
+    pub(crate) swap_halves: bool,
+}
+
+impl Place {
+    /// The layer's name as LoRA files have it, with underscores.
+    pub(super) fn underscored(&self) -> String {
+        self.layer.replace('.', "_")
+    }
 }
 
 /// The original place of a diffusers module.
-pub(super) fn place(name: &str, last_block: usize) -> Option<Place> {
+pub(crate) fn place(name: &str, last_block: usize) -> Option<Place> {
     let whole = |layer: String| Some(Place { layer, index: 0, parts: 1, swap_halves: false });
     if let Some(rest) = name.strip_prefix("transformer_blocks.") {
         let (block, part) = rest.split_once('.')?;
         let last = block.parse::<usize>().ok()? == last_block;
-        let layer = |stream: &str, layer: &str| format!("joint_blocks_{block}_{stream}_block_{layer}");
-        let qkv = |stream: &str, attention: &str, index| Some(Place { layer: layer(stream, &format!("{attention}_qkv")), index, parts: 3, swap_halves: false });
+        let layer = |stream: &str, layer: &str| format!("joint_blocks.{block}.{stream}_block.{layer}");
+        let qkv = |stream: &str, attention: &str, index| Some(Place { layer: layer(stream, &format!("{attention}.qkv")), index, parts: 3, swap_halves: false });
         return match part {
             "attn.to_q" => qkv("x", "attn", 0),
             "attn.to_k" => qkv("x", "attn", 1),
@@ -40,26 +47,26 @@ pub(super) fn place(name: &str, last_block: usize) -> Option<Place> {
             "attn2.to_q" => qkv("x", "attn2", 0),
             "attn2.to_k" => qkv("x", "attn2", 1),
             "attn2.to_v" => qkv("x", "attn2", 2),
-            "attn.to_out.0" => whole(layer("x", "attn_proj")),
-            "attn.to_add_out" => whole(layer("context", "attn_proj")),
-            "attn2.to_out.0" => whole(layer("x", "attn2_proj")),
-            "ff.net.0.proj" => whole(layer("x", "mlp_fc1")),
-            "ff.net.2" => whole(layer("x", "mlp_fc2")),
-            "ff_context.net.0.proj" => whole(layer("context", "mlp_fc1")),
-            "ff_context.net.2" => whole(layer("context", "mlp_fc2")),
-            "norm1.linear" => whole(layer("x", "adaLN_modulation_1")),
-            "norm1_context.linear" => Some(Place { layer: layer("context", "adaLN_modulation_1"), index: 0, parts: 1, swap_halves: last }),
+            "attn.to_out.0" => whole(layer("x", "attn.proj")),
+            "attn.to_add_out" => whole(layer("context", "attn.proj")),
+            "attn2.to_out.0" => whole(layer("x", "attn2.proj")),
+            "ff.net.0.proj" => whole(layer("x", "mlp.fc1")),
+            "ff.net.2" => whole(layer("x", "mlp.fc2")),
+            "ff_context.net.0.proj" => whole(layer("context", "mlp.fc1")),
+            "ff_context.net.2" => whole(layer("context", "mlp.fc2")),
+            "norm1.linear" => whole(layer("x", "adaLN_modulation.1")),
+            "norm1_context.linear" => Some(Place { layer: layer("context", "adaLN_modulation.1"), index: 0, parts: 1, swap_halves: last }),
             _ => None,
         };
     }
     match name {
-        "time_text_embed.timestep_embedder.linear_1" => whole("t_embedder_mlp_0".into()),
-        "time_text_embed.timestep_embedder.linear_2" => whole("t_embedder_mlp_2".into()),
-        "time_text_embed.text_embedder.linear_1" => whole("y_embedder_mlp_0".into()),
-        "time_text_embed.text_embedder.linear_2" => whole("y_embedder_mlp_2".into()),
+        "time_text_embed.timestep_embedder.linear_1" => whole("t_embedder.mlp.0".into()),
+        "time_text_embed.timestep_embedder.linear_2" => whole("t_embedder.mlp.2".into()),
+        "time_text_embed.text_embedder.linear_1" => whole("y_embedder.mlp.0".into()),
+        "time_text_embed.text_embedder.linear_2" => whole("y_embedder.mlp.2".into()),
         "context_embedder" => whole("context_embedder".into()),
-        "norm_out.linear" => Some(Place { layer: "final_layer_adaLN_modulation_1".into(), index: 0, parts: 1, swap_halves: true }),
-        "proj_out" => whole("final_layer_linear".into()),
+        "norm_out.linear" => Some(Place { layer: "final_layer.adaLN_modulation.1".into(), index: 0, parts: 1, swap_halves: true }),
+        "proj_out" => whole("final_layer.linear".into()),
         _ => None,
     }
 }
@@ -84,7 +91,7 @@ pub fn convert(layout: &LoraLayout, params: &[Param], blocks: usize) -> Result<V
         let name = &module.site.name;
         let unknown = || LoraError::Key { key: name.clone(), problem: "this module has no name in kohya's format".into() };
         let place = place(name, blocks.saturating_sub(1)).ok_or_else(unknown)?;
-        let fused = layers.entry(place.layer).or_insert(Fused { parts: place.parts, members: Vec::new() });
+        let fused = layers.entry(place.underscored()).or_insert(Fused { parts: place.parts, members: Vec::new() });
         if let Some((_, _, other, ..)) = fused.members.first().filter(|(_, _, other, ..)| (other.scale() - module.scale()).abs() > 1e-12 * module.scale()) {
             let problem = format!("its scale differs from that of {}, with which it is one layer in kohya's format", other.site.name);
             return Err(LoraError::Key { key: name.clone(), problem });
@@ -162,7 +169,7 @@ mod tests {
             for (module, pair) in layout.modules.iter().zip(params.chunks_exact(2)) {
                 let place = place(&module.site.name, 1).unwrap();
                 let delta = delta_weight(module, &pair[0], &pair[1], 1.0).unwrap();
-                let target = trained.get_mut(&format!("lora_unet_{}", place.layer)).unwrap();
+                let target = trained.get_mut(&format!("lora_unet_{}", place.underscored())).unwrap();
                 let (rows, inputs) = (module.site.out_features, module.site.in_features);
                 for (i, row) in delta.chunks_exact(inputs).enumerate() {
                     let i = if place.swap_halves { (i + rows / 2) % rows } else { i };
@@ -181,7 +188,7 @@ mod tests {
 
     #[test]
     fn names_are_those_of_the_original_model() {
-        let layer = |name: &str| place(name, 1).unwrap().layer;
+        let layer = |name: &str| place(name, 1).unwrap().underscored();
         assert_eq!(layer("transformer_blocks.0.attn.to_k"), "joint_blocks_0_x_block_attn_qkv");
         assert_eq!(layer("transformer_blocks.0.attn2.to_q"), "joint_blocks_0_x_block_attn2_qkv");
         assert_eq!(layer("transformer_blocks.0.attn.to_add_out"), "joint_blocks_0_context_block_attn_proj");

@@ -31,8 +31,7 @@ impl StoredMatrix for InFile {
     }
 
     fn stored(&self) -> Option<(Precision, &[u8])> {
-        let view = self.weights.view(&self.name).ok()?;
-        Some((view.precision()?, view.bytes))
+        self.weights.view(&self.name).ok()?.raw()
     }
 }
 

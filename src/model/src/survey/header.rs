@@ -20,6 +20,25 @@ pub struct TensorInfo {
     data_offsets: (u64, u64),
 }
 
+impl TensorInfo {
+    /// A tensor of f32 that is made, not stored.
+    pub(crate) fn made(shape: Vec<usize>) -> Self {
+        let bytes = shape.iter().product::<usize>() as u64 * 4;
+        Self { dtype: "F32".to_owned(), shape, data_offsets: (0, bytes) }
+    }
+
+    /// One of `count` equal parts of its rows, of which it then has `rows`.
+    pub(crate) fn part(&mut self, rows: usize, count: usize) {
+        self.shape[0] = rows;
+        self.data_offsets = (0, self.bytes() / count.max(1) as u64);
+    }
+
+    /// Bytes of its values.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.data_offsets.1.saturating_sub(self.data_offsets.0)
+    }
+}
+
 /// Every tensor of a file by name.
 pub type Tensors = BTreeMap<String, TensorInfo>;
 

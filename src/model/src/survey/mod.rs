@@ -5,10 +5,11 @@
 
 mod header;
 mod identify;
-mod tensors;
+pub(crate) mod tensors;
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::path::Path;
 
 use serde::Deserialize;
 
@@ -19,6 +20,7 @@ use super::layout::{ComponentConfig, ModelDir, Part};
 use super::mmdit::MmditConfig;
 use super::text::{CaptionTokenizer, ClipConfig, T5Config};
 use super::vae::VaeConfig;
+use super::weights::TensorMap;
 
 /// What a model is.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +85,19 @@ pub fn check(dir: &ModelDir, parts: &PartTensors, length: usize, draws: bool) ->
     match (transformer, vae, look.problems.is_empty()) {
         (Some(transformer), Some(vae), true) => Ok(Model { transformer, downscale: vae.downscale(), t5: has_t5 }),
         _ => Err(look.problems),
+    }
+}
+
+/// The tensors of a part whose file, with these tensors, is of another layout, under their names in diffusers; those of the file where it is not. `dir`: the part's
+/// folder.
+///
+/// # Errors
+/// A sentence without its subject, the file.
+pub fn mapped(dir: &Path, tensors: Tensors) -> Result<Tensors, String> {
+    let map = TensorMap::read(dir).map_err(|error| format!("cannot be read through its map: {error}"))?;
+    match map {
+        Some(map) => map.of(&tensors),
+        None => Ok(tensors),
     }
 }
 

@@ -7,11 +7,11 @@ use crate::vae::VaeConfig;
 
 /// A tensor that is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(crate) struct Wanted {
     /// Its names, today's first.
-    names: Vec<String>,
+    pub(crate) names: Vec<String>,
     /// Its shape; a matrix may also be stored as a convolution of one pixel where `pointwise`.
-    shape: Vec<usize>,
+    pub(crate) shape: Vec<usize>,
     pointwise: bool,
 }
 
@@ -41,7 +41,7 @@ impl List {
 }
 
 /// The transformer's.
-pub(super) fn transformer(config: &MmditConfig) -> Vec<Wanted> {
+pub(crate) fn transformer(config: &MmditConfig) -> Vec<Wanted> {
     let mut list = List::default();
     let (d, p, side) = (config.width(), config.patch_size, config.pos_embed_max_size);
     list.conv("pos_embed.proj", d, config.in_channels, p);
@@ -62,7 +62,7 @@ pub(super) fn transformer(config: &MmditConfig) -> Vec<Wanted> {
 }
 
 /// A CLIP text encoder's.
-pub(super) fn clip(config: &ClipConfig) -> Vec<Wanted> {
+pub(crate) fn clip(config: &ClipConfig) -> Vec<Wanted> {
     let mut list = List::default();
     let (d, ff) = (config.hidden_size, config.intermediate_size);
     list.tensor("text_model.embeddings.token_embedding.weight", &[config.vocab_size, d]);
@@ -84,7 +84,7 @@ pub(super) fn clip(config: &ClipConfig) -> Vec<Wanted> {
 }
 
 /// T5's encoder's.
-pub(super) fn t5(config: &T5Config) -> Vec<Wanted> {
+pub(crate) fn t5(config: &T5Config) -> Vec<Wanted> {
     let mut list = List::default();
     let (d, ff, inner) = (config.d_model, config.d_ff, config.num_heads * config.d_kv);
     let names = ["shared.weight", "encoder.embed_tokens.weight"].map(str::to_owned).to_vec();
@@ -108,7 +108,7 @@ pub(super) fn t5(config: &T5Config) -> Vec<Wanted> {
 }
 
 /// The autoencoder's; the decoder's only where pictures are drawn.
-pub(super) fn vae(config: &VaeConfig, decoder: bool) -> Vec<Wanted> {
+pub(crate) fn vae(config: &VaeConfig, decoder: bool) -> Vec<Wanted> {
     let mut list = List::default();
     let channels = &config.block_out_channels;
     let (Some(&first), Some(&last)) = (channels.first(), channels.last()) else { return list.0 };
@@ -177,7 +177,7 @@ pub(super) fn compare(tensors: &Tensors, wanted: &[Wanted]) -> Vec<String> {
     if let Some(quantised) = quantised(tensors) {
         return vec![quantised];
     }
-    let (mut missing, mut shapes, mut types) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut missing, mut shapes, mut types, mut sizes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for Wanted { names, shape, pointwise } in wanted {
         let Some((name, found)) = names.iter().find_map(|name| Some((name, tensors.get(name)?))) else {
             missing.push(names[0].clone());
@@ -187,8 +187,18 @@ pub(super) fn compare(tensors: &Tensors, wanted: &[Wanted]) -> Vec<String> {
         if !same {
             shapes.push(format!("{name} has shape {:?}, not {shape:?}", found.shape));
         }
-        if !matches!(found.dtype.as_str(), "F16" | "BF16" | "F32") {
-            types.push(format!("{name} is {}", found.dtype));
+        let size: u64 = match found.dtype.as_str() {
+            "F8_E4M3" => 1,
+            "F16" | "BF16" => 2,
+            "F32" => 4,
+            other => {
+                types.push(format!("{name} is {other}"));
+                continue;
+            }
+        };
+        let bytes = found.shape.iter().try_fold(size, |bytes, side| bytes.checked_mul(*side as u64));
+        if bytes != Some(found.bytes()) {
+            sizes.push(format!("{name} of shape {:?} and type {} has {} bytes", found.shape, found.dtype, found.bytes()));
         }
     }
     let mut problems = Vec::new();
@@ -199,13 +209,19 @@ pub(super) fn compare(tensors: &Tensors, wanted: &[Wanted]) -> Vec<String> {
         problems.push(format!("{}: the weights do not belong to this config.json", folded(&shapes)));
     }
     if !types.is_empty() {
-        problems.push(format!("{}: only F16, BF16 and F32 weights are read; use the original files, not quantised ones", folded(&types)));
+        problems.push(format!("{}: only F16, BF16, F32 and F8_E4M3 weights are read; use the original files, not quantised ones", folded(&types)));
+    }
+    if !sizes.is_empty() {
+        problems.push(format!("{}: the file is damaged, download it again", folded(&sizes)));
     }
     problems
 }
 
-/// A form of bitsandbytes, by the tensors that it adds.
+/// A form of bitsandbytes, by the tensors that it adds; 8-bit floats whose scales have no place in this layout.
 fn quantised(tensors: &Tensors) -> Option<String> {
+    if let Some(scale) = tensors.keys().find(|name| name.ends_with(".scale_weight") || name.ends_with(".weight_scale")) {
+        return Some(format!("has scaled 8-bit weights ({scale:?}), which are read from single files only: use the original weights (F16, BF16 or F32)"));
+    }
     let bits = if tensors.keys().any(|name| name.contains(".quant_state.bitsandbytes") || name.ends_with(".absmax")) {
         4
     } else if tensors.keys().any(|name| name.ends_with(".SCB")) {
@@ -237,8 +253,13 @@ mod tests {
     use super::*;
 
     fn tensors(list: &[Wanted]) -> Tensors {
-        let info =
-            |w: &Wanted| (w.names[0].clone(), serde_json::from_value(serde_json::json!({"dtype": "F16", "shape": w.shape, "data_offsets": [0, 0]})).unwrap());
+        let info = |w: &Wanted| {
+            (
+                w.names[0].clone(),
+                serde_json::from_value(serde_json::json!({"dtype": "F16", "shape": w.shape, "data_offsets": [0, 2 * w.shape.iter().product::<usize>()]}))
+                    .unwrap(),
+            )
+        };
         list.iter().map(info).collect()
     }
 
@@ -296,12 +317,21 @@ mod tests {
         let problems = changed(&|t| {
             t.retain(|name, _| !name.contains("block.1"));
             t.get_mut("shared.weight").unwrap().shape = vec![9, 8];
-            t.get_mut("encoder.final_layer_norm.weight").unwrap().dtype = "F8_E4M3".into();
+            t.get_mut("encoder.block.0.layer.1.DenseReluDense.wo.weight").unwrap().dtype = "F8_E4M3".into();
+            t.get_mut("encoder.final_layer_norm.weight").unwrap().dtype = "F8_E5M2".into();
         });
-        assert_eq!(problems.len(), 3);
+        assert_eq!(problems.len(), 4);
         assert!(problems[0].contains("lacks 9 tensors (\"encoder.block.1."), "{problems:?}");
         assert!(problems[1].contains("shared.weight has shape [9, 8], not [8, 8]"), "{problems:?}");
-        assert!(problems[2].contains("encoder.final_layer_norm.weight is F8_E4M3"), "{problems:?}");
+        assert!(problems[2].contains("encoder.final_layer_norm.weight is F8_E5M2"), "{problems:?}");
+        assert!(problems[3].contains("shared.weight of shape [9, 8] and type F16 has 128 bytes (and 1 like it)"), "{problems:?}");
+        assert!(
+            changed(&|t| {
+                let x = t["shared.weight"].clone();
+                t.insert("encoder.x.scale_weight".into(), x);
+            })[0]
+                .contains("scaled 8-bit weights")
+        );
         assert!(
             changed(&|t| {
                 let x = t["shared.weight"].clone();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::TextError;
 use crate::weights::{View, Weights, WeightsError};
-use finetune_compute::kernels::{Buffer, Engine, LayerMatrix, LayerSource, Precision, StoredMatrix, StoredRows};
+use finetune_compute::kernels::{Buffer, Engine, LayerMatrix, LayerSource, Precision, StoredRows};
 
 /// Tokens of one product: 32 captions of 77 tokens.
 const ROWS: usize = 32 * 77;
@@ -60,7 +60,7 @@ impl LayerSource for Layers<'_> {
     fn matrices(&self, index: usize) -> Vec<StoredRows<'_>> {
         let part = |name: &&str| {
             let view = self.weights.view(&format!("{}{index}.{name}.weight", self.prefix)).ok()?;
-            Some(Box::new(view) as Box<dyn StoredMatrix>)
+            Some(view.stored_or_scaled())
         };
         (self.shapes.iter().zip(self.kinds))
             .map(|(shape, kind)| StoredRows { parts: shape.names.iter().filter_map(part).collect(), kind, part_outputs: shape.outputs, inputs: shape.inputs })
