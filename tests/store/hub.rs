@@ -235,6 +235,23 @@ async fn only_the_needed_files_are_fetched_and_only_once() {
     assert_eq!(hub.request_count(), before);
 }
 
+/// A repository with both: the single file is fetched into the commit's folder, and what was fetched before is used.
+#[tokio::test]
+async fn a_single_file_of_the_hub_is_put_into_a_folder() {
+    let (hub, cache) = (Running::start(Behaviour::default()).await, tempfile::tempdir().unwrap());
+    let own = hub.open(None, cache.path()).await.unwrap().fetch(Parts::VAE, &NoProgress).await.unwrap();
+    let entries = |entries: &[(&str, &str)]| entries.iter().map(|(at, what)| ((*at).to_owned(), (*what).to_owned())).collect::<BTreeMap<_, _>>();
+    let links = entries(&[("transformer/diffusion_pytorch_model.safetensors", "sd3.safetensors"), ("vae/config.json", "vae/config.json")]);
+    let texts = entries(&[("model_index.json", "{}"), ("transformer/config.json", "{}")]);
+    let model = hub.open(None, cache.path()).await.unwrap().arranged(links, texts).unwrap();
+    assert!(model.first_bytes("transformer/diffusion_pytorch_model.safetensors", 50).await.unwrap() == hub.hub.files["sd3.safetensors"][..50]);
+    let counter = Counter::default();
+    let folder = model.fetch(Parts::TRANSFORMER, &counter).await.unwrap();
+    assert_eq!(*counter.finished.lock().unwrap(), ["sd3.safetensors"]);
+    assert!(folder != own && own.join("sd3.safetensors").is_file());
+    assert!(std::fs::read(folder.join("transformer/diffusion_pytorch_model.safetensors")).unwrap() == hub.hub.files["sd3.safetensors"]);
+}
+
 #[tokio::test]
 async fn the_token_reaches_the_hub_and_no_other_host() {
     let (hub, cache) = (Running::start(Behaviour { gated: true, ..Behaviour::default() }).await, tempfile::tempdir().unwrap());

@@ -37,6 +37,7 @@ on_every_store!(
     a_replaced_object_is_not_mixed_with_its_predecessor,
     attempts_get_epochs_that_grow,
     objects_come_back_as_they_were_put,
+    single_files_are_put_into_a_folder,
     of_sixteen_creators_one_wins,
     what_was_downloaded_is_not_downloaded_again,
 );
@@ -275,6 +276,70 @@ async fn a_model_is_fetched_by_parts_and_only_once(place: Place) {
     let nowhere = ModelSource::ObjectStore { uri: place.uri("nothing"), sha256_manifest: None };
     let error = ModelFolder::open(&nowhere, &place.options, cache.path()).await.unwrap_err();
     assert_eq!(error.store_kind(), Some(StoreErrorKind::NotFound));
+}
+
+/// A folder in diffusers' layout of links to single files: each file is fetched once, for whichever part is asked for first.
+async fn single_files_are_put_into_a_folder(place: Place) {
+    let (uri, cache) = (place.uri("model"), tempfile::tempdir().unwrap());
+    let store = Store::open(&uri, &place.options).unwrap();
+    for (key, content) in
+        [("sd3.safetensors", noise(8, 1 << 20)), ("text_encoders/xxl/t5.safetensors", noise(9, 1 << 18)), ("README.md", b"# A model".to_vec())]
+    {
+        store.put(key, content).await.unwrap();
+    }
+    let source = ModelSource::ObjectStore { uri: uri.clone(), sha256_manifest: None };
+    let pairs = |pairs: &[(&str, &str)]| pairs.iter().map(|(at, what)| ((*at).to_owned(), (*what).to_owned())).collect::<std::collections::BTreeMap<_, _>>();
+    let texts = [
+        ("model_index.json", r#"{"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": [null, null]}"#),
+        ("transformer/config.json", "{}"),
+        ("transformer/tensors.json", "{}"),
+        ("vae/config.json", r#"{"a": 1}"#),
+    ];
+    let open = async |texts: &[(&str, &str)]| {
+        let mut listed = ModelFolder::open(&source, &place.options, cache.path()).await.unwrap();
+        assert!(!listed.has_contents());
+        assert_eq!(listed.size_of("text_encoders/xxl/t5.safetensors").unwrap(), Some(1 << 18));
+        assert_eq!(listed.size_of("sd3.5.safetensors").unwrap(), None);
+        assert!(listed.size_of("../sd3.safetensors").is_err());
+        let weights = ["transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"];
+        let mut links = pairs(&weights.map(|at| (at, "sd3.safetensors")));
+        links.insert("text_encoder_2/model.safetensors".into(), "text_encoders/xxl/t5.safetensors".into());
+        listed.arranged(links, pairs(texts)).unwrap()
+    };
+    let model = open(&texts).await;
+    assert!(model.has_contents() && model.class() == Some("StableDiffusion3Pipeline") && model.is_without_t5());
+    let found = model.look(Parts::VAE).await.unwrap();
+    assert_eq!((found.problems, found.weights[0].size), (vec![], 1 << 20));
+    assert!(model.first_bytes(&found.weights[0].path, 100).await.unwrap() == noise(8, 1 << 20)[..100]);
+    let counter = Counter::default();
+    let folder = model.fetch(Parts::VAE, &counter).await.unwrap();
+    model.fetch(Parts::TRANSFORMER, &counter).await.unwrap();
+    for part in ["vae", "transformer"] {
+        assert!(std::fs::read(folder.join(part).join("diffusion_pytorch_model.safetensors")).unwrap() == noise(8, 1 << 20), "{part}");
+    }
+    assert_eq!(std::fs::read_to_string(folder.join("vae/config.json")).unwrap(), r#"{"a": 1}"#);
+    // One file was fetched, once, and the other one not at all; of a directory none.
+    assert_eq!(counter.finished.lock().unwrap().len(), usize::from(place.directory.is_none()));
+    assert!(!folder.join("text_encoder_2/model.safetensors").exists());
+    let print = model.fingerprint(Parts::VAE).await.unwrap();
+    assert_eq!(open(&texts).await.fingerprint(Parts::VAE).await.unwrap(), print);
+
+    // Other small files are another folder with the same weights; other weights are others.
+    let mut more = texts;
+    more[3].1 = r#"{"a": 2}"#;
+    let counter = Counter::default();
+    assert_ne!(open(&more).await.fetch(Parts::VAE, &counter).await.unwrap(), folder);
+    assert_eq!(counter.finished.lock().unwrap().len(), 0);
+    assert_ne!(open(&more).await.fingerprint(Parts::VAE).await.unwrap(), print);
+    store.put("sd3.safetensors", noise(10, 1 << 20)).await.unwrap();
+    let again = open(&texts).await;
+    let folder = again.fetch(Parts::VAE, &NoProgress).await.unwrap();
+    assert!(std::fs::read(folder.join("vae/diffusion_pytorch_model.safetensors")).unwrap() == noise(10, 1 << 20));
+    assert_ne!(again.fingerprint(Parts::VAE).await.unwrap(), print);
+
+    let listed = ModelFolder::open(&source, &place.options, cache.path()).await.unwrap();
+    let error = listed.arranged(pairs(&[("vae/model.safetensors", "none.safetensors")]), pairs(&texts)).unwrap_err();
+    assert!(error.to_string().contains("it has no file none.safetensors"), "{error}");
 }
 
 /// All texts of an error: what people and logs may see.

@@ -65,7 +65,8 @@ impl ModelFolder {
     /// [`ModelSourceError::Store`].
     pub async fn first_bytes(&self, path: &str, bytes: usize) -> Result<Bytes> {
         // What has been fetched before need not be asked for again.
-        let local = self.folder.join(path);
+        let local = self.path_of(path);
+        let path = self.source_of(path);
         match &self.origin {
             Origin::Directory => Ok(read_first(&local, bytes)?),
             _ if local.is_file() => Ok(read_first(&local, bytes)?),

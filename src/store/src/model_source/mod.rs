@@ -4,6 +4,7 @@
 //! only the needed files, one variant of the weights, each complete and verified before it has its name. A folder on this machine is used
 //! where it is.
 
+mod arranged;
 mod hub;
 mod hub_cache;
 mod index;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use futures::TryStreamExt as _;
 use sha2::{Digest as _, Sha256};
 
+use self::arranged::Arranged;
 use self::hub::{Hub, HubFile};
 use self::index::ModelIndex;
 use self::select::{RemoteFile, Selection};
@@ -82,7 +84,11 @@ enum Origin {
 /// A model whose files have been listed, and the folder that its files are fetched into.
 pub struct ModelFolder {
     origin: Origin,
+    /// Where the jobs of this machine keep what they have fetched.
+    cache: PathBuf,
     folder: PathBuf,
+    /// How the folder is put together, where the source's files have other names.
+    arranged: Option<Arranged>,
     listing: Vec<RemoteFile>,
     /// What `model_index.json` says.
     contents: ModelIndex,
@@ -135,7 +141,16 @@ impl ModelFolder {
             ModelSource::Directory(path) => {
                 let folder = std::path::absolute(path).map_err(StoreError::local("resolve", path))?;
                 let listing = list_directory(&folder)?;
-                Ok(Self { origin: Origin::Directory, location: folder.display().to_string(), folder, listing, contents: ModelIndex::default(), digests })
+                Ok(Self {
+                    origin: Origin::Directory,
+                    cache: cache.to_path_buf(),
+                    arranged: None,
+                    location: folder.display().to_string(),
+                    folder,
+                    listing,
+                    contents: ModelIndex::default(),
+                    digests,
+                })
             }
             ModelSource::ObjectStore { uri, sha256_manifest } => {
                 let store = Store::open(uri, options)?;
@@ -159,13 +174,22 @@ impl ModelFolder {
                     let key = fingerprint(&parts, &location);
                     folder = cache.join("models").join("object-store").join(&hex::encode(key)[..32]);
                 }
-                Ok(Self { origin, folder, listing, location, contents: ModelIndex::default(), digests })
+                Ok(Self { origin, cache: cache.to_path_buf(), arranged: None, folder, listing, location, contents: ModelIndex::default(), digests })
             }
             ModelSource::HuggingFace { repo, revision } => {
                 let hub = Hub::new(repo, revision, options)?;
                 let folder = cache.join("models").join("hugging-face").join(repo.replace('/', "--")).join(revision);
                 let listing = cached_listing(&hub, &folder).await?;
-                Ok(Self { location: hub.location(), origin: Origin::Hub(hub), folder, listing, contents: ModelIndex::default(), digests })
+                Ok(Self {
+                    location: hub.location(),
+                    origin: Origin::Hub(hub),
+                    cache: cache.to_path_buf(),
+                    arranged: None,
+                    folder,
+                    listing,
+                    contents: ModelIndex::default(),
+                    digests,
+                })
             }
         }
     }
@@ -202,7 +226,8 @@ impl ModelFolder {
         all.dedup();
         if matches!(self.origin, Origin::Directory) {
             for file in &mut all {
-                file.sha256 = Some(hex::encode(self.digests.of(&self.folder.join(&file.path)).await?));
+                let path = self.path_of(&file.path);
+                file.sha256 = Some(hex::encode(self.digests.of(&path).await?));
             }
         }
         Ok(fingerprint(&all, ""))
@@ -216,9 +241,23 @@ impl ModelFolder {
         futures::stream::iter(transfers).buffer_unordered(PARALLEL).try_collect().await
     }
 
+    /// Makes a file of the folder present: for an arranged one, the source's file and a link to it.
     async fn bring_one(&self, file: &RemoteFile, progress: &dyn Progress) -> Result<()> {
         check_key(&file.path)?;
-        let dest = self.folder.join(&file.path);
+        match &self.arranged {
+            None => self.bring_to(file, self.folder.join(&file.path), progress).await,
+            Some(arranged) => match arranged.source(&file.path) {
+                Some(source) => {
+                    let place = self.place(arranged, source);
+                    self.bring_to(source, place.clone(), progress).await?;
+                    Ok(arranged::link(&place, &self.folder.join(&file.path))?)
+                }
+                None => Ok(arranged.write(&self.folder, &file.path)?),
+            },
+        }
+    }
+
+    async fn bring_to(&self, file: &RemoteFile, dest: PathBuf, progress: &dyn Progress) -> Result<()> {
         let sha256 = file.sha256.as_deref().and_then(digest::from_text);
         match &self.origin {
             Origin::Directory => {
