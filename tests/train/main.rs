@@ -17,6 +17,7 @@ mod page;
 mod prior;
 mod resume;
 mod s3;
+mod single_files;
 mod support;
 mod two_jobs;
 mod warnings;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::{Bench, finetune, text};
 
 /// `finetune validate` of the bench's job: exit code, violations as `path: message`, what was found good.
-fn validate(bench: &Bench, changes: &Value) -> (i32, Vec<String>, String) {
+pub(crate) fn validate(bench: &Bench, changes: &Value) -> (i32, Vec<String>, String) {
     let mut command = finetune();
     command.arg("validate").arg(bench.manifest(changes)).arg("--bucket").arg(format!("s3://test={}", bench.bucket("").display()));
     let output = command.args(["--output", "json"]).env("FINETUNE_CACHE_DIR", bench.path("cache")).output().unwrap();
@@ -25,13 +25,13 @@ fn change_json(path: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 /// The header of a safetensors file, and the values after it.
-fn take_apart(path: &Path) -> (serde_json::Map<String, Value>, Vec<u8>) {
+pub(crate) fn take_apart(path: &Path) -> (serde_json::Map<String, Value>, Vec<u8>) {
     let bytes = fs::read(path).unwrap();
     let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     (serde_json::from_slice(&bytes[8..end]).unwrap(), bytes[end..].to_vec())
 }
 
-fn put_together(path: &Path, header: &serde_json::Map<String, Value>, values: &[u8]) {
+pub(crate) fn put_together(path: &Path, header: &serde_json::Map<String, Value>, values: &[u8]) {
     let json = serde_json::to_vec(header).unwrap();
     fs::write(path, [&(json.len() as u64).to_le_bytes()[..], &json, values].concat()).unwrap();
 }
@@ -69,7 +69,7 @@ const T5: &str = "text_encoder_3/model.safetensors";
 type Change = fn(&Path);
 
 /// A change of the model's folder, and what is reported.
-const REFUSED: [(&str, Change, &[&str]); 32] = [
+const REFUSED: [(&str, Change, &[&str]); 33] = [
     (
         "no T5, though listed",
         |m| fs::remove_dir_all(m.join("text_encoder_3")).unwrap(),
@@ -115,7 +115,16 @@ const REFUSED: [(&str, Change, &[&str]); 32] = [
         &["transformer/diffusion_pytorch_model.safetensors is cut off"],
     ),
     ("a web page", |m| fs::write(m.join(T5), "<!doctype html><html></html>").unwrap(), &["text_encoder_3/model.safetensors is a web page"]),
-    ("fp8", |m| change_header(&m.join(T5), |h| h.get_mut("shared.weight").unwrap()["dtype"] = json!("F8_E4M3")), &["shared.weight is F8_E4M3"]),
+    (
+        "fp8 of the other kind",
+        |m| change_header(&m.join(T5), |h| h.get_mut("shared.weight").unwrap()["dtype"] = json!("F8_E5M2")),
+        &["shared.weight is F8_E5M2"],
+    ),
+    (
+        "fp8 in half the bytes",
+        |m| change_header(&m.join(T5), |h| h.get_mut("shared.weight").unwrap()["dtype"] = json!("F8_E4M3")),
+        &["shared.weight of shape [83, 48] and type F8_E4M3 has 7968 bytes: the file is damaged"],
+    ),
     (
         "4 bits by its config",
         |m| change_json(&m.join("transformer/config.json"), |v| v["quantization_config"] = json!({"quant_method": "bitsandbytes", "load_in_4bit": true})),
@@ -192,7 +201,7 @@ const REFUSED: [(&str, Change, &[&str]); 32] = [
             fs::create_dir(m).unwrap();
             fs::rename(single, m.join("sd3_medium.safetensors")).unwrap();
         },
-        &["no model_index.json", "sd3_medium.safetensors"],
+        &["none of its files holds the transformer of a Stable Diffusion 3: sd3_medium.safetensors is a transformer in diffusers' layout"],
     ),
     (
         "one level up",

@@ -38,7 +38,7 @@ pub use condition::{
 pub use crd::{crd, schema, with_integers};
 pub use dataset::{DatasetSpec, OnBadSample};
 pub use decimal::{Decimal, DecimalError};
-pub use model::{CacheClaim, HuggingFaceSource, ModelCache, ModelSource, ModelSpec, ObjectStoreSource, PersistentVolumeClaimSource, SecretKeyRef};
+pub use model::{CacheClaim, HuggingFaceSource, ModelCache, ModelFiles, ModelSource, ModelSpec, ObjectStoreSource, PersistentVolumeClaimSource, SecretKeyRef};
 pub use names::*;
 pub use output::{ExistingOutput, OutputFormat, OutputSpec};
 pub use policy::{FailurePolicy, TtlScope};

@@ -18,7 +18,7 @@ pub struct ModelSpec {
     pub cache: Option<ModelCache>,
 }
 
-/// A model in diffusers' folder layout. Exactly one field is set.
+/// Where a model is: a folder in diffusers' layout, or one with single files. Exactly one of `huggingFace`, `objectStore` and `persistentVolumeClaim` is set.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("[has(self.huggingFace), has(self.objectStore), has(self.persistentVolumeClaim)].filter(x, x).size() == 1")
@@ -27,13 +27,62 @@ pub struct ModelSource {
     /// A repository on the Hugging Face hub.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hugging_face: Option<HuggingFaceSource>,
-    /// A folder in an object store.
+    /// A folder or a single file in an object store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub object_store: Option<ObjectStoreSource>,
     /// A folder on a volume.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub persistent_volume_claim: Option<PersistentVolumeClaimSource>,
+    /// Files to use that are not in diffusers' folder layout, as `sd3.5_medium.safetensors` and ComfyUI's text encoders. Not needed where the source has no
+    /// `model_index.json` and one file for each part.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<ModelFiles>,
 }
+
+/// Which file of a model's source holds which part: paths within the source. A part that is not named is looked for in the files that are.
+#[derive(Clone, Debug, Default, Deserialize, Eq, KubeSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!(has(self.withoutT5) && self.withoutT5 && (has(self.t5) || has(self.t5Tokenizer)))")
+    .message("t5 and t5Tokenizer have no use with withoutT5"))]
+pub struct ModelFiles {
+    /// The transformer, alone or with other parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
+    pub transformer: Option<String>,
+    /// The autoencoder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
+    pub vae: Option<String>,
+    /// CLIP-L, as `clip_l.safetensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
+    pub clip_l: Option<String>,
+    /// CLIP-G, as `clip_g.safetensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
+    pub clip_g: Option<String>,
+    /// T5, as `t5xxl_fp16.safetensors` or `t5xxl_fp8_e4m3fn_scaled.safetensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
+    pub t5: Option<String>,
+    /// T5's tokenizer: its `tokenizer.json` or `spiece.model`. Not needed where the source has a folder `tokenizer_3/`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(validation = Rule::new("(self.endsWith('.json') || self.endsWith('.model')) && !self.startsWith('/') && !self.matches('(^|/)[.]{0,2}(/|$)')").message("must be a path within the source, of a tokenizer.json or spiece.model"))]
+    pub t5_tokenizer: Option<String>,
+    /// Train without T5, whether a file holds it or not: zeros take its place.
+    #[serde(default)]
+    pub without_t5: bool,
+}
+
+/// Paths of weights.
+const WEIGHTS_RULE: &str = "self.endsWith('.safetensors') && !self.startsWith('/') && !self.matches('(^|/)[.]{0,2}(/|$)')";
+const WEIGHTS_MESSAGE: &str = "must be a path within the source, of a .safetensors file";
 
 /// A repository on the Hugging Face hub at a fixed commit.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -65,14 +114,14 @@ pub struct SecretKeyRef {
     pub key: String,
 }
 
-/// A folder in an object store.
+/// A folder or a single file in an object store.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ObjectStoreSource {
-    /// The folder; ends with "/".
+    /// The folder, with "/" at the end, or a single file, which ends in ".safetensors" and holds the transformer.
     #[schemars(length(max = 1024))]
     #[x_kube(validation = Rule::new(super::storage::URI_RULE).message(super::storage::URI_MESSAGE))]
-    #[x_kube(validation = Rule::new("self.endsWith('/')").message("must end with \"/\", as it is a folder"))]
+    #[x_kube(validation = Rule::new("self.endsWith('/') || self.endsWith('.safetensors')").message("must end with \"/\", as a folder, or with \".safetensors\", as a single file"))]
     pub uri: String,
     /// File in that folder with lines of `<sha256>  <path>`; each file that is read is checked against it.
     #[serde(skip_serializing_if = "Option::is_none")]

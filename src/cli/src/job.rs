@@ -129,12 +129,14 @@ pub(super) fn refuse(message: &str) -> ExitCode {
 
 /// The folder for downloads and prepared data: as given, else of the configuration, else the user's cache.
 pub(super) fn cache_dir(given: Option<PathBuf>, config: &TrainConfig) -> PathBuf {
-    let home = || {
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
-        let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
-        cache.unwrap_or_else(std::env::temp_dir).join("finetune")
-    };
-    given.or_else(|| config.model.cache_dir.clone()).unwrap_or_else(home)
+    given.or_else(|| config.model.cache_dir.clone()).unwrap_or_else(users_cache)
+}
+
+/// The user's cache.
+pub(super) fn users_cache() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
+    let cache = cache.or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
+    cache.unwrap_or_else(std::env::temp_dir).join("finetune")
 }
 
 /// Which run this is an attempt of: the FineTuneJob's, as the operator tells its pods, else one of this process.

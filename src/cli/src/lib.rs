@@ -16,6 +16,8 @@ mod device;
 mod estimate;
 #[cfg(feature = "train")]
 mod job;
+#[cfg(feature = "train")]
+mod model;
 #[cfg(feature = "operator")]
 mod operator;
 mod plan;

@@ -38,7 +38,7 @@ pub(super) struct Args {
     /// Pictures in the dataset, for the length of an epoch.
     #[arg(long, value_name = "N")]
     dataset_size: Option<u64>,
-    /// The model whose sizes are assumed. Default: the one that a repository of the hub is named after, else sd3-medium.
+    /// The model whose sizes are assumed. Default: the one that a single file or a repository of the hub is named after, else sd3-medium.
     #[arg(long, value_enum)]
     model: Option<Model>,
     /// How to print the plan.
@@ -67,7 +67,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     });
     let mut plans = Vec::new();
     for job in &jobs {
-        let named = job.spec.model.source.hugging_face.as_ref().and_then(|source| ModelShape::of_repository(&source.repo));
+        let named = ModelShape::of_source(&job.spec.model.source);
         let shape = asked.or(named).unwrap_or(ModelShape::SD3_MEDIUM);
         plans.push((resolve(job, shape, args.dataset_size)?, shape));
     }

@@ -10,17 +10,20 @@ use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::device::{DeviceName, PrecisionName};
+use super::model::{self, ModelArgs};
 use finetune_compute::kernels::Engine;
-use finetune_model::ModelDir;
 use finetune_model::lora::LoraState;
 use finetune_model::sample::{COLUMNS, Denoise, Pipeline, PipelineSettings, Sheet, SheetRow, SkipLayers, Stage, in_groups, save_png};
 
 /// Arguments of `finetune sample`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Model folder in diffusers layout.
+    /// Model: a folder in diffusers layout, a folder with single files, or a single file.
     #[arg(long)]
     model: PathBuf,
+
+    #[command(flatten)]
+    files: ModelArgs,
 
     /// What to draw. Repeat for several pictures.
     #[arg(long = "prompt", required_unless_present = "prompts")]
@@ -171,7 +174,7 @@ fn loras(args: &Args) -> Result<Vec<(LoraState, f64)>> {
 }
 
 fn draw(args: &Args, prompts: &[String], engine: &Engine) -> Result<Vec<Vec<RgbImage>>> {
-    let model = ModelDir::open(&args.model)?;
+    let model = model::open(&args.model, &args.files)?;
     let mut pipeline = Pipeline::open(&model, engine)?;
     for (lora, factor) in loras(args)? {
         pipeline = pipeline.with_lora(lora, factor);

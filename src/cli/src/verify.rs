@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 use super::device::{DeviceName, PrecisionName};
+use super::model::{self, ModelArgs};
 use finetune_compute::kernels::Precision;
-use finetune_model::ModelDir;
 use finetune_train::verify::{self, Case, Report, Row};
 
 /// Arguments of `finetune verify`.
@@ -18,10 +18,13 @@ pub(super) struct Args {
     #[arg(required_unless_present = "model")]
     dir: Option<PathBuf>,
 
-    /// Instead of cases: a model's folder in diffusers layout. Its T5 is run by this build and, in 32 bits on the CPU, by candle-transformers, a second
+    /// Instead of cases: a model, as a folder in diffusers layout, a folder with single files, or a single file. Its T5 is run by this build and, in 32 bits on the CPU, by candle-transformers, a second
     /// implementation that shares no code with it.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["dir", "kind"])]
     model: Option<PathBuf>,
+
+    #[command(flatten)]
+    files: ModelArgs,
 
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
@@ -44,7 +47,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let engine = args.device.open(args.precision)?;
     if let Some(model) = &args.model {
-        let report = verify::text_encoder(&ModelDir::open(model)?, &engine)?;
+        let report = verify::text_encoder(&model::open(model, &args.files)?, &engine)?;
         say(&format!("{} against candle-transformers", model.display()));
         print_rows(&report, args.quiet);
         return Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE });

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::interrupt::Interrupt;
 use super::report::Reporter;
+use finetune_api::ModelFiles;
 use finetune_api::plan::{ModelConfig, ModelSource, StorageConfig, TrainConfig};
 use finetune_store::{AddressingStyle, Buckets, Environment, RetryPolicy, StoreError, StoreOptions, model_source};
 
@@ -50,17 +51,36 @@ impl JobEnvironment {
 
 /// Where a run's model is, and how that is reached.
 pub fn model_source(config: &TrainConfig, buckets: &Buckets) -> (model_source::ModelSource, StoreOptions) {
-    let ModelConfig { source, cache_dir: _ } = &config.model;
+    let ModelConfig { source, files: _, cache_dir: _ } = &config.model;
     let own = config.storage.clone().unwrap_or_default();
     let of = |storage: &StorageConfig| options(storage, credentials(storage, &own, variables()), buckets);
     match source {
         ModelSource::HuggingFace { repo, revision } => (model_source::ModelSource::HuggingFace { repo: repo.clone(), revision: revision.clone() }, of(&own)),
         ModelSource::Directory { path } => (model_source::ModelSource::Directory(path.clone()), of(&own)),
         ModelSource::ObjectStore { uri, sha256_manifest, storage } => {
-            let source = model_source::ModelSource::ObjectStore { uri: uri.clone(), sha256_manifest: sha256_manifest.clone() };
+            let (folder, _) = single_file(uri).unwrap_or((uri, ""));
+            let source = model_source::ModelSource::ObjectStore { uri: folder.to_owned(), sha256_manifest: sha256_manifest.clone() };
             (source, of(storage.as_ref().unwrap_or(&own)))
         }
     }
+}
+
+/// Which file of the model holds which part, where they are not in diffusers' layout: as the job says, and by the name of a single file.
+pub fn model_files(config: &ModelConfig) -> Option<ModelFiles> {
+    let single = match &config.source {
+        ModelSource::ObjectStore { uri, .. } => single_file(uri).map(|(_, name)| name.to_owned()),
+        ModelSource::HuggingFace { .. } | ModelSource::Directory { .. } => None,
+    };
+    match (config.files.clone(), single) {
+        (files, None) => files,
+        (files, single) => Some(ModelFiles { transformer: single, ..files.unwrap_or_default() }),
+    }
+}
+
+/// The folder and the name of a location that is a single file.
+fn single_file(uri: &str) -> Option<(&str, &str)> {
+    let at = uri.rfind('/').filter(|_| uri.ends_with(".safetensors"))? + 1;
+    Some(uri.split_at(at))
 }
 
 /// Bounds of retrying; `FINETUNE_STORAGE_RETRY_SECONDS` changes how long a request is tried before the run gives up.
@@ -162,6 +182,13 @@ mod tests {
             assert_eq!(used(&model, own, "AWS_ENDPOINT_URL").is_some(), expected, "{model:?} beside {own:?}");
             assert!(used(&model, own, "AWS_CA_BUNDLE").is_some());
         }
+    }
+
+    #[test]
+    fn a_single_file_is_its_folder_and_its_name() {
+        assert_eq!(single_file("s3://b/models/sd3.safetensors"), Some(("s3://b/models/", "sd3.safetensors")));
+        assert_eq!(single_file("s3://b/sd3.safetensors"), Some(("s3://b/", "sd3.safetensors")));
+        assert_eq!(single_file("s3://b/sd3.safetensors/"), None);
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::captions::Truncation;
-use super::environment::JobEnvironment;
+use super::environment::{self, JobEnvironment};
 use super::look::{self, LookError};
+use super::model_files;
 use super::prepare::{PrepareError, captions};
 use finetune_api::plan::TrainConfig;
 use finetune_data::dataset::{Dataset, DatasetError};
@@ -63,7 +64,7 @@ async fn dataset(config: &TrainConfig, uri: &str, environment: &JobEnvironment) 
 async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(ModelFolder, Model), LookError> {
     let (source, mut options) = environment.model_source(config);
     options.retry = impatient(&options.retry);
-    let folder = ModelFolder::open(&source, &options, &environment.cache_dir).await?;
+    let folder = model_files::open(&source, environment::model_files(&config.model).as_ref(), &options, &environment.cache_dir).await?;
     let model = look::look(config, &folder).await?;
     Ok((folder, model))
 }

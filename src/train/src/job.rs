@@ -11,7 +11,7 @@ use tokio::task::block_in_place;
 
 use super::checkpoint::{CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
 use super::comparison::{self, HeldOut};
-use super::environment::JobEnvironment;
+use super::environment::{self, JobEnvironment};
 use super::error::TrainError;
 use super::folders;
 use super::output;
@@ -24,7 +24,7 @@ use super::setup;
 use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
-use super::{device, division, look, start};
+use super::{device, division, look, model_files, start};
 use finetune_api::Stage;
 use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
 use finetune_common::digest;
@@ -187,7 +187,10 @@ async fn sources(config: &TrainConfig, environment: &JobEnvironment, folder: &Mo
 async fn open_model(config: &TrainConfig, environment: &JobEnvironment) -> Result<ModelFolder, TrainError> {
     environment.reporter.stage(Stage::DownloadingModel, "looking at the model", 0);
     let (source, options) = environment.model_source(config);
-    unless_interrupted(environment, async { Ok(ModelFolder::open(&source, &options, &environment.cache_dir).await?) }).await
+    unless_interrupted(environment, async {
+        Ok(model_files::open(&source, environment::model_files(&config.model).as_ref(), &options, &environment.cache_dir).await?)
+    })
+    .await
 }
 
 /// The model's files as they are listed, and what it is, if it can be trained as the job says: before anything is downloaded or computed.

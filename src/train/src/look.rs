@@ -87,14 +87,18 @@ pub async fn look(config: &TrainConfig, folder: &ModelFolder) -> Result<Model, L
 /// The tensors of each part, from the headers of its files.
 async fn headers(folder: &ModelFolder, weights: &[WeightFile]) -> Result<PartTensors, ModelSourceError> {
     // Collected, for a stream with a closure in it could not be spawned.
-    let reads: Vec<_> = weights.iter().map(|file| read_header(folder, file)).collect();
+    let reads: Vec<_> = weights.iter().map(|file| read_header(folder, &file.path, file.size)).collect();
     let read = try_join_all(reads).await?;
     let mut parts: PartTensors = BTreeMap::new();
-    for (WeightFile { folder, path, .. }, header) in weights.iter().zip(read) {
-        let Some(part) = Part::ALL.into_iter().find(|part| part.folder() == folder) else { continue };
+    for (WeightFile { folder: name, path, .. }, header) in weights.iter().zip(read) {
+        let Some(part) = Part::ALL.into_iter().find(|part| part.folder() == name) else { continue };
         let entry = parts.entry(part).or_insert_with(|| Ok(Tensors::new()));
         match (entry, header) {
-            (Ok(all), Ok(Header::Whole(tensors))) => all.extend(tensors),
+            (entry @ Ok(_), Ok(Header::Whole(tensors))) => match (survey::mapped(&folder.folder().join(part.folder()), tensors), entry) {
+                (Ok(tensors), Ok(all)) => all.extend(tensors),
+                (Err(problem), entry) => *entry = Err(vec![format!("{} {problem}", folder.source_of(path))]),
+                (Ok(_), Err(_)) => {}
+            },
             (entry @ Ok(_), Err(problem)) => *entry = Err(vec![format!("{path} {problem}")]),
             (Err(problems), Err(problem)) => problems.push(format!("{path} {problem}")),
             (entry @ Ok(_), Ok(Header::Longer(_))) => *entry = Err(vec![format!("{path} is shorter than its header: download it again")]),
@@ -105,9 +109,9 @@ async fn headers(folder: &ModelFolder, weights: &[WeightFile]) -> Result<PartTen
 }
 
 /// The header of one file, or what the file is instead.
-async fn read_header(folder: &ModelFolder, WeightFile { path, size, .. }: &WeightFile) -> Result<Result<Header, String>, ModelSourceError> {
-    Ok(match survey::header(&folder.first_bytes(path, FIRST_BYTES).await?, *size) {
-        Ok(Header::Longer(end)) => survey::header(&folder.first_bytes(path, end as usize).await?, *size),
+pub(crate) async fn read_header(folder: &ModelFolder, path: &str, size: u64) -> Result<Result<Header, String>, ModelSourceError> {
+    Ok(match survey::header(&folder.first_bytes(path, FIRST_BYTES).await?, size) {
+        Ok(Header::Longer(end)) => survey::header(&folder.first_bytes(path, end as usize).await?, size),
         header => header,
     })
 }

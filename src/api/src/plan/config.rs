@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AddressingStyle, ExistingOutput, GradientCheckpointing, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind, WeightingScheme,
+    AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind,
+    WeightingScheme,
 };
 
 /// Version of the configuration. Higher where a trainer that knows only the one before must not run it: where something that it would leave out changes what
@@ -51,12 +52,15 @@ pub struct TrainConfig {
 pub struct ModelConfig {
     /// Where it is.
     pub source: ModelSource,
+    /// Which of its files hold which part, where they are not in diffusers' layout; paths within the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub files: Option<ModelFiles>,
     /// Folder for downloaded files and prepared data that outlives the run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_dir: Option<PathBuf>,
 }
 
-/// Where a model in diffusers' layout is.
+/// Where a model is.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum ModelSource {
@@ -67,9 +71,9 @@ pub enum ModelSource {
         /// Commit, 40 hexadecimal digits.
         revision: String,
     },
-    /// A folder in an object store.
+    /// A folder or a single file in an object store.
     ObjectStore {
-        /// The folder, with a "/" at the end.
+        /// The folder, with a "/" at the end, or the file, which ends in ".safetensors".
         uri: String,
         /// File in it with the digests of the others.
         #[serde(default, skip_serializing_if = "Option::is_none")]

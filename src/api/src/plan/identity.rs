@@ -35,7 +35,7 @@ impl Identity<'_> {
         }
         Ok(json!({
             "version": IDENTITY_VERSION,
-            "model": self.model(),
+            "model": self.model()?,
             "dataset": to_value(self.dataset)?,
             "training": training,
             "validation": to_value(&self.validation)?,
@@ -44,8 +44,16 @@ impl Identity<'_> {
         }))
     }
 
-    /// The model's place, without how to get there.
-    fn model(&self) -> Value {
+    /// The model's place, without how to get there, and which of its files are used where the job says so.
+    fn model(&self) -> Result<Value, serde_json::Error> {
+        let mut place = self.place();
+        if let (Some(files), Some(map)) = (&self.model.files, place.as_object_mut()) {
+            map.insert("files".to_owned(), to_value(files)?);
+        }
+        Ok(place)
+    }
+
+    fn place(&self) -> Value {
         if let Some(source) = &self.model.hugging_face {
             json!({"huggingFace": {"repo": source.repo, "revision": source.revision}})
         } else if let Some(source) = &self.model.object_store {

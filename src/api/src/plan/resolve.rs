@@ -161,7 +161,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         config_version: CONFIG_VERSION,
         job: format!("{namespace}/{name}"),
         spec_hash,
-        model: ModelConfig { source, cache_dir: facts.cache_dir.clone() },
+        model: ModelConfig { source, files: spec.model.source.files.clone(), cache_dir: facts.cache_dir.clone() },
         dataset,
         training,
         validation,
@@ -178,7 +178,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
         storage,
         device: if spec.scheduling.gpu.per_replica == 0 { DeviceRequest::Cpu } else { DeviceRequest::Gpu },
     };
-    let published = || ModelShape::of_repository(&spec.model.source.hugging_face.as_ref()?.repo);
+    let published = || ModelShape::of_source(&spec.model.source);
     let shape = facts.model.or_else(published).unwrap_or(ModelShape::SD3_MEDIUM);
     let budget = memory_budget(gpu, facts);
     let memory = memory_plan(&config.training, config.validation.as_ref(), &shape, budget).map_err(PlanError::TooSmall)?;
@@ -339,6 +339,10 @@ fn storage(spec: Option<&crate::StorageSpec>, facts: &Facts) -> Option<StorageCo
 
 fn model_source(spec: &FineTuneJobSpec, facts: &Facts, reader: &mut Reader) -> Option<ModelSource> {
     let source = &spec.model.source;
+    let file = source.object_store.as_ref().map(|store| store.uri.as_str()).filter(|uri| uri.ends_with(".safetensors"));
+    if let (Some(file), Some(named)) = (file, source.files.as_ref().and_then(|files| files.transformer.as_ref())) {
+        reader.problem("spec.model.source.files.transformer", format!("names {named:?}, where objectStore.uri is a single file already ({file})"));
+    }
     match (&source.hugging_face, &source.object_store, &source.persistent_volume_claim) {
         (Some(hub), None, None) => Some(ModelSource::HuggingFace { repo: hub.repo.clone(), revision: hub.revision.clone() }),
         (None, Some(store), None) => Some(ModelSource::ObjectStore {
@@ -509,6 +513,18 @@ mod tests {
         assert_eq!(source(claim.clone(), &mounted).unwrap(), ModelSource::Directory { path: "/model".into() });
         assert!(source(claim, &Facts::default()).unwrap_err().to_string().contains("can only be mounted in a cluster"));
         assert!(source(json!({"objectStore": null}), &Facts::default()).is_err());
+    }
+
+    #[test]
+    fn files_are_part_of_what_a_run_is() {
+        let plan = |source: Value| resolve(&spec(json!({"model": {"source": source}})), "n", "j", &Facts::default());
+        let hash = |source: Value| plan(source).unwrap().config.spec_hash;
+        let files = json!({"files": {"transformer": "sd3.safetensors"}});
+        assert_eq!(plan(files.clone()).unwrap().config.model.files.unwrap().transformer.as_deref(), Some("sd3.safetensors"));
+        let hashes = [json!({}), files.clone(), json!({"files": {"withoutT5": true}})].map(hash);
+        assert!(hashes[0] != hashes[1] && hashes[1] != hashes[2] && hashes[0] != hashes[2]);
+        let twice = json!({"objectStore": {"uri": "s3://models/sd3.safetensors"}, "files": files["files"]});
+        assert!(plan(twice).unwrap_err().to_string().contains("a single file already"));
     }
 
     #[test]

@@ -83,6 +83,19 @@ impl ModelShape {
     /// Stable Diffusion 3.5 Large.
     pub const SD35_LARGE: Self = Self { name: "Stable Diffusion 3.5 Large", layers: 38, hidden: 2432, dual_layers: 0, ..Self::SD35_MEDIUM };
 
+    /// The published model that a source is named after: its single file, else its repository on the hub.
+    pub fn of_source(source: &crate::ModelSource) -> Option<Self> {
+        let named = source.files.as_ref().and_then(|files| files.transformer.as_ref());
+        let file = named.or_else(|| source.object_store.as_ref().map(|store| &store.uri));
+        file.and_then(|path| Self::of_file(path)).or_else(|| Self::of_repository(&source.hugging_face.as_ref()?.repo))
+    }
+
+    fn of_file(path: &str) -> Option<Self> {
+        let name = path.rsplit('/').next().filter(|name| name.ends_with(".safetensors"))?.to_ascii_lowercase();
+        let published = [("sd3.5_medium", Self::SD35_MEDIUM), ("sd3.5_large", Self::SD35_LARGE), ("sd3_medium", Self::SD3_MEDIUM)];
+        published.into_iter().find(|(part, _)| name.contains(part)).map(|(_, shape)| shape)
+    }
+
     /// The published model that a repository of the hub is named after; its files say it for certain, later.
     pub fn of_repository(repo: &str) -> Option<Self> {
         let name = repo.rsplit('/').next().unwrap_or(repo).to_ascii_lowercase();
@@ -184,6 +197,13 @@ mod tests {
             ("somebody/medium", None),
         ] {
             assert_eq!(ModelShape::of_repository(repo), shape, "{repo}");
+        }
+        for (source, shape) in [
+            (serde_json::json!({"objectStore": {"uri": "s3://m/SD3.5_Large_fp8.safetensors"}}), Some(ModelShape::SD35_LARGE)),
+            (serde_json::json!({"objectStore": {"uri": "s3://m/"}, "files": {"transformer": "a/sd3.5_medium.safetensors"}}), Some(ModelShape::SD35_MEDIUM)),
+            (serde_json::json!({"objectStore": {"uri": "s3://m/sd3_medium/"}}), None),
+        ] {
+            assert_eq!(ModelShape::of_source(&serde_json::from_value(source.clone()).unwrap()), shape, "{source}");
         }
     }
 

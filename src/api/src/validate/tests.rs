@@ -227,6 +227,27 @@ fn each_rule_over_several_fields_holds_both_ways() {
         ),
         (vec![(source, json!({"huggingFace": {"repo": "b", "revision": "0".repeat(40)}}))], "organisation/name", vec![]),
         (vec![(source, json!({"persistentVolumeClaim": {"claimName": "w", "subPath": "../x"}}))], "relative path", vec![]),
+        (
+            vec![(source, json!({"huggingFace": hub, "files": {"withoutT5": true, "t5": "t5.safetensors"}}))],
+            "no use with withoutT5",
+            vec![(source, json!({"huggingFace": hub, "files": {"withoutT5": true, "transformer": "sd3.safetensors"}}))],
+        ),
+        (
+            vec![(source, json!({"huggingFace": hub, "files": {"t5": "t5.gguf"}}))],
+            "a .safetensors file",
+            vec![(source, json!({"huggingFace": hub, "files": {"t5": "models/clip/t5.safetensors"}}))],
+        ),
+        (
+            vec![(source, json!({"huggingFace": hub, "files": {"vae": "../vae.safetensors"}}))],
+            "a path within the source",
+            vec![(source, json!({"huggingFace": hub, "files": {"t5Tokenizer": "t5/spiece.model"}}))],
+        ),
+        (vec![(source, json!({"huggingFace": hub, "files": {"t5Tokenizer": "/spiece.model"}}))], "a path within the source", vec![]),
+        (
+            vec![(source, json!({"objectStore": {"uri": "s3://models/sd3.ckpt"}}))],
+            "as a single file",
+            vec![(source, json!({"objectStore": {"uri": "s3://models/sd3_medium.safetensors"}}))],
+        ),
         (vec![("spec.training.maxSteps", json!(1)), ("spec.training.epochs", json!(1))], "not both", vec![("spec.training.epochs", json!(1))]),
         (
             vec![("spec.training.optimizer", json!({"prodigy": {}}))],
