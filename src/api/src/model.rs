@@ -33,8 +33,7 @@ pub struct ModelSource {
     /// A folder on a volume.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub persistent_volume_claim: Option<PersistentVolumeClaimSource>,
-    /// Files to use that are not in diffusers' folder layout, as `sd3.5_medium.safetensors` and ComfyUI's text encoders. Not needed where the source has no
-    /// `model_index.json` and one file for each part.
+    /// Single files, as `sd3.5_medium.safetensors`: which is which, where the source has a `model_index.json` or several files for a part.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub files: Option<ModelFiles>,
 }
@@ -70,18 +69,19 @@ pub struct ModelFiles {
     #[schemars(length(min = 1, max = 512))]
     #[x_kube(validation = Rule::new(WEIGHTS_RULE).message(WEIGHTS_MESSAGE))]
     pub t5: Option<String>,
-    /// T5's tokenizer: its `tokenizer.json` or `spiece.model`. Not needed where the source has a folder `tokenizer_3/`.
+    /// `tokenizer.json` or `spiece.model` of T5, where the source has no folder `tokenizer_3/`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512))]
-    #[x_kube(validation = Rule::new("(self.endsWith('.json') || self.endsWith('.model')) && !self.startsWith('/') && !self.matches('(^|/)[.]{0,2}(/|$)')").message("must be a path within the source, of a tokenizer.json or spiece.model"))]
+    #[x_kube(validation = Rule::new(TOKENIZER_RULE).message(TOKENIZER_MESSAGE))]
     pub t5_tokenizer: Option<String>,
     /// Train without T5, whether a file holds it or not: zeros take its place.
     #[serde(default)]
     pub without_t5: bool,
 }
 
-/// Paths of weights.
-const WEIGHTS_RULE: &str = "self.endsWith('.safetensors') && !self.startsWith('/') && !self.matches('(^|/)[.]{0,2}(/|$)')";
+const TOKENIZER_RULE: &str = "self.matches('[.](json|model)$') && !self.matches('(^|/)[.]?[.]?(/|$)')";
+const TOKENIZER_MESSAGE: &str = "must be a path within the source, of a tokenizer.json or spiece.model";
+const WEIGHTS_RULE: &str = "self.endsWith('.safetensors') && !self.matches('(^|/)[.]?[.]?(/|$)')";
 const WEIGHTS_MESSAGE: &str = "must be a path within the source, of a .safetensors file";
 
 /// A repository on the Hugging Face hub at a fixed commit.
@@ -118,7 +118,7 @@ pub struct SecretKeyRef {
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ObjectStoreSource {
-    /// The folder, with "/" at the end, or a single file, which ends in ".safetensors" and holds the transformer.
+    /// The folder, with "/" at the end; or a single file with the transformer, as `s3://models/sd3_medium.safetensors`.
     #[schemars(length(max = 1024))]
     #[x_kube(validation = Rule::new(super::storage::URI_RULE).message(super::storage::URI_MESSAGE))]
     #[x_kube(validation = Rule::new("self.endsWith('/') || self.endsWith('.safetensors')").message("must end with \"/\", as a folder, or with \".safetensors\", as a single file"))]
