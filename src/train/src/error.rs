@@ -150,7 +150,7 @@ impl TrainError {
                 TrainerError::Device(error) => device_reason(error),
                 TrainerError::Prepared(PreparedError::Cache(error)) => cache_reason(error),
                 TrainerError::Lora(_) => Reason::InvalidConfig,
-                TrainerError::Prepared(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
+                TrainerError::Prepared(_) | TrainerError::Feed(_) | TrainerError::Optimizer(_) | TrainerError::Sampler(_) => Reason::TrainerCrashed,
             },
             Self::Publish(error) => match error {
                 PublishError::Store(error) => store_reason(error),

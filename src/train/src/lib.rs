@@ -9,6 +9,7 @@ pub mod environment;
 pub mod error;
 pub mod evaluate;
 pub mod events;
+mod feed;
 pub mod folders;
 pub mod history;
 pub mod inspect;

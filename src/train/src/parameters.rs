@@ -1,6 +1,6 @@
 //! The parameters in training with their sums of gradients and their optimizer: on the host, or where the model is.
 
-use super::step::{self, Example, Objective};
+use super::step::{self, MicroBatch};
 use super::trainer::TrainerError;
 use finetune_api::plan::OptimizerConfig;
 use finetune_compute::kernels::Engine;
@@ -9,20 +9,6 @@ use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
 use finetune_compute::optim::{self, Optimizer, Param, StateTensor};
 use finetune_model::lora::LoraLayout;
 use finetune_model::mmdit::{Mmdit, MmditError};
-
-/// What a micro-batch is made of.
-pub struct MicroBatch<'a> {
-    /// What the loss is made of.
-    pub objective: &'a Objective,
-    /// The samples, then their class pictures.
-    pub examples: &'a [&'a Example],
-    /// Names of their random numbers within the epoch.
-    pub ordinals: &'a [u64],
-    /// The epoch.
-    pub epoch: u64,
-    /// What each sample's loss counts in the gradients.
-    pub coefficients: &'a [f64],
-}
 
 /// Parameters, sums of gradients, optimizer.
 pub struct Parameters(Place);
@@ -80,7 +66,7 @@ impl Parameters {
     ///
     /// # Errors
     /// If the model refuses the inputs, or the device fails.
-    pub fn add(&mut self, model: &Mmdit, batch: &MicroBatch<'_>) -> Result<Vec<f64>, MmditError> {
+    pub fn add(&mut self, model: &Mmdit, batch: &MicroBatch) -> Result<Vec<f64>, MmditError> {
         match &mut self.0 {
             Place::Host(host) => {
                 let (losses, grads) = step::micro_batch(model, batch)?;

@@ -3,7 +3,8 @@
 //! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
 //! the micro-batch nor what ran before changes it.
 
-use super::parameters::MicroBatch;
+use rayon::prelude::*;
+
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::nn::DropoutKey;
@@ -73,11 +74,17 @@ impl Objective {
     /// Redraws the posterior, the noise and the timestep of the item `ordinal` of `epoch`.
     pub fn draw(&self, example: &Example, epoch: u64, ordinal: u64) -> Draw {
         let stream = |purpose| Stream::new(self.seed, purpose, epoch, ordinal);
-        let mut posterior = stream(Purpose::Posterior);
-        let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
-        let x0 = example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect();
-        let mut noise = vec![0.0; example.mean.len()];
-        stream(Purpose::Noise).fill_normal(&mut noise);
+        let latents = || {
+            let mut posterior = stream(Purpose::Posterior);
+            let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
+            example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect()
+        };
+        let noise = || {
+            let mut noise = vec![0.0; example.mean.len()];
+            stream(Purpose::Noise).fill_normal(&mut noise);
+            noise
+        };
+        let (x0, noise) = rayon::join(latents, noise);
         let level = self.table.index(self.density.draw(&mut stream(Purpose::Timestep)));
         Draw { x0, noise, level }
     }
@@ -121,9 +128,32 @@ impl Inputs {
     }
 }
 
-impl Inputs {
-    fn target<'a>(&'a self, batch: &MicroBatch<'a>) -> FlowTarget<'a> {
-        FlowTarget { kind: batch.objective.kind, x0: &self.x0, noise: &self.noise, sigmas: &self.sigmas, coefficients: batch.coefficients }
+/// A micro-batch with everything drawn: what one forward and backward pass takes.
+#[derive(Debug)]
+pub struct MicroBatch {
+    inputs: Inputs,
+    /// Names of the dropout masks, if LoRA's dropout is on.
+    dropout: Option<DropoutKey>,
+    kind: LossKind,
+    /// What each sample's loss counts in the gradients.
+    coefficients: Vec<f64>,
+}
+
+impl MicroBatch {
+    /// Draws the random numbers of the samples (and, after them, of their class pictures), which `epoch` and their `ordinals` name.
+    ///
+    /// # Errors
+    /// If examples have different shapes.
+    pub fn draw(objective: &Objective, examples: &[Example], ordinals: &[u64], epoch: u64, coefficients: Vec<f64>) -> Result<Self, ShapeError> {
+        let draws: Vec<Draw> = examples.par_iter().zip(ordinals).map(|(example, ordinal)| objective.draw(example, epoch, *ordinal)).collect();
+        let inputs = Inputs::new(&objective.table, &examples.iter().collect::<Vec<_>>(), &draws)?;
+        let names = || DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|ordinal| (epoch, *ordinal)).collect() };
+        Ok(Self { inputs, dropout: objective.dropout.then(names), kind: objective.kind, coefficients })
+    }
+
+    fn target(&self) -> FlowTarget<'_> {
+        let Inputs { x0, noise, sigmas, .. } = &self.inputs;
+        FlowTarget { kind: self.kind, x0, noise, sigmas, coefficients: &self.coefficients }
     }
 }
 
@@ -140,9 +170,9 @@ pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64>
 ///
 /// # Errors
 /// If the model refuses the inputs.
-pub fn micro_batch(model: &Mmdit, batch: &MicroBatch<'_>) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
-    let (inputs, dropout) = draw(batch)?;
-    model.flow_step(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, dropout.as_ref(), &inputs.target(batch))
+pub fn micro_batch(model: &Mmdit, batch: &MicroBatch) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
+    let Inputs { x, timestep, embeds, pooled, .. } = &batch.inputs;
+    model.flow_step(x, timestep, embeds, pooled, batch.dropout.as_ref(), &batch.target())
 }
 
 /// [`micro_batch`] on a GPU, whose gradients are added to `sum` there.
@@ -150,17 +180,9 @@ pub fn micro_batch(model: &Mmdit, batch: &MicroBatch<'_>) -> Result<(Vec<f64>, V
 /// # Errors
 /// If the model refuses the inputs, or the device fails.
 #[cfg(feature = "cuda")]
-pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch<'_>, sum: &mut finetune_compute::kernels::Buffer) -> Result<Vec<f64>, MmditError> {
-    let (inputs, dropout) = draw(batch)?;
-    model.flow_step_into((&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled), dropout.as_ref(), &inputs.target(batch), sum)
-}
-
-/// The inputs of a micro-batch, and the names of its dropout masks.
-fn draw(batch: &MicroBatch<'_>) -> Result<(Inputs, Option<DropoutKey>), ShapeError> {
-    let &MicroBatch { objective, examples, ordinals, epoch, .. } = batch;
-    let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(e, o)| objective.draw(e, epoch, *o)).collect();
-    let dropout = objective.dropout.then(|| DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|o| (epoch, *o)).collect() });
-    Ok((Inputs::new(&objective.table, examples, &draws)?, dropout))
+pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch, sum: &mut finetune_compute::kernels::Buffer) -> Result<Vec<f64>, MmditError> {
+    let Inputs { x, timestep, embeds, pooled, .. } = &batch.inputs;
+    model.flow_step_into((x, timestep, embeds, pooled), batch.dropout.as_ref(), &batch.target(), sum)
 }
 
 /// The losses of a batch without gradients, one per sample.
@@ -258,8 +280,8 @@ mod tests {
         let objective = Objective { kind: LossKind { weighting: Weighting::Cosmap, precondition_outputs: false }, ..objective() };
         let (weight, prior) = (0.25, 0.7);
         let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
-            let (examples, ordinals): (Vec<&Example>, Vec<u64>) = range.map(|i| (&examples[i], i as u64)).unzip();
-            let batch = MicroBatch { objective: &objective, examples: &examples, ordinals: &ordinals, epoch: 3, coefficients };
+            let ordinals: Vec<u64> = range.clone().map(|i| i as u64).collect();
+            let batch = MicroBatch::draw(&objective, &examples[range], &ordinals, 3, coefficients.to_vec()).unwrap();
             micro_batch(&model, &batch).unwrap()
         };
         assert_eq!(coefficients(2, weight, None), [weight; 2]);

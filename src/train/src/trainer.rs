@@ -1,18 +1,20 @@
 //! The state of a run in training: parameters, optimizer, sampler, history; one optimizer update at a time.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::checkpoint::{ExecutionPlan, Snapshot, State};
 use super::division;
+use super::feed::{Fed, Feed, FeedError, Source};
 use super::history::{self, History, Record};
 use super::interrupt::Interrupt;
-use super::parameters::{MicroBatch, Parameters};
+use super::parameters::Parameters;
 use super::prepare::{Prepared, PreparedError};
-use super::step::{self, Example, Objective};
+use super::step::{Example, Objective};
 use finetune_api::plan::GradientCheckpointing;
 use finetune_compute::kernels::DeviceError;
 use finetune_compute::optim::{Param, Schedule, StateError};
-use finetune_data::sampler::{Item, Position, Sampler, SamplerError};
+use finetune_data::sampler::{Position, Sampler, SamplerError};
 use finetune_model::lora::{LoraError, LoraLayout};
 use finetune_model::mmdit::{Mmdit, MmditError};
 
@@ -28,6 +30,9 @@ pub enum TrainerError {
     /// Prepared data is gone or damaged.
     #[error("failed to load prepared data")]
     Prepared(#[from] PreparedError),
+    /// The next micro-batch could not be made.
+    #[error("failed to make the next micro-batch")]
+    Feed(#[from] FeedError),
     /// Loss or gradient is not a number.
     #[error(
         "training diverged at step {step}: the {what} is not finite ({value}). Lower training.optimizer.learningRate or \
@@ -89,12 +94,13 @@ pub struct Trainer {
     model: Mmdit,
     layout: LoraLayout,
     parameters: Parameters,
+    /// At the first batch of the open accumulation window.
     sampler: Sampler,
-    prepared: Prepared,
+    prepared: Arc<Prepared>,
+    /// The micro-batches from `sampler` on, once the first is asked for.
+    feed: Option<Feed>,
     history: History,
     step: u64,
-    /// The first batch of the open accumulation window.
-    boundary: Position,
     training_seconds: f64,
     started: f64,
 }
@@ -105,6 +111,8 @@ struct Window {
     loss: f64,
     prior_loss: f64,
     batches: u32,
+    /// The batch after it.
+    end: Position,
 }
 
 /// How an update ended.
@@ -130,9 +138,19 @@ impl Trainer {
         prepared: Prepared,
     ) -> Result<Self, TrainerError> {
         parameters.give(&mut model)?;
-        let boundary = sampler.position();
-        let started = history::now();
-        Ok(Self { settings, model, layout, parameters, sampler, prepared, history: History::default(), step: 0, boundary, training_seconds: 0.0, started })
+        Ok(Self {
+            settings,
+            model,
+            layout,
+            parameters,
+            sampler,
+            prepared: Arc::new(prepared),
+            feed: None,
+            history: History::default(),
+            step: 0,
+            training_seconds: 0.0,
+            started: history::now(),
+        })
     }
 
     /// Goes on where the snapshot was taken.
@@ -150,10 +168,10 @@ impl Trainer {
         }
         self.parameters.restore(&self.layout, params, optimizer)?;
         self.sampler.seek(state.position)?;
+        self.feed = None;
         self.parameters.give(&mut self.model)?;
         self.history = history;
         self.step = state.step;
-        self.boundary = state.position;
         self.training_seconds = state.training_seconds;
         self.started = state.started;
         Ok(())
@@ -167,7 +185,7 @@ impl Trainer {
         Ok(Snapshot {
             state: State {
                 step: self.step,
-                position: self.boundary,
+                position: self.sampler.position(),
                 seed: self.settings.objective.seed,
                 plan: self.settings.plan.clone(),
                 training_seconds: self.training_seconds,
@@ -186,26 +204,32 @@ impl Trainer {
     /// # Errors
     /// [`TrainerError::Diverged`] if a loss or the gradient is not finite; the parameters are unchanged then.
     pub fn update(&mut self, interrupt: &Interrupt) -> Result<Update, TrainerError> {
+        let update = self.try_update(interrupt);
+        if !matches!(update, Ok(Update::Done(_))) {
+            // What was handed out of the open window is needed again.
+            self.feed = None;
+        }
+        update
+    }
+
+    fn try_update(&mut self, interrupt: &Interrupt) -> Result<Update, TrainerError> {
         let begin = Instant::now();
         let step = self.step + 1;
         let window = loop {
             match self.window(step, interrupt) {
                 Ok(Some(window)) => break window,
-                Ok(None) => {
-                    self.sampler.seek(self.boundary)?;
-                    return Ok(Update::Interrupted);
-                }
-                Err(error) if self.divides_further(&error) => self.sampler.seek(self.boundary)?,
+                Ok(None) => return Ok(Update::Interrupted),
+                Err(error) if self.divides_further(&error) => self.feed = None,
                 Err(error) => return Err(error),
             }
         };
-        let Window { loss, prior_loss, batches } = window;
+        let Window { loss, prior_loss, batches, end } = window;
         let gradient_norm = self.parameters.clip(self.settings.max_grad_norm)?;
         finite(step, "gradient norm", gradient_norm)?;
         let learning_rate = self.settings.schedule.lr(self.step);
         self.parameters.step(&mut self.model, learning_rate)?;
         self.step = step;
-        self.boundary = self.sampler.position();
+        self.sampler.seek(end)?;
         let step_seconds = begin.elapsed().as_secs_f64();
         self.training_seconds += step_seconds;
         let (loss, prior_loss) = (loss / f64::from(batches), prior_loss / f64::from(batches));
@@ -230,34 +254,45 @@ impl Trainer {
     fn window(&mut self, step: u64, interrupt: &Interrupt) -> Result<Option<Window>, TrainerError> {
         let mut window = Window::default();
         self.parameters.begin()?;
+        let (mut loss, mut prior_loss) = (0.0, 0.0);
         loop {
             if interrupt.requested() {
                 return Ok(None);
             }
-            let batch = self.sampler.next_batch();
-            let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
-            let weight = 1.0 / batch.items.len() as f64 / f64::from(*accumulation);
-            let (mut loss, mut prior_loss) = (0.0, 0.0);
-            for items in batch.items.chunks(plan.micro_batch.max(1) as usize) {
-                let (examples, ordinals) = self.inputs(batch.epoch, items)?;
-                let coefficients = step::coefficients(items.len(), weight, *prior_weight);
-                let examples: Vec<&Example> = examples.iter().collect();
-                let micro = MicroBatch { objective, examples: &examples, ordinals: &ordinals, epoch: batch.epoch, coefficients: &coefficients };
-                let losses = self.parameters.add(&self.model, &micro)?;
-                let (own, class) = losses.split_at(items.len());
-                let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
-                finite(step, "loss", own + class)?;
-                loss += own;
-                prior_loss += class;
-            }
-            window.loss += loss / batch.items.len() as f64;
-            window.prior_loss += prior_loss / batch.items.len() as f64;
+            let Fed { micro_batch, samples, batch } = self.next_micro_batch()?;
+            let losses = self.parameters.add(&self.model, &micro_batch)?;
+            let (own, class) = losses.split_at(samples);
+            let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
+            finite(step, "loss", own + class)?;
+            loss += own;
+            prior_loss += class;
+            let Some(batch) = batch else { continue };
+            window.loss += std::mem::take(&mut loss) / batch.items as f64;
+            window.prior_loss += std::mem::take(&mut prior_loss) / batch.items as f64;
             window.batches += 1;
             if batch.sync {
-                break;
+                window.end = batch.next;
+                return Ok(Some(window));
             }
         }
-        Ok(Some(window))
+    }
+
+    fn next_micro_batch(&mut self) -> Result<Fed, FeedError> {
+        let feed = match self.feed.take() {
+            Some(feed) => feed,
+            None => {
+                let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
+                let source = Source {
+                    prepared: Arc::clone(&self.prepared),
+                    objective: objective.clone(),
+                    accumulation: *accumulation,
+                    prior_weight: *prior_weight,
+                    micro_batch: plan.micro_batch.max(1) as usize,
+                };
+                Feed::start(source, self.sampler.clone())?
+            }
+        };
+        self.feed.insert(feed).next()
     }
 
     /// After an out-of-memory: divides the work further, if that is possible. The sums and the random numbers stay the same.
@@ -276,14 +311,6 @@ impl Trainer {
         self.model.trim();
         self.settings.plan = plan;
         true
-    }
-
-    /// The data of a batch's items, after them those of their class pictures, and the names of their random numbers.
-    fn inputs(&self, epoch: u64, items: &[Item]) -> Result<(Vec<Example>, Vec<u64>), PreparedError> {
-        let caption = |item: &Item| item.caption(self.settings.objective.seed, epoch, self.prepared.captions(item.sample));
-        let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy, caption(item))?, item.ordinal)));
-        let class = items.iter().filter_map(|item| item.class).map(|class| Ok((self.prepared.class_example(class.index)?, class.ordinal)));
-        own.chain(class).collect()
     }
 
     /// Measures the evaluation loss and records it, unless this step's is known or the run is asked to stop.
@@ -319,7 +346,7 @@ impl Trainer {
 
     /// Passes over the dataset done, with a fraction.
     pub fn epochs(&self) -> f64 {
-        let Position { epoch, batch } = self.boundary;
+        let Position { epoch, batch } = self.sampler.position();
         epoch as f64 + batch as f64 / self.sampler.batches_per_epoch() as f64
     }
 
