@@ -59,16 +59,25 @@ impl Place {
     }
 }
 
-/// Counts what transfers tell.
+/// Counts what transfers report.
 #[derive(Default)]
 struct Counter {
     resumed: AtomicU64,
     advanced: AtomicU64,
     finished: Mutex<Vec<String>>,
-    /// Told once `advanced` has reached `limit`.
-    reached: tokio::sync::Notify,
-    limit: u64,
+    /// The transfer ends when `advanced` reaches it: [`cut_short`].
+    limit: Option<u64>,
 }
+
+/// Runs a transfer whose counter has a limit: it is dropped there, in the middle of its work, as the end of the process would drop it.
+async fn cut_short(transfer: impl Future) {
+    use futures::FutureExt;
+    let end = std::panic::AssertUnwindSafe(transfer).catch_unwind().await;
+    assert!(end.err().is_some_and(|cause| cause.is::<Limit>()), "the transfer ended before its limit");
+}
+
+/// What unwinds a transfer at its limit.
+struct Limit;
 
 impl Progress for Counter {
     fn start(&self, _: &str, _: u64, resumed: u64) {
@@ -76,8 +85,9 @@ impl Progress for Counter {
     }
 
     fn advance(&self, _: &str, bytes: u64) {
-        if self.advanced.fetch_add(bytes, Ordering::SeqCst) + bytes >= self.limit {
-            self.reached.notify_one();
+        let advanced = self.advanced.fetch_add(bytes, Ordering::SeqCst) + bytes;
+        if self.limit.is_some_and(|limit| advanced >= limit) {
+            std::panic::resume_unwind(Box::new(Limit));
         }
     }
 

@@ -8,7 +8,7 @@ use finetune_store::manifest::{self, Content};
 use finetune_store::model_source::{ModelFolder, ModelSource, Parts};
 use finetune_store::{Created, Environment, NoProgress, Store, StoreErrorKind, StoreOptions};
 
-use super::{Counter, Place, noise, servers};
+use super::{Counter, Place, cut_short, noise, servers};
 
 macro_rules! on_every_store {
     ($($test:ident),* $(,)?) => {
@@ -124,14 +124,10 @@ async fn a_large_file_goes_in_parts(place: Place) {
     assert_eq!(std::fs::read_dir(down.parent().unwrap()).unwrap().count(), 1);
 }
 
-/// Downloads until `bytes` have arrived, then drops the transfer, as the end of the process would.
+/// Downloads until `bytes` have arrived.
 async fn download_some(store: &Store, key: &str, dest: &std::path::Path, bytes: u64) {
-    let counter = Counter { limit: bytes, ..Counter::default() };
-    tokio::select! {
-        biased;
-        () = counter.reached.notified() => {}
-        result = store.download(key, dest, &counter) => panic!("the transfer ended early: {result:?}"),
-    }
+    let counter = Counter { limit: Some(bytes), ..Counter::default() };
+    cut_short(store.download(key, dest, &counter)).await;
     assert!(!dest.exists());
 }
 
