@@ -56,6 +56,11 @@ impl Bounds {
 
     /// The rule for the field's schema. The pattern of a [`Decimal`] makes sure that CEL can read it.
     pub(crate) fn rule(&self) -> Rule {
+        Rule::new(self.condition()).message(self.message().as_str())
+    }
+
+    /// The interval as a condition of CEL on `self`.
+    pub(crate) fn condition(&self) -> String {
         let low = match self.low {
             End::Included(low) => Some(format!("double(self) >= {low:?}")),
             End::Excluded(low) => Some(format!("double(self) > {low:?}")),
@@ -66,7 +71,7 @@ impl Bounds {
             End::Excluded(high) => Some(format!("double(self) < {high:?}")),
             End::Unlimited => None,
         };
-        Rule::new(low.into_iter().chain(high).collect::<Vec<_>>().join(" && ")).message(self.message().as_str())
+        low.into_iter().chain(high).collect::<Vec<_>>().join(" && ")
     }
 
     /// What is wrong with a number outside the interval, as in "must be at least 0 and less than 1".
@@ -114,6 +119,8 @@ pub(crate) const LOGIT_MEAN: Bounds = Bounds::between(-10.0, 10.0);
 pub(crate) const LOGIT_STD: Bounds = Bounds::positive_to(10.0);
 /// `training.flowMatching.modeScale`.
 pub(crate) const MODE_SCALE: Bounds = Bounds::between(-1.0, 1.7519).because("2 / (pi - 2), where the density is monotone");
+/// `training.flowMatching.shift`, where it is a number.
+pub(crate) const SHIFT: Bounds = Bounds::positive_to(100.0);
 /// `training.optimizer.learningRate`.
 pub(crate) const LEARNING_RATE: Bounds = Bounds::positive_to(1.0);
 /// Decays of running means: `beta1`, `beta2`, `beta3`; the share of a dropout.

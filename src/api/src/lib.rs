@@ -23,6 +23,7 @@ mod progress;
 mod reason;
 mod rules;
 mod scheduling;
+mod shift;
 mod spec;
 mod status;
 mod storage;
@@ -48,6 +49,7 @@ pub use progress::{
 };
 pub use reason::{Reason, Retry};
 pub use scheduling::{GpuSpec, PodTemplate, ResourceAmounts, ResourcesSpec, SchedulingSpec};
+pub use shift::TimestepShift;
 pub use spec::{FineTuneJob, FineTuneJobSpec};
 pub use status::{
     ArtifactStatus, Attempt, AttemptCause, AttemptCounts, CheckpointStatus, FailureStatus, FineTuneJobStatus, JobRef, Phase, ProgressStatus, QueueStatus,

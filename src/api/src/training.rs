@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::defaults::{default_is_empty_object, default_values};
-use super::{Decimal, bounds};
+use super::{Decimal, TimestepShift, bounds, shift};
 
 /// How the LoRA is trained.
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -118,6 +118,11 @@ pub struct FlowMatchingSpec {
     #[serde(default = "mode_scale")]
     #[x_kube(validation = bounds::MODE_SCALE.rule())]
     pub mode_scale: Decimal,
+    /// How far the noise levels are moved towards more noise: a number, as "3", or ByResolution, which diffusers computes from the number of patches of a
+    /// picture (1.88 for 512 pixels, 3.16 for 1024). Where absent: what the model's scheduler says, 3 for SD3. Pictures are always drawn with the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = shift::rule())]
+    pub shift: Option<TimestepShift>,
     /// Compare the denoised picture (loss weighted by the squared noise level) instead of the velocity.
     #[serde(default = "yes")]
     pub precondition_outputs: bool,

@@ -203,6 +203,18 @@ pub struct SchedulerConfig {
     /// Shift of the noise levels towards 1.
     #[serde(default = "one")]
     pub shift: f64,
+    /// Of the shift that depends on the picture: its logarithm for pictures with `base_image_seq_len` patches.
+    #[serde(default)]
+    pub base_shift: Option<f64>,
+    /// Of the shift that depends on the picture: its logarithm for pictures with `max_image_seq_len` patches.
+    #[serde(default)]
+    pub max_shift: Option<f64>,
+    /// Patches of a picture.
+    #[serde(default)]
+    pub base_image_seq_len: Option<f64>,
+    /// Patches of a picture.
+    #[serde(default)]
+    pub max_image_seq_len: Option<f64>,
     /// Not supported.
     #[serde(default)]
     pub use_dynamic_shifting: bool,
@@ -234,12 +246,37 @@ fn one() -> f64 {
     1.0
 }
 
+impl SchedulerConfig {
+    /// The shift for pictures of so many patches: `exp(μ)`, where μ is the straight line through (`base_image_seq_len`, `base_shift`) and
+    /// (`max_image_seq_len`, `max_shift`). As diffusers' `calculate_shift` and the exponential `time_shift`,
+    /// `e^μ / (e^μ + 1/t - 1) = s t / (1 + (s - 1) t)` with `s = e^μ`; the constants are its scheduler's where the model has none.
+    ///
+    /// # Errors
+    /// What is wrong with the scheduler's numbers, for a person.
+    pub fn shift_by_resolution(&self, patches: usize) -> Result<f64, String> {
+        let (base_shift, max_shift) = (self.base_shift.unwrap_or(0.5), self.max_shift.unwrap_or(1.15));
+        let (base, max) = (self.base_image_seq_len.unwrap_or(256.0), self.max_image_seq_len.unwrap_or(4096.0));
+        let shift = (base_shift + (max_shift - base_shift) / (max - base) * (patches as f64 - base)).exp();
+        if shift.is_finite() && shift > 0.0 {
+            return Ok(shift);
+        }
+        Err(format!(
+            "the shift for {patches} patches is {shift} by base_shift {base_shift}, max_shift {max_shift}, base_image_seq_len {base} and max_image_seq_len {max}; set \
+             training.flowMatching.shift to a number"
+        ))
+    }
+}
+
 impl Default for SchedulerConfig {
     /// Stable Diffusion 3: 1000 steps, shift 3.
     fn default() -> Self {
         Self {
             num_train_timesteps: 1000,
             shift: 3.0,
+            base_shift: None,
+            max_shift: None,
+            base_image_seq_len: None,
+            max_image_seq_len: None,
             use_dynamic_shifting: false,
             use_karras_sigmas: None,
             use_exponential_sigmas: None,
@@ -285,6 +322,30 @@ mod tests {
         std::fs::write(dir.path().join("scheduler/scheduler_config.json"), text).unwrap();
         let model = ModelDir::open(dir.path()).unwrap();
         (dir, model)
+    }
+
+    /// The numbers are those of diffusers' `calculate_shift` and `FlowMatchEulerDiscreteScheduler.time_shift` for squares of 256, 512, 768, 1024 and 2048 pixels.
+    #[test]
+    fn the_shift_by_resolution_is_that_of_diffusers() {
+        let scheduler = SchedulerConfig::default();
+        for (patches, shift, levels) in [
+            (256, 1.648_721_270_700_128_2, [0.001_647_652_403_539_232, 0.354_661_244_392_443_4, 0.622_459_331_201_854_6, 0.999_393_230_595_129_9]),
+            (1024, 1.877_610_579_264_343_2, [0.001_875_964_213_224_496, 0.384_944_748_817_469_26, 0.652_489_462_192_744_5, 0.999_467_159_144_808_5]),
+            (2304, 2.331_861_012_694_066_6, [0.002_328_759_428_802_900_4, 0.437_344_673_303_070_8, 0.699_867_432_587_944_9, 0.999_570_912_897_923_3]),
+            (4096, 3.158_192_909_689_767, [0.003_151_391_598_685_827_8, 0.512_844_101_509_133_8, 0.759_510_916_949_111_1, 0.999_683_146_704_729_5]),
+            (16384, 25.279_656_970_962_883, [0.024_680_424_724_748_323, 0.893_916_676_461_798_8, 0.961_947_752_929_007_9, 0.999_960_404_471_983_6]),
+        ] {
+            let found = scheduler.shift_by_resolution(patches).unwrap();
+            assert!((found / shift - 1.0).abs() < 1e-12, "{patches}: {found}");
+            for (t, level) in [0.001, 0.25, 0.5, 0.999].into_iter().zip(levels) {
+                let shifted = found * t / (1.0 + (found - 1.0) * t);
+                assert!((shifted - level).abs() < 1e-12, "{patches} at {t}: {shifted}");
+            }
+        }
+        let (_dir, model) = with_scheduler(r#"{"base_shift": 1.0, "max_shift": 2.0, "base_image_seq_len": 100, "max_image_seq_len": 200, "shift": 3.0}"#);
+        assert!((model.scheduler().unwrap().shift_by_resolution(150).unwrap() - 1.5_f64.exp()).abs() < 1e-12);
+        let (_dir, model) = with_scheduler(r#"{"base_image_seq_len": 4096, "max_image_seq_len": 4096, "base_shift": null}"#);
+        assert!(model.scheduler().unwrap().shift_by_resolution(150).unwrap_err().contains("training.flowMatching.shift"));
     }
 
     #[test]

@@ -29,12 +29,11 @@ use finetune_api::Stage;
 use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
 use finetune_common::digest;
 use finetune_compute::kernels::Engine;
-use finetune_compute::nn::flow_matching::SigmaTable;
 use finetune_compute::optim::Param;
 use finetune_data::dataset::Dataset;
 use finetune_data::sampler::{Sampler, SamplerConfig};
 use finetune_model::ModelDir;
-use finetune_model::layout::Part;
+use finetune_model::layout::{LayoutError, Part};
 use finetune_model::lora::LoraLayout;
 use finetune_model::mmdit::{Mmdit, MmditConfig};
 use finetune_model::survey::Model;
@@ -319,16 +318,13 @@ impl Run<'_> {
         mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
+        let [_, height, width] = prepared.example(0, 0, 0).map_err(super::trainer::TrainerError::from)?.shape;
+        let patches = (height / mmdit.config().patch_size) * (width / mmdit.config().patch_size);
+        let table = setup::noise_levels(&training.flow_matching, &scheduler, patches)
+            .map_err(|problem| LayoutError::Unsupported { path: model.path(Part::Scheduler), problem })?;
         let (density, kind) = setup::flow_matching(&training.flow_matching);
         let settings = Settings {
-            objective: Objective {
-                table: SigmaTable::new(scheduler.num_train_timesteps as usize, scheduler.shift as f32),
-                density,
-                kind,
-                latents: prepared.scaling(),
-                seed: training.seed,
-                dropout: training.lora.dropout > 0.0,
-            },
+            objective: Objective { table, density, kind, latents: prepared.scaling(), seed: training.seed, dropout: training.lora.dropout > 0.0 },
             accumulation: training.gradient_accumulation_steps,
             prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
             max_grad_norm: training.max_grad_norm,

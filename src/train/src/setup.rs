@@ -1,9 +1,10 @@
 //! From the resolved configuration to the parts of a run. Pure.
 
-use finetune_api::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, WeightingScheme};
-use finetune_compute::nn::flow_matching::{LossKind, TimestepDensity, Weighting};
+use finetune_api::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShiftConfig, WeightingScheme};
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
 use finetune_compute::optim::schedule::Shape;
 use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, Prodigy, ProdigySettings, Schedule};
+use finetune_model::layout::SchedulerConfig;
 use finetune_model::lora::LoraSpec;
 
 fn adam(config: &OptimizerConfig) -> AdamWSettings {
@@ -58,9 +59,22 @@ pub fn schedule(config: &ScheduleConfig, learning_rate: f64, total_steps: u64) -
     Schedule { shape, learning_rate, warmup_steps: *warmup_steps, total_steps, cycles: *cycles, power: *power }
 }
 
+/// The noise levels that are trained, for pictures of so many patches.
+///
+/// # Errors
+/// What is wrong with the scheduler's numbers, for a person.
+pub fn noise_levels(config: &FlowMatchingConfig, scheduler: &SchedulerConfig, patches: usize) -> Result<SigmaTable, String> {
+    let shift = match config.shift {
+        None => scheduler.shift,
+        Some(ShiftConfig::Number(shift)) => shift,
+        Some(ShiftConfig::ByResolution) => scheduler.shift_by_resolution(patches)?,
+    };
+    Ok(SigmaTable::new(scheduler.num_train_timesteps as usize, shift as f32))
+}
+
 /// How timesteps are drawn and what the loss compares.
 pub fn flow_matching(config: &FlowMatchingConfig) -> (TimestepDensity, LossKind) {
-    let FlowMatchingConfig { weighting_scheme, logit_mean, logit_std, mode_scale, precondition_outputs } = config;
+    let FlowMatchingConfig { weighting_scheme, logit_mean, logit_std, mode_scale, shift: _, precondition_outputs } = config;
     let weighting = match weighting_scheme {
         WeightingScheme::LogitNormal => Weighting::LogitNormal,
         WeightingScheme::Mode => Weighting::Mode,

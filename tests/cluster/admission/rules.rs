@@ -88,6 +88,7 @@ fn cases() -> Vec<Case> {
         case("spec.training.flowMatching.logitMean", "must be between -10 and 10", json!("10.5"), json!("-10")),
         case("spec.training.flowMatching.logitStd", "must be greater than 0 and at most 10", json!("0.0"), json!("10")),
         case("spec.training.flowMatching.modeScale", "must be between -1 and 1.7519", json!("1.76"), json!("-1")),
+        case("spec.training.flowMatching.shift", "must be greater than 0 and at most 100, or ByResolution", json!("0.0"), json!("ByResolution")),
         case("spec.training.optimizer", "prodigy needs type Prodigy", json!({"prodigy": {}}), json!({"prodigy": {}, "type": "Prodigy"})),
         case("spec.training.optimizer.learningRate", POSITIVE_TO_ONE, json!("0.0"), json!("1")),
         case("spec.training.lora.dropout", LESS_THAN_ONE, json!("1"), json!("5e-4")),

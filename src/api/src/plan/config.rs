@@ -170,8 +170,21 @@ pub struct FlowMatchingConfig {
     pub logit_std: f64,
     /// Scale for `Mode`.
     pub mode_scale: f64,
+    /// Shift of the noise levels; the model's where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shift: Option<ShiftConfig>,
     /// Compare the denoised picture instead of the velocity.
     pub precondition_outputs: bool,
+}
+
+/// Shift of the noise levels.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ShiftConfig {
+    /// This one.
+    Number(f64),
+    /// From the number of patches of a picture.
+    ByResolution,
 }
 
 /// Optimizer.

@@ -21,7 +21,7 @@ pub use crate::{
 pub use canonical::canonical_json;
 pub use config::{
     CONFIG_VERSION, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
-    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};

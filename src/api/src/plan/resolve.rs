@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::config::{
     CONFIG_VERSION, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
-    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
 };
 use super::folders::{Folder, Use, default_checkpoint_uri, overlaps};
 use super::identity::Identity;
@@ -265,6 +265,10 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
             logit_mean: reader.number("spec.training.flowMatching.logitMean", &flow.logit_mean, bounds::LOGIT_MEAN),
             logit_std: reader.number("spec.training.flowMatching.logitStd", &flow.logit_std, bounds::LOGIT_STD),
             mode_scale: reader.number("spec.training.flowMatching.modeScale", &flow.mode_scale, bounds::MODE_SCALE),
+            shift: flow.shift.as_ref().map(|shift| {
+                let number = shift.number().map(|number| reader.number("spec.training.flowMatching.shift", number, bounds::SHIFT));
+                number.map_or(ShiftConfig::ByResolution, ShiftConfig::Number)
+            }),
             precondition_outputs: flow.precondition_outputs,
         },
         optimizer: optimizer(&spec.optimizer, reader),
@@ -450,6 +454,8 @@ mod tests {
             json!({"training": {"seed": 43}}),
             json!({"training": {"lora": {"alpha": 8}}}),
             json!({"training": {"precision": "FP32"}}),
+            json!({"training": {"flowMatching": {"shift": "3"}}}),
+            json!({"training": {"flowMatching": {"shift": "ByResolution"}}}),
             json!({"training": {"optimizer": {"type": "Prodigy"}}}),
             json!({"dataset": {"repeats": 2}}),
             json!({"dataset": {"uri": "s3://data/cats/"}}),
