@@ -1,6 +1,7 @@
 //! Micro-batches in the order of training, read and drawn by a thread while the device computes.
 //!
-//! All random numbers are named by epoch and ordinal, so nothing depends on how far ahead the thread is.
+//! All random numbers are named by epoch and ordinal, so nothing depends on how far ahead the thread is. It draws alone: the threads of rayon belong to
+//! whoever computes or copies to the device, and on two processors those would wait for draws.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};

@@ -3,8 +3,6 @@
 //! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
 //! the micro-batch nor what ran before changes it.
 
-use rayon::prelude::*;
-
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::nn::DropoutKey;
@@ -74,17 +72,11 @@ impl Objective {
     /// Redraws the posterior, the noise and the timestep of the item `ordinal` of `epoch`.
     pub fn draw(&self, example: &Example, epoch: u64, ordinal: u64) -> Draw {
         let stream = |purpose| Stream::new(self.seed, purpose, epoch, ordinal);
-        let latents = || {
-            let mut posterior = stream(Purpose::Posterior);
-            let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
-            example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect()
-        };
-        let noise = || {
-            let mut noise = vec![0.0; example.mean.len()];
-            stream(Purpose::Noise).fill_normal(&mut noise);
-            noise
-        };
-        let (x0, noise) = rayon::join(latents, noise);
+        let mut posterior = stream(Purpose::Posterior);
+        let z = |(mean, logvar): (&f32, &f32)| mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * posterior.normal_f32();
+        let x0 = example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect();
+        let mut noise = vec![0.0; example.mean.len()];
+        stream(Purpose::Noise).fill_normal(&mut noise);
         let level = self.table.index(self.density.draw(&mut stream(Purpose::Timestep)));
         Draw { x0, noise, level }
     }
@@ -145,7 +137,7 @@ impl MicroBatch {
     /// # Errors
     /// If examples have different shapes.
     pub fn draw(objective: &Objective, examples: &[Example], ordinals: &[u64], epoch: u64, coefficients: Vec<f64>) -> Result<Self, ShapeError> {
-        let draws: Vec<Draw> = examples.par_iter().zip(ordinals).map(|(example, ordinal)| objective.draw(example, epoch, *ordinal)).collect();
+        let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(example, ordinal)| objective.draw(example, epoch, *ordinal)).collect();
         let inputs = Inputs::new(&objective.table, &examples.iter().collect::<Vec<_>>(), &draws)?;
         let names = || DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|ordinal| (epoch, *ordinal)).collect() };
         Ok(Self { inputs, dropout: objective.dropout.then(names), kind: objective.kind, coefficients })

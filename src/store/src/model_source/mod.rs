@@ -225,12 +225,20 @@ impl ModelFolder {
         all.sort_by(|a, b| a.path.cmp(&b.path));
         all.dedup();
         if matches!(self.origin, Origin::Directory) {
-            for file in &mut all {
-                let path = self.path_of(&file.path);
-                file.sha256 = Some(hex::encode(self.digests.of(&path).await?));
+            use futures::StreamExt as _;
+
+            // Collected, for a stream with a closure in it could not be spawned.
+            let digests: Vec<_> = all.iter().map(|file| self.digest(file)).collect();
+            let digests: Vec<[u8; 32]> = futures::stream::iter(digests).buffered(PARALLEL).try_collect().await?;
+            for (file, digest) in all.iter_mut().zip(digests) {
+                file.sha256 = Some(hex::encode(digest));
             }
         }
         Ok(fingerprint(&all, ""))
+    }
+
+    async fn digest(&self, file: &RemoteFile) -> Result<[u8; 32]> {
+        Ok(self.digests.of(&self.path_of(&file.path)).await?)
     }
 
     async fn bring(&self, files: &[RemoteFile], progress: &dyn Progress) -> Result<()> {

@@ -38,8 +38,10 @@ impl Event {
     fn new(driver: &Driver) -> Self {
         driver.bind();
         let mut event = null_mut();
+        // Who waits for it sleeps: the processor is needed for the next micro-batch.
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
         // SAFETY: `event` outlives the call.
-        must(check("make an event", unsafe { sys::cuEventCreate(&raw mut event, 0) }));
+        must(check("make an event", unsafe { sys::cuEventCreate(&raw mut event, flags) }));
         Self(event)
     }
 
