@@ -67,7 +67,8 @@ impl Browser {
 
     fn attempt(&mut self, method: &str, parameters: Value) -> Result<Value, Value> {
         self.commands += 1;
-        let mut message = json!({"id": self.commands, "method": method, "params": parameters});
+        let mut message = json!({"id": self.commands, "method": method});
+        message["params"] = parameters;
         if !self.session.is_empty() {
             message["sessionId"] = self.session.clone().into();
         }
