@@ -14,13 +14,12 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Engine, Precision, flat_offsets};
+use finetune_compute::kernels::{Cpu, Cuda, Device as _, Precision, flat_offsets};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
-use finetune_compute::optim::gpu::{GpuAdamW, HostAdamW};
-use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer as _, Param, clip_global_norm};
+use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param, Parameters};
 use finetune_model::Weights;
 use finetune_model::lora::LoraSpec;
-use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig};
+use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig, MmditInputs};
 use rayon::prelude::*;
 
 /// Stable Diffusion 3 Medium.
@@ -139,10 +138,10 @@ fn main() -> Result<()> {
     write_weights(&config, folder.path())?;
     println!("weights written in {:.1} s", started.elapsed().as_secs_f64());
     let started = Instant::now();
-    let engine = Engine::cuda(0, options.precision)?;
-    println!("{:?} opened in {:.2} s, free and total memory {:?}", engine.describe(), started.elapsed().as_secs_f64(), engine.device_memory());
+    let gpu = Cuda::open(0, options.precision)?;
+    println!("{:?} opened in {:.2} s, free and total memory {:?}", gpu.describe(), started.elapsed().as_secs_f64(), gpu.device_memory());
     let started = Instant::now();
-    let mut model = Mmdit::load(Arc::new(Weights::open(folder.path())?), config.clone(), &engine)?;
+    let mut model = Mmdit::load(Arc::new(Weights::open(folder.path())?), config.clone(), &gpu)?;
     let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(str::to_owned).to_vec();
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: targets };
     let mut params = model.attach_lora(&spec)?.init(1);
@@ -153,80 +152,76 @@ fn main() -> Result<()> {
     model.set_lora(&params)?;
     model.set_recompute(&vec![true; options.recompute]);
     if let Some(cap) = options.cap {
-        engine.set_memory_cap((cap * f64::powi(1024.0, 3)) as usize);
+        gpu.set_memory_cap((cap * f64::powi(1024.0, 3)) as usize);
     }
-    engine.synchronize();
+    gpu.synchronize();
     println!(
         "model loaded in {:.2} s, {} LoRA parameters, free memory {:?}",
         started.elapsed().as_secs_f64(),
         params.iter().map(|p| p.value.len()).sum::<usize>(),
-        engine.device_memory()
+        gpu.device_memory()
     );
     for &(pixels, batch) in &options.shapes {
-        shape(&options, &engine, &model, &config, &params, pixels, batch)?;
+        shape(&options, &gpu, &model, &config, &params, pixels, batch)?;
     }
     if options.optimizer {
-        update(&engine, &mut model, &params)?;
+        update(&gpu, &mut model, &params)?;
     }
     Ok(())
 }
 
 /// Milliseconds of the median of ten.
-fn timed(engine: &Engine, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+fn timed(gpu: &Cuda, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut times = Vec::new();
     for _ in 0..12 {
-        engine.synchronize();
+        gpu.synchronize();
         let started = Instant::now();
         run()?;
-        engine.synchronize();
+        gpu.synchronize();
         times.push(started.elapsed().as_secs_f64() * 1e3);
     }
     Ok(median(times.split_off(2)))
 }
 
 /// One update from a micro-batch's gradients on the GPU to the model's new factors.
-fn update(engine: &Engine, model: &mut Mmdit, params: &[Param]) -> Result<()> {
-    let ops = engine.update_ops().context("not on a GPU")?;
+fn update(gpu: &Cuda, model: &mut Mmdit<Cuda>, params: &[Param]) -> Result<()> {
     let starts = flat_offsets(params.iter().map(|p| p.value.len()));
     let mut values = vec![0.0; starts[params.len()]];
     Stream::new(3, Purpose::Noise, 0, 0).fill_normal(&mut values);
-    let gradients = ops.upload(&values);
+    let gradients = gpu.upload_f32(&values);
     let settings = AdamWSettings::default();
     let report = |what: &str, ms: f64| {
         println!("{}", serde_json::json!({"what": "optimizer", "engine": "finetune", "mode": what, "parameters": values.len(), "ms": ms}));
     };
-    let hosts = [("adamw", HostAdamW::Full(AdamW::new(settings, params))), ("adamw8bit", HostAdamW::Codes(Box::new(AdamW8bit::new(settings, params))))];
-    for (name, host) in hosts {
-        let mut gpu = GpuAdamW::new(engine, params, host)?.context("not on a GPU")?;
-        let ms = timed(engine, || {
-            gpu.begin()?;
-            ops.add_scaled(gpu.sums(), &gradients, 1.0);
-            gpu.clip(1.0)?;
-            gpu.step(1e-4)?;
-            model.set_lora_from(gpu.values())?;
+    for (name, optimizer) in [("adamw", OptimizerSettings::AdamW(settings)), ("adamw8bit", OptimizerSettings::AdamW8bit(settings))] {
+        let mut parameters = Parameters::new(gpu, optimizer, params);
+        let ms = timed(gpu, || {
+            parameters.begin();
+            gpu.add_scaled(parameters.sums(), &gradients, 1.0);
+            parameters.clip(1.0);
+            parameters.step(1e-4);
+            model.set_lora_from(parameters.values());
             Ok(())
         })?;
         report(name, ms);
     }
-    let (mut optimizer, mut masters) = (AdamW::new(settings, params), params.to_vec());
-    let ms = timed(engine, || {
-        let all = engine.download(&gradients);
-        let mut sums: Vec<Vec<f32>> = masters.iter().map(|p| vec![0.0; p.value.len()]).collect();
-        for (sum, start) in sums.iter_mut().zip(&starts) {
-            sum.iter_mut().zip(&all[*start..]).for_each(|(sum, g)| *sum += g);
-        }
-        clip_global_norm(&mut sums, 1.0);
-        optimizer.step(&mut masters, &sums, 1e-4);
-        model.set_lora(&masters)?;
+    let cpu = Cpu::default();
+    let mut parameters = Parameters::new(&cpu, OptimizerSettings::AdamW(settings), params);
+    let ms = timed(gpu, || {
+        parameters.begin();
+        let all = cpu.upload(&gpu.download(&gradients));
+        cpu.add_scaled(parameters.sums(), &all, 1.0);
+        parameters.clip(1.0);
+        parameters.step(1e-4);
+        model.set_lora(&parameters.params())?;
         Ok(())
     })?;
     report("adamw on the host", ms);
     Ok(())
 }
 
-fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig, params: &[Param], pixels: usize, batch: usize) -> Result<()> {
-    let ops = engine.update_ops().context("not on a GPU")?;
-    let mut sums = ops.zeros(flat_offsets(params.iter().map(|p| p.value.len()))[params.len()]);
+fn shape(options: &Options, gpu: &Cuda, model: &Mmdit<Cuda>, config: &MmditConfig, params: &[Param], pixels: usize, batch: usize) -> Result<()> {
+    let mut sums = gpu.zeros_f32(flat_offsets(params.iter().map(|p| p.value.len()))[params.len()]);
     let mut stream = Stream::new(1, Purpose::Noise, 0, 0);
     let latents = [batch, config.in_channels, pixels / 8, pixels / 8];
     let prompt = random(&mut stream, &[batch, 154, config.joint_attention_dim])?;
@@ -242,18 +237,18 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
         let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
         let timesteps = HostTensor::vector(indices.iter().map(|&i| table.timestep(i)).collect());
         let x_t = HostTensor::new(mix(&x0, &noise, &sigmas), latents)?;
-        engine.synchronize();
+        gpu.synchronize();
         let last_step = options.profile && step == options.steps + 2;
         if last_step {
-            engine.start_profile();
+            gpu.start_profile();
         }
         let started = Instant::now();
         let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &vec![1.0 / batch as f64; batch] };
-        let losses = model.flow_step_into((&x_t, &timesteps, &prompt, &pooled), None, &target, &mut sums)?;
-        engine.synchronize();
+        let losses = model.flow_step_into(MmditInputs { x: &x_t, timestep: &timesteps, prompt_embeds: &prompt, pooled: &pooled }, None, &target, &mut sums)?;
+        gpu.synchronize();
         let whole = started.elapsed().as_secs_f64() * 1e3;
         if last_step {
-            profile = engine.end_profile();
+            profile = gpu.end_profile();
         }
         last = losses.iter().sum::<f64>() / batch as f64;
         let started = Instant::now();
@@ -266,11 +261,11 @@ fn shape(options: &Options, engine: &Engine, model: &Mmdit, config: &MmditConfig
             forwards.push(forward);
         }
     }
-    let (free, total) = engine.device_memory().unwrap_or_default();
+    let (free, total) = gpu.device_memory().unwrap_or_default();
     let report = serde_json::json!({
         "shape": format!("{pixels}/{batch}"), "precision": options.precision.to_string(), "recompute": options.recompute,
         "step_ms": median(steps), "forward_only_ms": median(forwards), "loss": last,
-        "pool_peak_gib": engine.peak_memory() as f64 / f64::powi(1024.0, 3), "card_used_gib": (total - free) as f64 / f64::powi(1024.0, 3),
+        "pool_peak_gib": gpu.peak_memory() as f64 / f64::powi(1024.0, 3), "card_used_gib": (total - free) as f64 / f64::powi(1024.0, 3),
     });
     println!("{report}");
     let sum: f64 = profile.iter().map(|(_, _, ms)| ms).sum();

@@ -10,11 +10,13 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
-use finetune_compute::optim::{AdamW, AdamWSettings, Optimizer as _, clip_global_norm};
+use finetune_compute::kernels::Engine;
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
+use finetune_compute::optim::{AdamWSettings, OptimizerSettings};
 use finetune_model::Weights;
-use finetune_model::lora::LoraSpec;
-use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::learner;
+use finetune_model::lora::{LoraLayout, LoraSpec};
+use finetune_model::mmdit::{FlowTarget, MmditConfig, MmditInputs};
 
 /// What to measure.
 struct Options {
@@ -69,13 +71,12 @@ fn main() -> Result<()> {
     let folder = options.model.join("transformer");
     let config = MmditConfig::open(&folder)?;
     let started = Instant::now();
-    let mut model = Mmdit::load(Arc::new(Weights::open(&folder)?), config.clone(), &finetune_compute::kernels::Engine::cpu())?;
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: options.targets.clone() };
-    let layout = model.attach_lora(&spec)?.clone();
-    model.set_recompute(&vec![options.recompute; config.num_layers]);
+    let layout = LoraLayout::new(&spec, &config.linear_sites())?;
+    let (params, adamw) = (layout.init(1), OptimizerSettings::AdamW(AdamWSettings::default()));
+    let mut learner = learner::load(Arc::new(Weights::open(&folder)?), config.clone(), &Engine::cpu(), layout, &params, adamw)?;
+    learner.set_recompute(&vec![options.recompute; config.num_layers]);
     let load_seconds = started.elapsed().as_secs_f64();
-    let mut params = layout.init(1);
-    let mut optimizer = AdamW::new(AdamWSettings::default(), &params);
 
     let table = SigmaTable::default();
     let kind = LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true };
@@ -89,17 +90,16 @@ fn main() -> Result<()> {
         let x0: Vec<f32> = random(&mut stream, &latents)?.into_values();
         let noise: Vec<f32> = random(&mut stream, &latents)?.into_values();
         let started = Instant::now();
-        model.set_lora(&params)?;
+        learner.begin()?;
         let indices: Vec<usize> = (0..batch).map(|b| (37 * step + 101 * b) % 1000).collect();
         let sigmas: Vec<f32> = indices.iter().map(|&i| table.sigma(i)).collect();
         let timesteps = HostTensor::vector(indices.iter().map(|&i| table.timestep(i)).collect());
         let x_t = HostTensor::new(mix(&x0, &noise, &sigmas), latents)?;
-        let (velocity, saved) = model.forward(&x_t, &timesteps, &prompt, &pooled, None)?;
-        let loss = loss(kind, velocity.values(), &x0, &noise, &sigmas, &vec![1.0 / batch as f64; batch]);
-        last_loss = loss.mean();
-        let mut gradients = model.backward(saved, &HostTensor::new(loss.d_velocity, latents)?)?;
-        clip_global_norm(&mut gradients, 1.0);
-        optimizer.step(&mut params, &gradients, 1e-4);
+        let inputs = MmditInputs { x: &x_t, timestep: &timesteps, prompt_embeds: &prompt, pooled: &pooled };
+        let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &vec![1.0 / batch as f64; batch] };
+        last_loss = learner.accumulate(inputs, None, &target)?.iter().sum::<f64>() / batch as f64;
+        learner.clip(1.0)?;
+        learner.step(1e-4)?;
         times.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let first = times.first().copied().unwrap_or_default();

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Engine, Precision};
+use finetune_compute::kernels::{Cuda, Engine, Precision};
 use finetune_model::ModelDir;
 use finetune_model::text::{EncodeProgress, PromptEmbedding, PromptEncoder};
 use finetune_model::vae::{VaeDecoder, VaeEncoder};
@@ -40,8 +40,9 @@ fn captions(count: usize) -> Vec<String> {
 fn prompts_are_those_of_the_cpu() {
     let mut failed = Vec::new();
     for (precision, tolerance) in NETWORKS {
-        let gpu = Engine::cuda(0, precision).unwrap();
-        poison(&gpu);
+        let device = Cuda::open(0, precision).unwrap();
+        poison(&device);
+        let gpu = Engine::from(device);
         for (path, model) in cases("encode-prompt") {
             for length in [1, 9, 77] {
                 let captions = captions(7);
@@ -86,8 +87,9 @@ fn captions_do_not_depend_on_their_company() {
 fn pictures_are_those_of_the_cpu() {
     let mut failed = Vec::new();
     for (precision, tolerance) in NETWORKS {
-        let gpu = Engine::cuda(0, precision).unwrap();
-        poison(&gpu);
+        let device = Cuda::open(0, precision).unwrap();
+        poison(&device);
+        let gpu = Engine::from(device);
         for (path, model) in cases("encode-image") {
             for (height, width) in [(64, 64), (40, 72)] {
                 let pixels = HostTensor::new(random(2 * 3 * height * width, 5), [2, 3, height, width]).unwrap();

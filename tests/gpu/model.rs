@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Engine, Precision};
+use finetune_compute::kernels::{Cpu, Cuda, Device, Precision};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{LossKind, Weighting, mix};
+use finetune_compute::optim::Param;
 use finetune_model::Weights;
 use finetune_model::lora::{EVERY_TARGET, LoraSpec};
-use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig};
+use finetune_model::mmdit::{FlowResult, FlowTarget, Mmdit, MmditConfig, MmditInputs};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -69,8 +70,8 @@ struct Step {
     gradients: Vec<Vec<f32>>,
 }
 
-fn step(engine: &Engine, config: &MmditConfig, weights: &Arc<Weights>, targets: &[&str], dropout: f64, recompute: &[bool]) -> Step {
-    let mut model = Mmdit::load(Arc::clone(weights), config.clone(), engine).unwrap();
+fn step<D: Device>(device: &D, config: &MmditConfig, weights: &Arc<Weights>, targets: &[&str], dropout: f64, recompute: &[bool]) -> Step {
+    let mut model = Mmdit::load(Arc::clone(weights), config.clone(), device).unwrap();
     let spec = LoraSpec { rank: 3, alpha: 6.0, dropout, target_modules: targets.iter().map(|t| (*t).to_owned()).collect() };
     let mut params = model.attach_lora(&spec).unwrap().init(1);
     for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
@@ -113,9 +114,9 @@ fn the_transformer_computes_the_same_on_both_devices() {
     ] {
         let config = config(heads, head_dim, dual);
         let (_dir, weights) = weights(&config);
-        let want = step(&Engine::cpu(), &config, &weights, targets, dropout, &[]);
+        let want = step(&Cpu::default(), &config, &weights, targets, dropout, &[]);
         for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::F16, 1e-2), (Precision::Bf16, 8e-2)] {
-            let gpu = Engine::cuda(0, precision).unwrap();
+            let gpu = Cuda::open(0, precision).unwrap();
             poison(&gpu);
             let got = step(&gpu, &config, &weights, targets, dropout, &[]);
             let again = step(&gpu, &config, &weights, targets, dropout, &[true, false, true]);
@@ -148,48 +149,53 @@ fn the_transformer_computes_the_same_on_both_devices() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// One step of `size` samples whose inputs are named by `seed`.
+fn flow_step<D: Device>(model: &Mmdit<D>, seed: u64, size: usize) -> FlowResult {
+    let config = model.config();
+    let tensor = |shape: &[usize], seed| HostTensor::new(random(shape.iter().product(), seed), shape).unwrap();
+    let kind = LossKind { weighting: Weighting::Cosmap, precondition_outputs: true };
+    let latents = [size, config.in_channels, 10, 14];
+    let (x0, noise) = (random(latents.iter().product(), seed), random(latents.iter().product(), seed + 1));
+    let sigmas: Vec<f32> = (0..size).map(|b| 0.2 + 0.17 * b as f32).collect();
+    let timesteps = HostTensor::vector(sigmas.iter().map(|s| 1000.0 * s).collect());
+    let x = HostTensor::new(mix(&x0, &noise, &sigmas), latents).unwrap();
+    let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], seed + 2), tensor(&[size, config.pooled_projection_dim], seed + 3));
+    let coefficients: Vec<f64> = (0..size).map(|b| 0.1 + 0.05 * b as f64).collect();
+    let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
+    model.flow_step(MmditInputs { x: &x, timestep: &timesteps, prompt_embeds: &prompt, pooled: &pooled }, None, &target).unwrap()
+}
+
+/// A model with LoRA of rank 4 on all of attention, and its parameters, named by `seed`.
+fn trained<D: Device>(device: &D, config: &MmditConfig, weights: &Arc<Weights>, seed: u64) -> (Mmdit<D>, Vec<Param>) {
+    let spec = LoraSpec { rank: 4, alpha: 4.0, dropout: 0.0, target_modules: ATTENTION.map(str::to_owned).to_vec() };
+    let mut model = Mmdit::load(Arc::clone(weights), config.clone(), device).unwrap();
+    let mut params = model.attach_lora(&spec).unwrap().init(seed);
+    for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
+        param.value = random(param.value.len(), seed * 1000 + i as u64).iter().map(|v| v * 0.05).collect();
+    }
+    model.set_lora(&params).unwrap();
+    (model, params)
+}
+
 /// Recorded steps against steps that are not recorded: other inputs, other LoRA values, another size between them.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn recorded_steps_give_the_same_bits_and_follow_inputs_and_parameters() {
     let config = config(2, 64, &[1]);
     let (_dir, weights) = weights(&config);
-    let spec = LoraSpec { rank: 4, alpha: 4.0, dropout: 0.0, target_modules: ATTENTION.map(str::to_owned).to_vec() };
-    let tensor = |shape: &[usize], seed| HostTensor::new(random(shape.iter().product(), seed), shape).unwrap();
-    let kind = LossKind { weighting: Weighting::Cosmap, precondition_outputs: true };
-    let step = |model: &Mmdit, seed: u64, size: usize| {
-        let latents = [size, config.in_channels, 10, 14];
-        let (x0, noise) = (random(latents.iter().product(), seed), random(latents.iter().product(), seed + 1));
-        let sigmas: Vec<f32> = (0..size).map(|b| 0.2 + 0.17 * b as f32).collect();
-        let timesteps = HostTensor::vector(sigmas.iter().map(|s| 1000.0 * s).collect());
-        let x = HostTensor::new(mix(&x0, &noise, &sigmas), latents).unwrap();
-        let (prompt, pooled) = (tensor(&[size, 27, config.joint_attention_dim], seed + 2), tensor(&[size, config.pooled_projection_dim], seed + 3));
-        let coefficients: Vec<f64> = (0..size).map(|b| 0.1 + 0.05 * b as f64).collect();
-        let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
-        model.flow_step(&x, &timesteps, &prompt, &pooled, None, &target).unwrap()
-    };
-    let load = |engine: &Engine, seed: u64| {
-        let mut model = Mmdit::load(Arc::clone(&weights), config.clone(), engine).unwrap();
-        let mut params = model.attach_lora(&spec).unwrap().init(seed);
-        for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
-            param.value = random(param.value.len(), seed * 1000 + i as u64).iter().map(|v| v * 0.05).collect();
-        }
-        model.set_lora(&params).unwrap();
-        (model, params)
-    };
     for precision in [Precision::F32, Precision::F16, Precision::Bf16] {
-        let engine = Engine::cuda(0, precision).unwrap();
-        poison(&engine);
-        let (mut model, _) = load(&engine, 1);
-        let first = step(&model, 70, 3);
+        let gpu = Cuda::open(0, precision).unwrap();
+        poison(&gpu);
+        let (mut model, _) = trained(&gpu, &config, &weights, 1);
+        let first = flow_step(&model, 70, 3);
         for size in [3, 2, 3, 2, 3] {
-            let again = step(&model, 70, size);
+            let again = flow_step(&model, 70, size);
             assert!(size != 3 || again == first, "{precision}: a recorded step gives other bits");
         }
-        let (fresh, params) = load(&engine, 2);
+        let (fresh, params) = trained(&gpu, &config, &weights, 2);
         model.set_lora(&params).unwrap();
-        assert!(step(&model, 90, 3) == step(&fresh, 90, 3), "{precision}: a recorded step does not follow its inputs");
-        let (losses, gradients) = step(&load(&Engine::cpu(), 1).0, 70, 3);
+        assert!(flow_step(&model, 90, 3) == flow_step(&fresh, 90, 3), "{precision}: a recorded step does not follow its inputs");
+        let (losses, gradients) = flow_step(&trained(&Cpu::default(), &config, &weights, 1).0, 70, 3);
         let tolerance = if precision == Precision::F32 { 2e-5 } else { 0.1 };
         for (got, want) in first.0.iter().zip(&losses) {
             assert!((got - want).abs() < tolerance * want, "{precision}: losses {:?} {losses:?}", first.0);

@@ -1,9 +1,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use finetune_compute::kernels::{AttentionShape, Buffer, Engine, Joint, Modulation, Precision, Qkv, StoredMatrix};
+use finetune_compute::kernels::{AttentionShape, Device as _, Joint, LoraTarget, Modulation, Precision, StoredMatrix};
 
-use crate::support::{Pair, pairs, random};
+use crate::support::{Pair, both, pairs, random};
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
@@ -13,15 +13,15 @@ fn modulate_and_its_gradients() {
             let stride = 3 * width;
             let (x, m, dy, before) =
                 (p.random(batch * tokens * width, 1), p.random(batch * stride, 2), p.random(batch * tokens * width, 3), p.random(batch * tokens * width, 4));
-            let run = |e: &Engine| {
+            let (got, want) = both!(p, e => {
                 let (xb, mb, dyb) = (e.upload(&x), e.upload_f32(&m), e.upload(&dy));
                 let modulation = Modulation { values: &mb, stride, tokens, width };
                 let (y, stats) = e.modulate(&xb, modulation, width, 0);
                 let (mut dx, mut dm) = (e.upload(&before), e.zeros_f32(m.len()));
                 e.modulate_backward(&xb, &stats, modulation, width, 0, &dyb, Some(&mut dx), Some(&mut dm));
                 [y, dx, dm]
-            };
-            for (what, (got, want)) in ["y", "dx", "d modulation"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
+            });
+            for (what, (got, want)) in ["y", "dx", "d modulation"].iter().zip(got.iter().zip(&want)) {
                 p.compare(&format!("modulate {batch}x{tokens}x{width} {what}"), got, want);
             }
         }
@@ -35,15 +35,15 @@ fn gate_and_its_gradients() {
         for (batch, tokens, width) in [(2, 3, 21), (2, 5, 64), (3, 40, 1536)] {
             let (stride, n) = (2 * width, batch * tokens * width);
             let (x, y, m, d) = (p.random(n, 1), p.random(n, 2), p.random(batch * stride, 3), p.random(n, 4));
-            let run = |e: &Engine| {
+            let (got, want) = both!(p, e => {
                 let (xb, yb, mb, db) = (e.upload(&x), e.upload(&y), e.upload_f32(&m), e.upload(&d));
                 let modulation = Modulation { values: &mb, stride, tokens, width };
                 let out = e.gate_residual(&xb, &yb, modulation, width);
                 let mut dm = e.zeros_f32(m.len());
                 let dy = e.gate_backward(&db, modulation, width, Some((&yb, &mut dm)));
                 [out, dy, dm]
-            };
-            for (what, (got, want)) in ["out", "dy", "d gate"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
+            });
+            for (what, (got, want)) in ["out", "dy", "d gate"].iter().zip(got.iter().zip(&want)) {
                 p.compare(&format!("gate {batch}x{tokens}x{width} {what}"), got, want);
             }
         }
@@ -60,7 +60,7 @@ fn values_one_by_one() {
                 x[..6].copy_from_slice(&[0.0, -0.0, 30.0, -30.0, 1e-3, -8.0]);
             }
             let x = p.rounded(&x);
-            let run = |e: &Engine| -> Vec<Buffer> {
+            let (got, want) = both!(p, e => {
                 let (xb, yb) = (e.upload(&x), e.upload(&y));
                 let (mut dg, mut ds, mut product, mut sum) = (e.upload(&d), e.upload(&d), e.upload(&x), e.upload(&x));
                 e.gelu_backward(&xb, &mut dg);
@@ -70,9 +70,9 @@ fn values_one_by_one() {
                 let mut repeated = e.upload(&[&x[..], &d, &y].concat());
                 e.add(&mut repeated, &yb);
                 vec![e.gelu(&xb), e.silu(&xb), dg, ds, product, sum, repeated, e.copy(&xb), e.zeros(n), e.zeros_f32(n)]
-            };
+            });
             let names = ["gelu", "silu", "d gelu", "d silu", "product", "sum", "repeated sum", "copy", "zeros", "f32 zeros"];
-            for (what, (got, want)) in names.iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
+            for (what, (got, want)) in names.iter().zip(got.iter().zip(&want)) {
                 p.compare(&format!("{what} {n}"), got, want);
             }
         }
@@ -85,14 +85,14 @@ fn rms_norm_and_its_gradient() {
     for p in pairs() {
         for width in [8, 19, 64] {
             let (x, w, d) = (p.random(70 * width, 1), p.random(width, 2), p.random(70 * width, 3));
-            let run = |e: &Engine| {
+            let (got, want) = both!(p, e => {
                 let (xb, wb) = (e.upload(&x), e.upload(&w));
                 let (y, stats) = e.rms_norm(&xb, &wb);
                 let mut dx = e.upload(&d);
                 e.rms_norm_backward(&xb, &wb, &stats, &mut dx);
                 [y, dx]
-            };
-            for (what, (got, want)) in ["y", "dx"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
+            });
+            for (what, (got, want)) in ["y", "dx"].iter().zip(got.iter().zip(&want)) {
                 p.compare(&format!("rms norm {width} {what}"), got, want);
             }
         }
@@ -105,11 +105,15 @@ fn dropout_masks_are_the_same_numbers_on_both_devices() {
     for p in pairs() {
         for values in [7, 64, 3001] {
             let samples = [(0, 1), (3, 77), (1 << 40, 5)];
-            let mask = |e: &Engine| e.download(&e.dropout_mask(9, &samples, 4, values, 1, 0.25));
-            let want = p.rounded(&mask(&p.cpu));
-            assert_eq!(mask(&p.gpu), want, "{} {values}", p.gpu.precision());
+            let (got, want) = both!(p, e => e.download(&e.dropout_mask(9, &samples, 4, values, 1, 0.25)));
+            assert_eq!(got, p.rounded(&want), "{} {values}", p.gpu.precision());
         }
     }
+}
+
+/// A's and B's gradients, which begin at 0 and at `start`.
+fn parts(gradients: &[f32], a: usize, start: usize) -> [Vec<f32>; 2] {
+    [gradients[..a].to_vec(), gradients[start..].to_vec()]
 }
 
 fn linear(p: &Pair, rows: usize, inputs: usize, outputs: usize, rank: usize, dropped: bool) {
@@ -117,7 +121,7 @@ fn linear(p: &Pair, rows: usize, inputs: usize, outputs: usize, rank: usize, dro
     let (w, bias) = (scaled(outputs * inputs, 1, (inputs as f32).sqrt().recip()), p.random(outputs, 2));
     let (a, b) = (scaled(rank * inputs, 3, (inputs as f32).sqrt().recip()), scaled(outputs * rank, 4, 0.5));
     let (x, dy, before) = (p.random(rows * inputs, 5), p.random(rows * outputs, 6), p.random(rows * inputs, 7));
-    let run = |e: &Engine| {
+    let (got, want) = both!(p, e => {
         let (frozen, lora) = (e.frozen(outputs, inputs, &w), e.lora(rank, inputs, outputs, &a, &b, 0.5));
         let (xb, dyb, bias) = (e.upload(&x), e.upload(&dy), e.upload(&bias));
         let mask = dropped.then(|| e.dropout_mask(1, &[(1, 2)], 4, rows, inputs, 0.5));
@@ -131,14 +135,16 @@ fn linear(p: &Pair, rows: usize, inputs: usize, outputs: usize, rank: usize, dro
         let (mut dx, mut more) = (e.alloc(rows * inputs), e.upload(&before));
         e.linear_backward(rows, &dyb, &frozen, None, Some((&mut more, true)));
         let dt = e.linear_backward(rows, &dyb, &frozen, Some((&lora, mask.as_ref())), Some((&mut dx, false))).unwrap();
-        let (mut da, mut db) = (e.zeros_f32(a.len()), e.zeros_f32(b.len()));
+        // B's begin after a gap.
+        let (start, scale) = (a.len().next_multiple_of(64), 0.5);
+        let mut gradients = e.zeros_f32(start + b.len());
         for _ in 0..2 {
-            e.lora_gradient(rows, &x_lora, &dyb, &t, &dt, 0.5, &mut da, &mut db);
+            e.lora_gradient(rows, &x_lora, &dyb, &t, &dt, &mut gradients, &LoraTarget { a: 0..a.len(), b: start..start + b.len(), scale });
         }
-        [plain, y, dx, more, da, db]
-    };
-    for (what, (got, want)) in ["x W", "y", "dx", "dx added", "dA", "dB"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
-        p.compare(&format!("linear {rows}x{inputs}x{outputs} r{rank} {what}"), got, want);
+        [plain, y, dx, more].map(|b| e.download(&b)).into_iter().chain(parts(&e.download(&gradients), a.len(), start)).collect::<Vec<_>>()
+    });
+    for (what, (got, want)) in ["x W", "y", "dx", "dx added", "dA", "dB"].iter().zip(got.iter().zip(&want)) {
+        p.check(&format!("linear {rows}x{inputs}x{outputs} r{rank} {what}"), got, want);
     }
 }
 
@@ -199,7 +205,7 @@ fn weights_kept_in_half_precision_are_multiplied_as_f32() {
             for (rows, inputs, outputs) in [(1, 5, 7), (3, 33, 20), (4, 1536, 9216), (2, 256, 1536)] {
                 let w: Vec<f32> = random(outputs * inputs, 1).iter().map(|v| v / (inputs as f32).sqrt()).collect();
                 let (x, bias, dy, before) = (random(rows * inputs, 2), random(outputs, 3), random(rows * outputs, 4), random(rows * inputs, 5));
-                let run = |e: &Engine| {
+                let (got, want) = both!(exact, e => {
                     let frozen = e.frozen_kept(outputs, inputs, Stored::new(stored, inputs, &w), p.gpu.precision());
                     let (xb, dyb, biases) = (e.upload(&x), e.upload(&dy), e.upload(&bias));
                     let (mut plain, mut y, mut dx, mut more) = (e.alloc(rows * outputs), e.alloc(rows * outputs), e.alloc(rows * inputs), e.upload(&before));
@@ -208,8 +214,8 @@ fn weights_kept_in_half_precision_are_multiplied_as_f32() {
                     e.linear_backward(rows, &dyb, &frozen, None, Some((&mut dx, false)));
                     e.linear_backward(rows, &dyb, &frozen, None, Some((&mut more, true)));
                     [plain, y, dx, more]
-                };
-                for (what, (got, want)) in ["x W", "y", "dx", "dx added"].iter().zip(run(&exact.gpu).iter().zip(&run(&exact.cpu))) {
+                });
+                for (what, (got, want)) in ["x W", "y", "dx", "dx added"].iter().zip(got.iter().zip(&want)) {
                     exact.compare(&format!("{stored} kept {rows}x{inputs}x{outputs} {what}"), got, want);
                 }
             }
@@ -237,7 +243,7 @@ fn attention_and_its_gradients() {
             let shape = AttentionShape { batch, heads, head_dim, image, context, context_queries };
             let (ni, nc) = (batch * image * shape.width(), batch * context * shape.width());
             let values: Vec<Vec<f32>> = (0..8).map(|i| p.random(if i % 2 == 0 { ni } else { nc }, i)).collect();
-            let run = |e: &Engine| {
+            let (got, want) = both!(p, e => {
                 let joint =
                     |i: usize, wanted: bool| Joint { image: e.upload(&values[2 * i]), context: (wanted && nc > 0).then(|| e.upload(&values[2 * i + 1])) };
                 let (q, k, v, d) = (joint(0, context_queries), joint(1, true), joint(2, true), joint(3, context_queries));
@@ -245,13 +251,14 @@ fn attention_and_its_gradients() {
                 let stream = |tokens, query| e.qkv(batch * tokens, shape.width(), query, false);
                 let mut gradients = Joint { image: stream(image, true), context: (nc > 0).then(|| stream(context, context_queries)) };
                 e.attention_backward(&shape, (&q, &k, &v), &out, &lse, &d, &mut gradients);
-                let part = |part: fn(&Qkv) -> Option<&Buffer>| {
-                    [Some(&gradients.image), gradients.context.as_ref()].map(|s| s.and_then(part).map(|b| e.download(b)).unwrap_or_default()).concat()
-                };
-                let out = [e.download(&out.image), out.context.map(|c| e.download(&c)).unwrap_or_default()].concat();
-                [out, part(|s| s.q.as_ref()), part(|s| Some(&s.k)), part(|s| Some(&s.v))]
-            };
-            for (what, (got, want)) in ["out", "dq", "dk", "dv"].iter().zip(run(&p.gpu).iter().zip(&run(&p.cpu))) {
+                let image = [gradients.image.q, Some(gradients.image.k), Some(gradients.image.v)];
+                let context = gradients.context.map_or([None, None, None], |c| [c.q, Some(c.k), Some(c.v)]);
+                std::iter::once((Some(out.image), out.context))
+                    .chain(image.into_iter().zip(context))
+                    .map(|(image, context)| [image, context].map(|b| b.map(|b| e.download(&b)).unwrap_or_default()).concat())
+                    .collect::<Vec<_>>()
+            });
+            for (what, (got, want)) in ["out", "dq", "dk", "dv"].iter().zip(got.iter().zip(&want)) {
                 p.check(&format!("attention {batch}x{heads}x{head_dim} {image}+{context} {what}"), got, want);
             }
         }
@@ -273,9 +280,10 @@ fn results_repeat_bit_by_bit() {
             let t = e.linear(rows, &xb, &frozen, None, Some((&lora, None, 1.0)), &mut y).unwrap();
             let mut dx = e.alloc(rows * inputs);
             let dt = e.linear_backward(rows, &dyb, &frozen, Some((&lora, None)), Some((&mut dx, false))).unwrap();
-            let (mut da, mut db) = (e.zeros_f32(a.len()), e.zeros_f32(b.len()));
-            e.lora_gradient(rows, &xb, &dyb, &t, &dt, 1.0, &mut da, &mut db);
-            [y, dx, da, db].map(|b| e.download(&b).iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            let mut gradients = e.zeros_f32(a.len() + b.len());
+            let target = LoraTarget { a: 0..a.len(), b: a.len()..a.len() + b.len(), scale: 1.0 };
+            e.lora_gradient(rows, &xb, &dyb, &t, &dt, &mut gradients, &target);
+            [y, dx, gradients].map(|b| e.download(&b).iter().map(|v| v.to_bits()).collect::<Vec<_>>())
         };
         let first = run();
         for _ in 0..5 {

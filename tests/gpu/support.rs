@@ -1,12 +1,12 @@
-//! Two engines side by side.
+//! Two devices side by side.
 
 use finetune_common::rng::{Purpose, Stream};
-use finetune_compute::kernels::{Buffer, Engine, Precision};
+use finetune_compute::kernels::{Cpu, Cuda, CudaBuffer, Device, HostBuffer, Precision};
 
 /// The GPU in a precision beside the CPU.
 pub(crate) struct Pair {
-    pub(crate) gpu: Engine,
-    pub(crate) cpu: Engine,
+    pub(crate) gpu: Cuda,
+    pub(crate) cpu: Cpu,
     /// Allowed relative error (Frobenius) of a result.
     pub(crate) tolerance: f64,
 }
@@ -15,17 +15,34 @@ pub(crate) fn pairs() -> Vec<Pair> {
     [(Precision::F32, 2e-6), (Precision::F16, 1.5e-3), (Precision::Bf16, 1.2e-2)]
         .into_iter()
         .map(|(precision, tolerance)| {
-            let gpu = Engine::cuda(0, precision).expect("a GPU");
+            let gpu = Cuda::open(0, precision).expect("a GPU");
             poison(&gpu);
-            Pair { gpu, cpu: Engine::cpu(), tolerance }
+            Pair { gpu, cpu: Cpu::default(), tolerance }
         })
         .collect()
 }
 
+/// The results of the same operations on the GPU and on the CPU: `both!(pair, device => results)`.
+macro_rules! both {
+    ($pair:expr, $device:ident => $results:expr) => {{
+        let got = {
+            let $device = &$pair.gpu;
+            $results
+        };
+        let want = {
+            let $device = &$pair.cpu;
+            $results
+        };
+        (got, want)
+    }};
+}
+
+pub(crate) use both;
+
 /// Fills memory that later buffers get with NaN: a result that is not written is seen.
-pub(crate) fn poison(engine: &Engine) {
+pub(crate) fn poison(gpu: &Cuda) {
     let lengths = (0..14).map(|i| 1 << i).chain([100_000, 1_000_000]);
-    let poisoned: Vec<Buffer> = lengths.flat_map(|len| (0..6).map(move |_| len)).map(|len| engine.upload(&vec![f32::NAN; len])).collect();
+    let poisoned: Vec<CudaBuffer> = lengths.flat_map(|len| (0..6).map(move |_| len)).map(|len| gpu.upload(&vec![f32::NAN; len])).collect();
     drop(poisoned);
 }
 
@@ -46,14 +63,14 @@ impl Pair {
         self.rounded(&random(len, seed))
     }
 
-    #[expect(clippy::print_stdout, reason = "every error is told with --nocapture")]
+    #[expect(clippy::print_stdout, reason = "every error is shown with --nocapture")]
     pub(crate) fn check(&self, what: &str, got: &[f32], want: &[f32]) {
         let error = relative(got, want);
         println!("{:>5} {what:<50} {error:.2e}", self.gpu.precision().to_string());
         assert!(error <= self.tolerance, "{} {what}: {error:.3e} > {:.1e}", self.gpu.precision(), self.tolerance);
     }
 
-    pub(crate) fn compare(&self, what: &str, got: &Buffer, want: &Buffer) {
+    pub(crate) fn compare(&self, what: &str, got: &CudaBuffer, want: &HostBuffer) {
         self.check(what, &self.gpu.download(got), &self.cpu.download(want));
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use finetune_api::FineTuneJob;
 use finetune_api::plan::{self, DeviceFacts, Facts, ModelShape, TrainConfig};
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Cpu, Device as _};
 use finetune_model::mmdit::MmditConfig;
 use finetune_store::model_source::ModelSource;
 use finetune_store::{Buckets, RetryPolicy, Store};
@@ -65,7 +65,7 @@ pub(super) fn on_cpu(job: &FineTuneJob, config: &TrainConfig, buckets: &Buckets)
 
 /// Seconds that so many floating-point operations of training take on this machine's CPU.
 pub(super) fn cpu_seconds(flops: f64) -> f64 {
-    flops / (SHARE * rate(&Engine::cpu()))
+    flops / (SHARE * rate(&Cpu::default()))
 }
 
 /// The model's shape, where its configuration can be read without waiting.
@@ -81,15 +81,15 @@ fn shape(config: &TrainConfig, buckets: &Buckets) -> Option<ModelShape> {
     Some(division::shape(&config))
 }
 
-/// Floating-point operations per second of a matrix product on the engine: 0.2 s of one that is as wide as the model's.
-fn rate(engine: &Engine) -> f64 {
+/// Floating-point operations per second of a matrix product on the device: 0.2 s of one that is as wide as the model's.
+fn rate(device: &Cpu) -> f64 {
     const WIDTH: usize = 1536;
     const ROWS: usize = 512;
-    let weight = engine.frozen(WIDTH, WIDTH, &vec![0.01; WIDTH * WIDTH]);
-    let x = engine.upload(&vec![0.5; ROWS * WIDTH]);
-    let mut y = engine.zeros(ROWS * WIDTH);
+    let weight = device.frozen(WIDTH, WIDTH, &vec![0.01; WIDTH * WIDTH]);
+    let x = device.upload(&vec![0.5; ROWS * WIDTH]);
+    let mut y = device.zeros(ROWS * WIDTH);
     let mut product = || {
-        engine.linear(ROWS, &x, &weight, None, None, &mut y);
+        device.linear(ROWS, &x, &weight, None, None, &mut y);
     };
     product();
     let started = Instant::now();
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn the_rate_is_that_of_a_processor() {
-        let rate = rate(&Engine::cpu());
+        let rate = rate(&Cpu::default());
         assert!((1e8..1e14).contains(&rate), "{rate:e}");
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod digest;
 pub mod layout;
+pub mod learner;
 pub mod lora;
 pub mod mmdit;
 pub mod sample;

@@ -5,7 +5,7 @@ use finetune_compute::kernels::{DeviceError, Engine, Precision};
 
 /// Whether this build can use a GPU.
 pub const fn has_gpu_code() -> bool {
-    cfg!(feature = "cuda")
+    Engine::HAS_CUDA
 }
 
 /// Opens the device that the job asks for. There is no silent fallback to the CPU.

@@ -2,7 +2,8 @@
 
 use super::step::{self, Draw, Example, Objective};
 use finetune_common::rng::{Purpose, Stream};
-use finetune_model::mmdit::{Mmdit, MmditError};
+use finetune_model::learner::Learner;
+use finetune_model::mmdit::MmditError;
 
 /// Timesteps per picture, one from each eighth of the noise levels.
 pub const TIMESTEPS: u64 = 8;
@@ -32,7 +33,7 @@ fn draw(objective: &Objective, example: &Example, sample: usize, index: u64) -> 
 /// # Errors
 /// If the model refuses the inputs.
 pub fn evaluate(
-    model: &Mmdit,
+    model: &dyn Learner,
     objective: &Objective,
     examples: &[(usize, Example)],
     batch: usize,

@@ -16,7 +16,6 @@ use super::error::TrainError;
 use super::folders;
 use super::output;
 use super::page;
-use super::parameters::Parameters;
 use super::prepare::{self, PrepareError, Prepared};
 use super::publish::{self, Decision};
 use super::result::{FileDigest, RunResult};
@@ -34,8 +33,9 @@ use finetune_data::dataset::Dataset;
 use finetune_data::sampler::{Sampler, SamplerConfig};
 use finetune_model::ModelDir;
 use finetune_model::layout::{LayoutError, Part};
+use finetune_model::learner;
 use finetune_model::lora::LoraLayout;
-use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::mmdit::MmditConfig;
 use finetune_model::survey::Model;
 use finetune_model::weights::Weights;
 use finetune_store::claims::{self, Claim, KeptAlive, Owner};
@@ -308,18 +308,17 @@ impl Run<'_> {
         let training = &self.config.training;
         let scheduler = model.scheduler()?;
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
-        let mut mmdit = Mmdit::load(weights, MmditConfig::open(&model.path(Part::Transformer))?, &self.engine)?;
-        let layout: LoraLayout = mmdit.attach_lora(&setup::lora(&training.lora))?.clone();
-        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(mmdit.config()), self.budget)?;
+        let transformer = MmditConfig::open(&model.path(Part::Transformer))?;
+        let layout = LoraLayout::new(&setup::lora(&training.lora), &transformer.linear_sites())?;
+        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(&transformer), self.budget)?;
         let MemoryPlan { micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
         let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
         tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
         self.environment.reporter.show(|page| page.memory = Some(memory.clone()));
-        mmdit.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
         let [_, height, width] = prepared.example(0, 0, 0).map_err(super::trainer::TrainerError::from)?.shape;
-        let patches = (height / mmdit.config().patch_size) * (width / mmdit.config().patch_size);
+        let patches = (height / transformer.patch_size) * (width / transformer.patch_size);
         let table = setup::noise_levels(&training.flow_matching, &scheduler, patches)
             .map_err(|problem| LayoutError::Unsupported { path: model.path(Part::Scheduler), problem })?;
         let (density, kind) = setup::flow_matching(&training.flow_matching);
@@ -347,8 +346,9 @@ impl Run<'_> {
         })
         .map_err(super::trainer::TrainerError::from)?;
         layout.check(&params).map_err(super::trainer::TrainerError::from)?;
-        let parameters = Parameters::new(&self.engine, &training.optimizer, params)?;
-        let mut trainer = Trainer::new(settings, mmdit, layout, parameters, sampler, prepared)?;
+        let mut learner = learner::load(weights, transformer, &self.engine, layout, &params, setup::optimizer(&training.optimizer))?;
+        learner.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
+        let mut trainer = Trainer::new(settings, learner, sampler, prepared);
         if let Some(snapshot) = snapshot {
             trainer.restore(snapshot)?;
         }
@@ -418,7 +418,7 @@ impl Run<'_> {
             return Ok(true);
         }
         let resolution = self.config.training.resolution;
-        trainer.model().trim();
+        trainer.learner().trim()?;
         let drawn = block_in_place(|| validation::draw(validation, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
         let Some(pictures) = drawn else { return Ok(false) };
         validation::keep(&self.checkpoints, &pictures).await?;
@@ -475,7 +475,7 @@ impl Run<'_> {
         let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, encoders, warnings, trainer, &pictures, &self.engine)?;
         if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
             let resolution = self.config.training.resolution;
-            trainer.model().trim();
+            trainer.learner().trim()?;
             let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
             let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
             result.comparison = Some(comparison);

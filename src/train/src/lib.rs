@@ -19,7 +19,6 @@ pub mod look;
 pub mod model_files;
 pub mod output;
 pub mod page;
-mod parameters;
 pub mod prepare;
 pub mod publish;
 pub mod report;

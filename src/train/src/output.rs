@@ -84,7 +84,7 @@ pub fn make(
     for format in &config.output.formats {
         let (file, bytes) = match format {
             OutputFormat::Diffusers => (DIFFUSERS_FILE.to_owned(), diffusers(&params, lora)),
-            OutputFormat::Kohya => (kohya_file(&config.job), kohya(&params, trainer.layout(), lora, trainer.model().config().num_layers)?),
+            OutputFormat::Kohya => (kohya_file(&config.job), kohya(&params, trainer.layout(), lora, trainer.learner().config().num_layers)?),
         };
         let FileDigest { size, sha256 } = FileDigest::of(&bytes);
         artifacts.push(Artifact { format: *format, file: file.clone(), sha256, size_bytes: size });

@@ -3,35 +3,21 @@
 use finetune_api::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShiftConfig, WeightingScheme};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
 use finetune_compute::optim::schedule::Shape;
-use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, Prodigy, ProdigySettings, Schedule};
+use finetune_compute::optim::{AdamWSettings, OptimizerSettings, ProdigySettings, Schedule};
 use finetune_model::layout::SchedulerConfig;
 use finetune_model::lora::LoraSpec;
 
-fn adam(config: &OptimizerConfig) -> AdamWSettings {
-    AdamWSettings { beta1: config.beta1, beta2: config.beta2, epsilon: config.epsilon, weight_decay: config.weight_decay }
-}
-
-/// AdamW's settings and whether its moments have 8 bits, if it is AdamW.
-#[cfg(feature = "cuda")]
-pub fn adamw(config: &OptimizerConfig) -> Option<(AdamWSettings, bool)> {
-    match config.kind {
-        OptimizerKind::AdamW => Some((adam(config), false)),
-        OptimizerKind::AdamW8bit => Some((adam(config), true)),
-        OptimizerKind::Prodigy => None,
-    }
-}
-
-/// The optimizer at update 0, on the host.
-pub fn optimizer(config: &OptimizerConfig, params: &[Param]) -> Box<dyn Optimizer> {
+/// The optimizer and its settings.
+pub fn optimizer(config: &OptimizerConfig) -> OptimizerSettings {
     let OptimizerConfig { kind, learning_rate: _, beta1, beta2, weight_decay, epsilon, prodigy } = config;
     let (beta1, beta2, weight_decay, epsilon) = (*beta1, *beta2, *weight_decay, *epsilon);
-    let adam = adam(config);
+    let adam = AdamWSettings { beta1, beta2, epsilon, weight_decay };
     match kind {
-        OptimizerKind::AdamW => Box::new(AdamW::new(adam, params)),
-        OptimizerKind::AdamW8bit => Box::new(AdamW8bit::new(adam, params)),
+        OptimizerKind::AdamW => OptimizerSettings::AdamW(adam),
+        OptimizerKind::AdamW8bit => OptimizerSettings::AdamW8bit(adam),
         OptimizerKind::Prodigy => {
             let defaults = ProdigySettings { beta1, beta2, epsilon, weight_decay, ..ProdigySettings::default() };
-            let settings = prodigy.as_ref().map_or(defaults, |p| ProdigySettings {
+            OptimizerSettings::Prodigy(prodigy.as_ref().map_or(defaults, |p| ProdigySettings {
                 beta3: Some(p.beta3),
                 use_bias_correction: p.use_bias_correction,
                 safeguard_warmup: p.safeguard_warmup,
@@ -39,8 +25,7 @@ pub fn optimizer(config: &OptimizerConfig, params: &[Param]) -> Box<dyn Optimize
                 d_coef: p.d_coef,
                 growth_rate: p.growth_rate.unwrap_or(f64::INFINITY),
                 ..defaults
-            });
-            Box::new(Prodigy::new(settings, params))
+            }))
         }
     }
 }

@@ -7,7 +7,8 @@ use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{self, LossKind, SigmaTable, TimestepDensity};
-use finetune_model::mmdit::{FlowTarget, Mmdit, MmditError};
+use finetune_model::learner::Learner;
+use finetune_model::mmdit::{FlowTarget, MmditError, MmditInputs};
 
 /// What the loss is made of.
 #[derive(Debug, Clone)]
@@ -120,6 +121,12 @@ impl Inputs {
     }
 }
 
+impl Inputs {
+    fn model(&self) -> MmditInputs<'_> {
+        MmditInputs { x: &self.x, timestep: &self.timestep, prompt_embeds: &self.embeds, pooled: &self.pooled }
+    }
+}
+
 /// A micro-batch with everything drawn: what one forward and backward pass takes.
 #[derive(Debug)]
 pub struct MicroBatch {
@@ -158,32 +165,21 @@ pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64>
     coefficients
 }
 
-/// Forward, loss and backward of one micro-batch: each sample's loss, and the gradients of the weighted loss, aligned with the parameters.
-///
-/// # Errors
-/// If the model refuses the inputs.
-pub fn micro_batch(model: &Mmdit, batch: &MicroBatch) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
-    let Inputs { x, timestep, embeds, pooled, .. } = &batch.inputs;
-    model.flow_step(x, timestep, embeds, pooled, batch.dropout.as_ref(), &batch.target())
-}
-
-/// [`micro_batch`] on a GPU, whose gradients are added to `sum` there.
+/// Forward, loss and backward of one micro-batch: returns each sample's loss and adds the gradients of the weighted loss to the learner's sums.
 ///
 /// # Errors
 /// If the model refuses the inputs, or the device fails.
-#[cfg(feature = "cuda")]
-pub fn micro_batch_into(model: &Mmdit, batch: &MicroBatch, sum: &mut finetune_compute::kernels::Buffer) -> Result<Vec<f64>, MmditError> {
-    let Inputs { x, timestep, embeds, pooled, .. } = &batch.inputs;
-    model.flow_step_into((x, timestep, embeds, pooled), batch.dropout.as_ref(), &batch.target(), sum)
+pub fn micro_batch(learner: &mut dyn Learner, batch: &MicroBatch) -> Result<Vec<f64>, MmditError> {
+    learner.accumulate(batch.inputs.model(), batch.dropout.as_ref(), &batch.target())
 }
 
 /// The losses of a batch without gradients, one per sample.
 ///
 /// # Errors
 /// If the model refuses the inputs.
-pub fn losses(model: &Mmdit, objective: &Objective, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
+pub fn losses(learner: &dyn Learner, objective: &Objective, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
     let inputs = Inputs::new(&objective.table, examples, draws)?;
-    let velocity = model.forward_only(&inputs.x, &inputs.timestep, &inputs.embeds, &inputs.pooled, 1.0, &[])?;
+    let velocity = learner.predict(inputs.model())?;
     Ok(flow_matching::loss(objective.kind, velocity.values(), &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
 }
 
@@ -235,16 +231,18 @@ mod tests {
     /// loss that it has alone. Cosmap weighs samples by their noise level, so a weight that is taken from the other half would show.
     #[test]
     fn the_gradient_of_a_batch_with_class_pictures_is_the_sum_of_both_parts() {
-        use finetune_compute::optim::Param;
-        use finetune_model::lora::LoraSpec;
+        use finetune_compute::kernels::Engine;
+        use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param};
+        use finetune_model::learner;
+        use finetune_model::lora::{LoraLayout, LoraSpec};
         use finetune_model::mmdit::MmditConfig;
         use finetune_model::weights::Weights;
 
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/micro-sd3/transformer");
         let weights = std::sync::Arc::new(Weights::open(&folder).unwrap());
-        let mut model = Mmdit::load(weights, MmditConfig::open(&folder).unwrap(), &finetune_compute::kernels::Engine::cpu()).unwrap();
+        let config = MmditConfig::open(&folder).unwrap();
         let spec = LoraSpec { rank: 2, alpha: 2.0, dropout: 0.0, target_modules: vec!["to_q".into(), "to_v".into(), "add_k_proj".into()] };
-        let layout = model.attach_lora(&spec).unwrap().clone();
+        let layout = LoraLayout::new(&spec, &config.linear_sites()).unwrap();
         let random = |n: usize, index: u64| {
             let mut values = vec![0.0; n];
             Stream::new(1, Purpose::Noise, 9, index).fill_normal(&mut values);
@@ -257,8 +255,9 @@ mod tests {
             .enumerate()
             .map(|(i, p)| Param { value: random(p.value.len(), i as u64).iter().map(|x| 0.1 * x).collect(), ..p })
             .collect();
-        model.set_lora(&params).unwrap();
-        let (channels, joint, pooled) = (model.config().in_channels, model.config().joint_attention_dim, model.config().pooled_projection_dim);
+        let (channels, joint, pooled) = (config.in_channels, config.joint_attention_dim, config.pooled_projection_dim);
+        let adamw = OptimizerSettings::AdamW(AdamWSettings::default());
+        let mut learner = learner::load(weights, config, &Engine::cpu(), layout, &params, adamw).unwrap();
         let tensor = |shape: &[usize], index| HostTensor::new(random(shape.iter().product(), index), shape).unwrap();
         let examples: Vec<Example> = (0..4)
             .map(|i| Example {
@@ -271,10 +270,11 @@ mod tests {
             .collect();
         let objective = Objective { kind: LossKind { weighting: Weighting::Cosmap, precondition_outputs: false }, ..objective() };
         let (weight, prior) = (0.25, 0.7);
-        let run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
+        let mut run = |range: std::ops::Range<usize>, coefficients: &[f64]| {
             let ordinals: Vec<u64> = range.clone().map(|i| i as u64).collect();
             let batch = MicroBatch::draw(&objective, &examples[range], &ordinals, 3, coefficients.to_vec()).unwrap();
-            micro_batch(&model, &batch).unwrap()
+            learner.begin().unwrap();
+            (micro_batch(learner.as_mut(), &batch).unwrap(), learner.gradients().unwrap())
         };
         assert_eq!(coefficients(2, weight, None), [weight; 2]);
         let mixed = run(0..4, &coefficients(2, weight, Some(prior)));

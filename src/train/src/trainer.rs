@@ -8,15 +8,15 @@ use super::division;
 use super::feed::{Fed, Feed, FeedError, Source};
 use super::history::{self, History, Record};
 use super::interrupt::Interrupt;
-use super::parameters::Parameters;
 use super::prepare::{Prepared, PreparedError};
-use super::step::{Example, Objective};
+use super::step::{self, Example, Objective};
 use finetune_api::plan::GradientCheckpointing;
 use finetune_compute::kernels::DeviceError;
 use finetune_compute::optim::{Param, Schedule, StateError};
 use finetune_data::sampler::{Position, Sampler, SamplerError};
+use finetune_model::learner::{Learner, RestoreError};
 use finetune_model::lora::{LoraError, LoraLayout};
-use finetune_model::mmdit::{Mmdit, MmditError};
+use finetune_model::mmdit::MmditError;
 
 /// Why training cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +70,16 @@ pub enum TrainerError {
     Sampler(#[from] SamplerError),
 }
 
+impl From<RestoreError> for TrainerError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::Lora(error) => error.into(),
+            RestoreError::State(error) => error.into(),
+            RestoreError::Device(error) => error.into(),
+        }
+    }
+}
+
 /// The fixed parts of a run.
 pub struct Settings {
     /// What the loss is made of.
@@ -91,9 +101,7 @@ pub struct Settings {
 /// See the module's documentation.
 pub struct Trainer {
     settings: Settings,
-    model: Mmdit,
-    layout: LoraLayout,
-    parameters: Parameters,
+    learner: Box<dyn Learner>,
     /// At the first batch of the open accumulation window.
     sampler: Sampler,
     prepared: Arc<Prepared>,
@@ -125,24 +133,11 @@ pub enum Update {
 }
 
 impl Trainer {
-    /// A run at its beginning. The parameters must be the layout's.
-    ///
-    /// # Errors
-    /// If the parameters do not fit the layout.
-    pub fn new(
-        settings: Settings,
-        mut model: Mmdit,
-        layout: LoraLayout,
-        parameters: Parameters,
-        sampler: Sampler,
-        prepared: Prepared,
-    ) -> Result<Self, TrainerError> {
-        parameters.give(&mut model)?;
-        Ok(Self {
+    /// A run at its beginning.
+    pub fn new(settings: Settings, learner: Box<dyn Learner>, sampler: Sampler, prepared: Prepared) -> Self {
+        Self {
             settings,
-            model,
-            layout,
-            parameters,
+            learner,
             sampler,
             prepared: Arc::new(prepared),
             feed: None,
@@ -150,7 +145,7 @@ impl Trainer {
             step: 0,
             training_seconds: 0.0,
             started: history::now(),
-        })
+        }
     }
 
     /// Goes on where the snapshot was taken.
@@ -161,15 +156,14 @@ impl Trainer {
         let Snapshot { state, params, optimizer, history } = snapshot;
         let (began, now) = (&state.plan, &self.settings.plan);
         if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
-            self.model.set_recompute(&vec![true; began.recomputed_blocks as usize]);
+            self.learner.set_recompute(&vec![true; began.recomputed_blocks as usize]);
             self.settings.plan = state.plan.clone();
         } else {
             tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");
         }
-        self.parameters.restore(&self.layout, params, optimizer)?;
+        self.learner.restore(params, optimizer)?;
         self.sampler.seek(state.position)?;
         self.feed = None;
-        self.parameters.give(&mut self.model)?;
         self.history = history;
         self.step = state.step;
         self.training_seconds = state.training_seconds;
@@ -192,8 +186,8 @@ impl Trainer {
                 started: self.started,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
-            params: self.parameters.params()?,
-            optimizer: self.parameters.state()?,
+            params: self.learner.params()?,
+            optimizer: self.learner.state()?,
             history: self.history.clone(),
         })
     }
@@ -224,10 +218,10 @@ impl Trainer {
             }
         };
         let Window { loss, prior_loss, batches, end } = window;
-        let gradient_norm = self.parameters.clip(self.settings.max_grad_norm)?;
+        let gradient_norm = self.learner.clip(self.settings.max_grad_norm)?;
         finite(step, "gradient norm", gradient_norm)?;
         let learning_rate = self.settings.schedule.lr(self.step);
-        self.parameters.step(&mut self.model, learning_rate)?;
+        self.learner.step(learning_rate)?;
         self.step = step;
         self.sampler.seek(end)?;
         let step_seconds = begin.elapsed().as_secs_f64();
@@ -253,14 +247,14 @@ impl Trainer {
     /// Losses of the next window, whose gradients are summed; `None` if asked to stop.
     fn window(&mut self, step: u64, interrupt: &Interrupt) -> Result<Option<Window>, TrainerError> {
         let mut window = Window::default();
-        self.parameters.begin()?;
+        self.learner.begin()?;
         let (mut loss, mut prior_loss) = (0.0, 0.0);
         loop {
             if interrupt.requested() {
                 return Ok(None);
             }
             let Fed { micro_batch, samples, batch } = self.next_micro_batch()?;
-            let losses = self.parameters.add(&self.model, &micro_batch)?;
+            let losses = step::micro_batch(self.learner.as_mut(), &micro_batch)?;
             let (own, class) = losses.split_at(samples);
             let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
             finite(step, "loss", own + class)?;
@@ -298,7 +292,7 @@ impl Trainer {
     /// After an out-of-memory: divides the work further, if that is possible. The sums and the random numbers stay the same.
     fn divides_further(&mut self, error: &TrainerError) -> bool {
         let TrainerError::Model(MmditError::Device(cause)) = error else { return false };
-        let layers = self.model.config().num_layers as u32;
+        let layers = self.learner.config().num_layers as u32;
         let plan = cause.is_out_of_memory().then(|| division::smaller(&self.settings.plan, layers, self.settings.checkpointing)).flatten();
         let Some(plan) = plan else { return false };
         tracing::warn!(
@@ -307,8 +301,10 @@ impl Trainer {
             recomputed_blocks = plan.recomputed_blocks,
             "out of GPU memory: the step is divided further and computed again"
         );
-        self.model.set_recompute(&vec![true; plan.recomputed_blocks as usize]);
-        self.model.trim();
+        self.learner.set_recompute(&vec![true; plan.recomputed_blocks as usize]);
+        if let Err(error) = self.learner.trim() {
+            tracing::warn!(error = &error as &dyn std::error::Error, "failed to give memory back");
+        }
         self.settings.plan = plan;
         true
     }
@@ -321,11 +317,11 @@ impl Trainer {
         if let Some(known) = self.history.evaluation_at(self.step) {
             return Ok(Some(known));
         }
-        self.model.trim();
+        self.learner.trim()?;
         let samples = super::evaluate::subset(self.prepared.samples());
         let examples: Vec<(usize, Example)> = samples.into_iter().map(|s| Ok((s, self.prepared.example(s, 0, 0)?))).collect::<Result<_, PreparedError>>()?;
         let Settings { objective, plan, .. } = &self.settings;
-        let loss = super::evaluate::evaluate(&self.model, objective, &examples, plan.micro_batch as usize, || !interrupt.requested())?;
+        let loss = super::evaluate::evaluate(self.learner.as_ref(), objective, &examples, plan.micro_batch as usize, || !interrupt.requested())?;
         if let Some(loss) = loss {
             finite(self.step, "evaluation loss", loss)?;
             let record = Record { step: self.step, epoch: self.epochs(), time: history::now(), evaluation_loss: Some(loss), ..Record::default() };
@@ -360,12 +356,12 @@ impl Trainer {
     /// # Errors
     /// If the device fails.
     pub fn params(&self) -> Result<Vec<Param>, TrainerError> {
-        self.parameters.params()
+        Ok(self.learner.params()?)
     }
 
     /// The modules with LoRA.
     pub fn layout(&self) -> &LoraLayout {
-        &self.layout
+        self.learner.layout()
     }
 
     /// Prepared data.
@@ -374,8 +370,8 @@ impl Trainer {
     }
 
     /// The model with the present parameters.
-    pub fn model(&self) -> &Mmdit {
-        &self.model
+    pub fn learner(&self) -> &dyn Learner {
+        self.learner.as_ref()
     }
 
     /// Seconds spent training, all attempts together.

@@ -94,14 +94,14 @@ impl<'a> Painter<'a> {
     pub fn draw(&self, prompts: &[String], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
         let negative = PromptBatch::stack(&[&self.negative])?;
         let settings = Denoise { lora_scale, ..self.settings.clone() };
-        let channels = self.trainer.model().config().in_channels;
+        let channels = self.trainer.learner().config().in_channels;
         let mut pictures = Vec::new();
         for (index, text) in prompts.iter().enumerate() {
             let (embeds, pooled) = self.trainer.prepared().prompt(text)?;
             let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }])?;
             let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side);
             let mut on_step = |_| if self.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            let latents = match denoise(self.trainer.model(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
+            let latents = match denoise(self.trainer.learner(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
                 Err(SampleError::Stopped) => return Ok(None),
                 latents => latents?,
             };

@@ -1,8 +1,7 @@
 //! Computing kernels: the only place for unsafe code.
 //!
-//! [`Engine`] has one method per operation and decides by its device which kernel runs; [`Buffer`] is memory of that device,
-//! whose values nothing outside this module touches except by [`Engine::upload`] and [`Engine::download`]. Layers in `nn`
-//! are written once, over these.
+//! [`Device`] has one method per operation; [`Cpu`] and `Cuda` implement it over memory of their own, whose values nothing outside this
+//! module touches except by [`Device::upload`] and [`Device::download`]. Layers in `nn` are written once, generic in the device.
 //!
 //! CPU kernels use rayon with a partition of the work that depends on shapes only, and every value is
 //! computed in one fixed order: results are bit-identical for any number of threads, and a sample's values do not depend
@@ -13,20 +12,24 @@ mod cpu;
 mod cuda;
 mod device;
 mod engine;
-mod fused;
+mod error;
 mod operands;
 mod picture;
-mod pool;
+mod precision;
 #[cfg(test)]
 mod tests;
 mod text;
+mod training;
 
+pub use cpu::linear::StoredMatrix;
+pub use cpu::{Cpu, HostBuffer};
 #[cfg(feature = "cuda")]
-pub use cuda::{AdamWScalars, CodedMoment, CudaError, Range, Timer, UpdateOps};
-pub use device::{DeviceError, Precision, UnknownPrecision, catch};
-pub use engine::{Engine, StoredMatrix};
-pub use fused::{FlatBuffer, FlowData, FlowSample, FusedLinear, LoraScatter, LoraSource, PatchLayout, Recording, flat_offsets};
-pub use operands::{AttentionShape, FrozenMatrix, Joint, LoraMatrix, Modulation, NormStats, Qkv};
+pub use cuda::{Cuda, Memory as CudaBuffer, Timer};
+pub use device::{Device, DeviceBuffer, LayerMatrix};
+pub use engine::Engine;
+pub use error::{CudaError, DeviceError, catch};
+pub use operands::{AttentionShape, Joint, LoraSource, LoraTarget, Modulation, NormStats, Qkv, flat_offsets};
 pub use picture::{Convolution, GroupNorm, HostConvolution, Picture, Resampling};
-pub use pool::Buffer;
-pub use text::{LayerMatrix, LayerSource, StoredRows, TextActivation, TextAttention};
+pub use precision::{Precision, UnknownPrecision};
+pub use text::{LayerSource, StoredRows, TextActivation, TextAttention};
+pub use training::{AdamWScalars, BLOCK, CodedMoment, FlowData, FlowSample, GRID, PatchLayout, Range};

@@ -1,101 +1,16 @@
-//! What operations work on: weights in the device's form, modulations, attention's operands.
+//! What operations of layers work on: modulations, attention's operands, LoRA's places.
 
-use super::cpu::attention::Streams;
-use super::cpu::linear;
-use super::pool::Buffer;
-
-/// A frozen weight [out, in] in the form that the device's products want.
-pub struct FrozenMatrix(pub(super) Frozen);
-
-pub(super) enum Frozen {
-    Host(linear::Weight),
-    #[cfg(feature = "cuda")]
-    Device(super::cuda::DeviceWeight),
-}
-
-impl FrozenMatrix {
-    pub(super) fn host(&self) -> &linear::Weight {
-        match &self.0 {
-            Frozen::Host(weight) => weight,
-            #[cfg(feature = "cuda")]
-            Frozen::Device(_) => unreachable!("a GPU's weight in an operation of the CPU"),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    pub(super) fn device_mut(&mut self) -> &mut super::cuda::DeviceWeight {
-        match &mut self.0 {
-            Frozen::Device(weight) => weight,
-            Frozen::Host(_) => unreachable!("a CPU's weight in an operation of the GPU"),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    pub(super) fn device(&self) -> &super::cuda::DeviceWeight {
-        match &self.0 {
-            Frozen::Device(weight) => weight,
-            Frozen::Host(_) => unreachable!("a CPU's weight in an operation of the GPU"),
-        }
-    }
-}
-
-impl std::fmt::Debug for FrozenMatrix {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("FrozenMatrix")
-    }
-}
-
-/// LoRA factors in the form that the device's products want.
-pub struct LoraMatrix(pub(super) Factors);
-
-pub(super) enum Factors {
-    Host(linear::Lora),
-    #[cfg(feature = "cuda")]
-    Device(super::cuda::DeviceLora),
-}
-
-impl std::fmt::Debug for LoraMatrix {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "LoraMatrix(rank {})", self.rank())
-    }
-}
-
-impl LoraMatrix {
-    /// The rank.
-    pub fn rank(&self) -> usize {
-        match &self.0 {
-            Factors::Host(lora) => lora.rank,
-            #[cfg(feature = "cuda")]
-            Factors::Device(lora) => lora.rank,
-        }
-    }
-
-    pub(super) fn host(&self) -> &linear::Lora {
-        match &self.0 {
-            Factors::Host(lora) => lora,
-            #[cfg(feature = "cuda")]
-            Factors::Device(_) => unreachable!("a GPU's LoRA in an operation of the CPU"),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    pub(super) fn device(&self) -> &super::cuda::DeviceLora {
-        match &self.0 {
-            Factors::Device(lora) => lora,
-            Factors::Host(_) => unreachable!("a CPU's LoRA in an operation of the GPU"),
-        }
-    }
-}
+use std::ops::Range;
 
 /// Mean and reciprocal standard deviation of each row.
 #[derive(Debug)]
-pub struct NormStats(pub(super) Buffer);
+pub struct NormStats<B>(pub(super) B);
 
 /// Where an operation finds its modulation: `values` [batch, stride], one vector of width D per sample at each offset.
-#[derive(Debug, Clone, Copy)]
-pub struct Modulation<'a> {
+#[derive(Debug)]
+pub struct Modulation<'a, B> {
     /// [batch, stride].
-    pub values: &'a Buffer,
+    pub values: &'a B,
     /// From one sample to the next.
     pub stride: usize,
     /// Tokens per sample.
@@ -103,6 +18,14 @@ pub struct Modulation<'a> {
     /// Width D.
     pub width: usize,
 }
+
+impl<B> Clone for Modulation<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Modulation<'_, B> {}
 
 /// Sizes of a joint attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,31 +70,47 @@ pub struct Joint<T> {
 /// Where they come from one product they are columns of one matrix, and what is written to a part is in it; the backward of that product takes
 /// the matrix. Elsewhere each is memory of its own.
 #[derive(Debug)]
-pub struct Qkv {
+pub struct Qkv<B> {
     /// Query; absent where the stream is only attended to.
-    pub q: Option<Buffer>,
+    pub q: Option<B>,
     /// Key.
-    pub k: Buffer,
+    pub k: B,
     /// Value.
-    pub v: Buffer,
+    pub v: B,
     /// [rows, q, k, v side by side].
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read on a GPU"))]
-    pub(super) packed: Option<Buffer>,
+    pub packed: Option<B>,
 }
 
-impl Qkv {
+impl<B> Qkv<B> {
     /// Each in memory of its own.
-    pub fn separate(q: Option<Buffer>, k: Buffer, v: Buffer) -> Self {
+    pub fn separate(q: Option<B>, k: B, v: B) -> Self {
         Self { q, k, v, packed: None }
     }
 }
 
-impl Joint<Buffer> {
-    pub(super) fn host(&self) -> Streams<&[f32]> {
-        Streams { image: self.image.host(), context: self.context.as_ref().map(Buffer::host) }
-    }
+/// Where a layer's parameters lie among all: A's first value, B's first value, and the scale that B carries.
+pub type LoraSource = (usize, usize, f32);
 
-    pub(super) fn host_mut(&mut self) -> Streams<&mut [f32]> {
-        Streams { image: self.image.host_mut(), context: self.context.as_mut().map(Buffer::host_mut) }
-    }
+/// Where a layer's gradients lie among all.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraTarget {
+    /// A's.
+    pub a: Range<usize>,
+    /// B's.
+    pub b: Range<usize>,
+    /// The scale that B carries.
+    pub scale: f32,
+}
+
+/// Tensors of a flat buffer begin at multiples of this many values.
+const ALIGNMENT: usize = 64;
+
+/// Where tensors of these lengths begin in a flat buffer, and where the last one ends. Between them are zeros.
+pub fn flat_offsets(lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let mut offsets = vec![0];
+    offsets.extend(lengths.scan(0, |end, len| {
+        *end += len.next_multiple_of(ALIGNMENT);
+        Some(*end)
+    }));
+    offsets
 }

@@ -1,73 +1,86 @@
 //! A linear layer with a frozen weight and optional LoRA.
 
-use super::Pass;
-use crate::kernels::{Buffer, Engine, FlatBuffer, FrozenMatrix, FusedLinear, LoraMatrix};
+use std::ops::Range;
 
-/// Gradients of the LoRA parameters: A and B of each module in the layout's order, in f32 on the device.
+use super::Pass;
+use crate::kernels::{Device, LoraTarget, flat_offsets};
+
+/// Gradients of the LoRA parameters: A and B of each module in the layout's order, one after another in f32 on the device, as
+/// [`flat_offsets`] lays them.
 #[derive(Debug)]
-pub struct Gradients {
-    values: FlatBuffer,
+pub struct Gradients<D: Device> {
+    values: D::Buffer,
+    /// Where each tensor lies.
+    spans: Vec<Range<usize>>,
 }
 
-impl Gradients {
+impl<D: Device> Gradients<D> {
     /// Zeros for parameters of these lengths.
-    pub fn zeros(engine: &Engine, lengths: impl Iterator<Item = usize>) -> Self {
-        Self { values: engine.flat_zeros(&lengths.collect::<Vec<_>>()) }
+    pub fn zeros(device: &D, lengths: impl Iterator<Item = usize>) -> Self {
+        let lengths: Vec<usize> = lengths.collect();
+        let offsets = flat_offsets(lengths.iter().copied());
+        let values = device.zeros_f32(offsets[lengths.len()]);
+        Self { values, spans: lengths.iter().zip(offsets).map(|(len, start)| start..start + len).collect() }
     }
 
     /// On the host, in order.
-    pub fn download(&self, engine: &Engine) -> Vec<Vec<f32>> {
-        engine.download_parts(&self.values)
+    pub fn download(&self, device: &D) -> Vec<Vec<f32>> {
+        let values = device.download(&self.values);
+        self.spans.iter().map(|span| values[span.clone()].to_vec()).collect()
     }
 
-    /// All of them on a GPU, one after another: see [`FlatBuffer::whole`].
-    pub fn whole(&self) -> Option<&Buffer> {
-        self.values.whole()
+    /// All of them on the device.
+    pub fn values(&self) -> &D::Buffer {
+        &self.values
     }
 
-    /// A's and B's gradients of the module at `slot`, for an engine that adds to them where they are.
-    pub(super) fn of(&self, slot: usize) -> (&Buffer, &Buffer) {
-        let parts = self.values.parts();
-        (&parts[2 * slot], &parts[2 * slot + 1])
+    /// All of them, to be added to.
+    pub(super) fn values_mut(&mut self) -> &mut D::Buffer {
+        &mut self.values
     }
 
-    /// A's and B's gradients of the module at `slot`.
-    fn pair(&mut self, slot: usize) -> (&mut Buffer, &mut Buffer) {
-        let (low, high) = self.values.parts_mut().split_at_mut(2 * slot + 1);
-        (&mut low[2 * slot], &mut high[0])
+    /// Where those of the module at `slot` lie.
+    pub(super) fn target(&self, slot: usize, scale: f32) -> LoraTarget {
+        LoraTarget { a: self.spans[2 * slot].clone(), b: self.spans[2 * slot + 1].clone(), scale }
     }
 }
 
 #[derive(Debug)]
-struct Lora {
+struct Lora<D: Device> {
     /// Place in the layout.
     slot: usize,
     /// alpha / rank.
     scale: f32,
-    factors: LoraMatrix,
+    factors: D::Lora,
 }
 
 /// `y = x Wᵀ + b + s · (alpha / r) · dropout(x) Aᵀ Bᵀ` with W `[out, in]`, b `[out]` frozen.
 #[derive(Debug)]
-pub struct Linear {
+pub struct Linear<D: Device> {
     ordinal: usize,
     inputs: usize,
     outputs: usize,
-    weight: FrozenMatrix,
-    bias: Option<Buffer>,
-    lora: Option<Lora>,
+    weight: D::Weight,
+    bias: Option<D::Buffer>,
+    lora: Option<Lora<D>>,
 }
 
 /// # Saved for backward
 /// t = dropout(x) Aᵀ [rows, r], if there is LoRA. The input x is the caller's to keep.
-#[derive(Debug, Default)]
-pub struct LinearSaved {
-    t: Option<Buffer>,
+#[derive(Debug)]
+pub struct LinearSaved<D: Device> {
+    t: Option<D::Buffer>,
 }
 
-impl Linear {
+impl<D: Device> Default for LinearSaved<D> {
+    fn default() -> Self {
+        Self { t: None }
+    }
+}
+
+impl<D: Device> Linear<D> {
     /// A layer without LoRA; `ordinal` is its place among the model's linear modules.
-    pub fn new(ordinal: usize, inputs: usize, outputs: usize, weight: FrozenMatrix, bias: Option<Buffer>) -> Self {
+    pub fn new(ordinal: usize, inputs: usize, outputs: usize, weight: D::Weight, bias: Option<D::Buffer>) -> Self {
         Self { ordinal, inputs, outputs, weight, bias, lora: None }
     }
 
@@ -87,33 +100,34 @@ impl Linear {
     }
 
     /// Sets LoRA: A [rank, in], B [out, rank], `scale` = alpha / rank, gradients at `slot`.
-    pub fn set_lora(&mut self, engine: &Engine, slot: usize, rank: usize, scale: f32, a: &[f32], b: &[f32]) {
-        self.lora = Some(Lora { slot, scale, factors: engine.lora(rank, self.inputs, self.outputs, a, b, scale) });
+    pub fn set_lora(&mut self, device: &D, slot: usize, rank: usize, scale: f32, a: &[f32], b: &[f32]) {
+        self.lora = Some(Lora { slot, scale, factors: device.lora(rank, self.inputs, self.outputs, a, b, scale) });
     }
 
-    /// Fuses layers with the same input into one product, if the engine is faster then.
-    pub fn fuse(engine: &Engine, layers: &mut [&mut Self]) -> Option<FusedLinear> {
+    /// Fuses layers with the same input into one product, if the device is faster then.
+    pub fn fuse(device: &D, layers: &mut [&mut Self]) -> Option<D::FusedLinear> {
         let (mut weights, mut biases) = (Vec::new(), Vec::new());
         for layer in layers {
             weights.push(&mut layer.weight);
             biases.extend(layer.bias.as_mut());
         }
-        engine.fuse(&mut weights, &mut biases)
+        device.fuse(&mut weights, &mut biases)
     }
 
     /// Its LoRA: factors, place in the layout, scale.
-    pub fn lora(&self) -> Option<(&LoraMatrix, usize, f32)> {
+    pub fn lora(&self) -> Option<(&D::Lora, usize, f32)> {
         self.lora.as_ref().map(|l| (&l.factors, l.slot, l.scale))
     }
 
     /// As [`Linear::forward`], then GELU: (before it, after it).
-    pub fn forward_gelu(&self, pass: Pass<'_>, rows: usize, x: &Buffer) -> (Buffer, Buffer, LinearSaved) {
+    pub fn forward_gelu(&self, pass: Pass<'_, D>, rows: usize, x: &D::Buffer) -> (D::Buffer, D::Buffer, LinearSaved<D>) {
         let plain = self.lora.is_none() || pass.lora_scale == 0.0;
-        if let Some((h, y)) = self.bias.as_ref().filter(|_| plain).and_then(|bias| pass.engine.linear_gelu(rows, x, &self.weight, bias)) {
-            return (h, y, LinearSaved { t: None });
+        if let Some(bias) = self.bias.as_ref().filter(|_| plain) {
+            let (h, y) = pass.device.linear_gelu(rows, x, &self.weight, bias);
+            return (h, y, LinearSaved::default());
         }
         let (h, saved) = self.forward(pass, rows, x);
-        let y = pass.engine.gelu(&h);
+        let y = pass.device.gelu(&h);
         (h, y, saved)
     }
 
@@ -124,15 +138,15 @@ impl Linear {
 
     /// # Shapes
     /// x [rows, in] -> y [rows, out].
-    pub fn forward(&self, pass: Pass<'_>, rows: usize, x: &Buffer) -> (Buffer, LinearSaved) {
-        let mut y = pass.engine.alloc(rows * self.outputs);
+    pub fn forward(&self, pass: Pass<'_, D>, rows: usize, x: &D::Buffer) -> (D::Buffer, LinearSaved<D>) {
+        let mut y = pass.device.alloc(rows * self.outputs);
         let lora = self.lora.as_ref().filter(|_| pass.lora_scale != 0.0);
         let mask = lora.and_then(|_| self.mask(pass, rows));
         let dropped = mask.map(|mut mask| {
-            pass.engine.multiply(&mut mask, x);
+            pass.device.multiply(&mut mask, x);
             mask
         });
-        let t = pass.engine.linear(rows, x, &self.weight, self.bias.as_ref(), lora.map(|l| (&l.factors, dropped.as_ref(), pass.lora_scale)), &mut y);
+        let t = pass.device.linear(rows, x, &self.weight, self.bias.as_ref(), lora.map(|l| (&l.factors, dropped.as_ref(), pass.lora_scale)), &mut y);
         (y, LinearSaved { t })
     }
 
@@ -142,36 +156,36 @@ impl Linear {
     #[expect(clippy::too_many_arguments, reason = "what the forward had, and the gradients")]
     pub fn backward(
         &self,
-        pass: Pass<'_>,
+        pass: Pass<'_, D>,
         rows: usize,
-        x: Option<&Buffer>,
-        saved: &LinearSaved,
-        dy: &Buffer,
-        dx: Option<(&mut Buffer, bool)>,
-        gradients: &mut Gradients,
+        x: Option<&D::Buffer>,
+        saved: &LinearSaved<D>,
+        dy: &D::Buffer,
+        dx: Option<(&mut D::Buffer, bool)>,
+        gradients: &mut Gradients<D>,
     ) {
         let (Some(lora), Some(x), Some(t)) = (&self.lora, x, &saved.t) else {
             if dx.is_some() {
-                pass.engine.linear_backward(rows, dy, &self.weight, None, dx);
+                pass.device.linear_backward(rows, dy, &self.weight, None, dx);
             }
             return;
         };
         let mask = self.mask(pass, rows);
-        let dt = pass.engine.linear_backward(rows, dy, &self.weight, Some((&lora.factors, mask.as_ref())), dx);
+        let dt = pass.device.linear_backward(rows, dy, &self.weight, Some((&lora.factors, mask.as_ref())), dx);
         let dropped = mask.map(|mut mask| {
-            pass.engine.multiply(&mut mask, x);
+            pass.device.multiply(&mut mask, x);
             mask
         });
         if let Some(dt) = dt {
-            let (da, db) = gradients.pair(lora.slot);
-            pass.engine.lora_gradient(rows, dropped.as_ref().unwrap_or(x), dy, t, &dt, lora.scale, da, db);
+            let target = gradients.target(lora.slot, lora.scale);
+            pass.device.lora_gradient(rows, dropped.as_ref().unwrap_or(x), dy, t, &dt, gradients.values_mut(), &target);
         }
     }
 
     /// The dropout mask of the input.
-    fn mask(&self, pass: Pass<'_>, rows: usize) -> Option<Buffer> {
+    fn mask(&self, pass: Pass<'_, D>, rows: usize) -> Option<D::Buffer> {
         let (key, p) = pass.dropout.filter(|(_, p)| *p > 0.0)?;
         let tokens = rows / key.samples.len().max(1);
-        Some(pass.engine.dropout_mask(key.seed, &key.samples, self.ordinal, tokens, self.inputs, p))
+        Some(pass.device.dropout_mask(key.seed, &key.samples, self.ordinal, tokens, self.inputs, p))
     }
 }

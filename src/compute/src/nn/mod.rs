@@ -13,8 +13,6 @@ pub use attention::{Attention, AttentionSaved, Projections};
 pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use linear::{Gradients, Linear, LinearSaved};
 
-use crate::kernels::Engine;
-
 /// Names the LoRA dropout masks of a batch: one stream per sample and module, so that micro-batch splits, threads and
 /// recomputation do not change them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,12 +24,20 @@ pub struct DropoutKey {
 }
 
 /// What a pass through the layers has in common.
-#[derive(Debug, Clone, Copy)]
-pub struct Pass<'a> {
+#[derive(Debug)]
+pub struct Pass<'a, D> {
     /// Where to compute.
-    pub engine: &'a Engine,
+    pub device: &'a D,
     /// Factor of every LoRA's output; 0 leaves LoRA out. 1 while training.
     pub lora_scale: f32,
     /// LoRA dropout: the masks' names and the probability.
     pub dropout: Option<(&'a DropoutKey, f64)>,
 }
+
+impl<D> Clone for Pass<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for Pass<'_, D> {}

@@ -3,97 +3,142 @@
 //! An update uses the moments before they are made codes again. The weights decay first, as in PyTorch; bitsandbytes'
 //! CUDA kernels decay last, which differs by `lr*wd` of the update.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
-use super::adamw::{self, AdamWSettings, Moments, Scalars};
-use super::quantize::{BLOCK, CodeTable};
+use super::adamw::AdamWSettings;
+use super::layout::Layout;
+use super::quantize::CodeTable;
 use super::state::Incoming;
-use super::{Layout, Optimizer, Param, StateData, StateError, StateTensor};
+use super::{Optimizer, Param, StateData, StateError, StateTensor};
+use crate::kernels::{self, BLOCK, CodedMoment, Device};
 
 /// Parameters with fewer values keep f32 moments.
 pub const MIN_8BIT_SIZE: usize = 4096;
 
 /// AdamW whose moments are codes of 8 bits with one f32 scale per block of 256 values: 2.03 bytes per value instead of 8.
-#[derive(Debug, Clone)]
-pub struct AdamW8bit {
-    pub(super) settings: AdamWSettings,
+#[derive(Debug)]
+pub struct AdamW8bit<D: Device> {
+    device: D,
+    settings: AdamWSettings,
     layout: Layout,
-    pub(super) step: u64,
-    pub(super) slots: Vec<Slot>,
-    pub(super) tables: Tables,
+    step: u64,
+    /// Where each parameter's moments lie.
+    slots: Vec<Slot>,
+    ranges: D::Ranges,
+    /// First and second moments of the parameters that keep f32.
+    full: (D::Buffer, D::Buffer),
+    first: Coded<D>,
+    second: Coded<D>,
 }
 
+/// Place of a parameter's moments.
 #[derive(Debug, Clone)]
-pub(super) struct Tables {
-    pub(super) first: CodeTable,
-    pub(super) second: CodeTable,
+enum Slot {
+    /// Among the f32 moments.
+    Full(Range<usize>),
+    /// Among the codes; begins at a multiple of [`BLOCK`].
+    Codes(Range<usize>),
 }
 
-/// State of a parameter.
-#[derive(Debug, Clone)]
-pub(super) enum Slot {
-    Full(Moments),
-    Codes { first: Quantized, second: Quantized },
+/// A moment as codes, with its table.
+#[derive(Debug)]
+struct Coded<D: Device> {
+    codes: D::Bytes,
+    largest: D::Buffer,
+    table: D::Buffer,
+    nearest: D::Bytes,
 }
 
-/// Codes and one scale per block.
-#[derive(Debug, Clone)]
-pub(super) struct Quantized {
-    pub(super) codes: Vec<u8>,
-    pub(super) absmax: Vec<f32>,
-}
+impl<D: Device> Coded<D> {
+    fn zeros(device: &D, codes: usize, table: &CodeTable) -> Self {
+        let (values, nearest) = table.tables();
+        Self {
+            codes: device.upload_bytes(&vec![0; codes]),
+            largest: device.zeros_f32(codes / BLOCK),
+            table: device.upload_f32(values),
+            nearest: device.upload_bytes(nearest),
+        }
+    }
 
-impl Quantized {
-    fn zeros(len: usize) -> Self {
-        Self { codes: vec![0; len], absmax: vec![0.0; len.div_ceil(BLOCK)] }
+    fn moment(&mut self) -> CodedMoment<'_, D::Buffer, D::Bytes> {
+        CodedMoment { codes: &mut self.codes, largest: &mut self.largest, table: &self.table, nearest: &self.nearest }
     }
 }
 
-impl AdamW8bit {
+/// Where each parameter's moments lie, how many there are in f32 and as codes, and the ranges of both.
+fn slots(layout: &Layout) -> (Vec<Slot>, (usize, usize), Vec<kernels::Range>) {
+    let (mut slots, mut ranges, mut full, mut codes) = (Vec::new(), Vec::new(), 0, 0);
+    for (_, span) in layout.spans() {
+        let len = span.len();
+        let is_full = len < MIN_8BIT_SIZE;
+        let end = if is_full { &mut full } else { &mut codes };
+        let state = *end;
+        *end += if is_full { len } else { len.next_multiple_of(BLOCK) };
+        slots.push(if is_full { Slot::Full(state..state + len) } else { Slot::Codes(state..state + len) });
+        ranges.extend((0..len).step_by(BLOCK).map(|i| kernels::Range {
+            values: (span.start + i) as i64,
+            state: (state + i) as i64,
+            count: BLOCK.min(len - i) as i32,
+            full: i32::from(is_full),
+        }));
+    }
+    (slots, (full, codes), ranges)
+}
+
+impl<D: Device> AdamW8bit<D> {
     /// An optimizer at update 0 for parameters of this layout.
-    pub fn new(settings: AdamWSettings, params: &[Param]) -> Self {
-        let slot = |p: &Param| match p.value.len() {
-            n if n < MIN_8BIT_SIZE => Slot::Full(Moments::zeros(n)),
-            n => Slot::Codes { first: Quantized::zeros(n), second: Quantized::zeros(n) },
-        };
-        let tables = Tables { first: CodeTable::dynamic(true), second: CodeTable::dynamic(false) };
-        Self { settings, layout: Layout::of(params), step: 0, slots: params.iter().map(slot).collect(), tables }
+    pub fn new(device: &D, settings: AdamWSettings, params: &[Param]) -> Self {
+        let layout = Layout::of(params);
+        let (slots, (full, codes), ranges) = slots(&layout);
+        Self {
+            settings,
+            step: 0,
+            slots,
+            ranges: device.upload_ranges(&ranges),
+            full: (device.zeros_f32(full), device.zeros_f32(full)),
+            first: Coded::zeros(device, codes, &CodeTable::dynamic(true)),
+            second: Coded::zeros(device, codes, &CodeTable::dynamic(false)),
+            device: device.clone(),
+            layout,
+        }
+    }
+
+    /// Each parameter's name and the place of its moments.
+    fn named(&self) -> impl Iterator<Item = (&str, &Slot)> {
+        self.layout.spans().map(|(name, _)| name).zip(&self.slots)
     }
 }
 
-impl Optimizer for AdamW8bit {
-    fn step(&mut self, params: &mut [Param], grads: &[Vec<f32>], lr: f64) {
-        self.layout.check(params, grads);
+/// Places of the scales of codes.
+fn scales(codes: &Range<usize>) -> Range<usize> {
+    codes.start / BLOCK..codes.end.div_ceil(BLOCK)
+}
+
+impl<D: Device> Optimizer<D> for AdamW8bit<D> {
+    fn step(&mut self, values: &mut D::Buffer, grads: &D::Buffer, clip: f32, lr: f64) {
         self.step += 1;
-        let scalars = Scalars::new(&self.settings, self.step, lr);
-        let tables = &self.tables;
-        params.par_iter_mut().zip(grads).zip(&mut self.slots).for_each(|((param, grad), slot)| match slot {
-            Slot::Full(moments) => adamw::update(&mut param.value, grad, moments, scalars),
-            Slot::Codes { first, second } => {
-                let blocks = param.value.chunks_mut(BLOCK).zip(grad.chunks(BLOCK));
-                let firsts = first.codes.chunks_mut(BLOCK).zip(&mut first.absmax);
-                let seconds = second.codes.chunks_mut(BLOCK).zip(&mut second.absmax);
-                for (((p, g), m), v) in blocks.zip(firsts).zip(seconds) {
-                    update_block(p, g, m, v, tables, scalars);
-                }
-            }
-        });
+        let scalars = self.settings.scalars(self.step, lr, clip);
+        let full = (&mut self.full.0, &mut self.full.1);
+        self.device.adamw_8bit(values, grads, &self.ranges, full, self.first.moment(), self.second.moment(), scalars);
     }
 
     fn state(&self) -> Vec<StateTensor> {
+        let device = &self.device;
+        let full = [&self.full.0, &self.full.1].map(|moments| device.download(moments));
+        let coded = [&self.first, &self.second].map(|moment| (device.download_bytes(&moment.codes), device.download(&moment.largest)));
         let mut tensors = vec![StateTensor { name: "step".into(), shape: vec![], data: StateData::U64(vec![self.step]) }];
-        let codes = |name: String, values: &[u8]| StateTensor { name, shape: vec![values.len()], data: StateData::U8(values.to_vec()) };
-        for ((name, _), slot) in self.layout.0.iter().zip(&self.slots) {
+        for (name, slot) in self.named() {
             match slot {
-                Slot::Full(moments) => {
-                    tensors.push(StateTensor::f32(format!("exp_avg.{name}"), moments.first.clone()));
-                    tensors.push(StateTensor::f32(format!("exp_avg_sq.{name}"), moments.second.clone()));
+                Slot::Full(span) => {
+                    tensors.push(StateTensor::f32(format!("exp_avg.{name}"), full[0][span.clone()].to_vec()));
+                    tensors.push(StateTensor::f32(format!("exp_avg_sq.{name}"), full[1][span.clone()].to_vec()));
                 }
-                Slot::Codes { first, second } => {
-                    tensors.push(codes(format!("state1.{name}"), &first.codes));
-                    tensors.push(StateTensor::f32(format!("absmax1.{name}"), first.absmax.clone()));
-                    tensors.push(codes(format!("state2.{name}"), &second.codes));
-                    tensors.push(StateTensor::f32(format!("absmax2.{name}"), second.absmax.clone()));
+                Slot::Codes(span) => {
+                    for (moment, (codes, largest)) in (1..).zip(&coded) {
+                        let (shape, data) = (vec![span.len()], StateData::U8(codes[span.clone()].to_vec()));
+                        tensors.push(StateTensor { name: format!("state{moment}.{name}"), shape, data });
+                        tensors.push(StateTensor::f32(format!("absmax{moment}.{name}"), largest[scales(span)].to_vec()));
+                    }
                 }
             }
         }
@@ -102,37 +147,31 @@ impl Optimizer for AdamW8bit {
 
     fn load_state(&mut self, tensors: Vec<StateTensor>) -> Result<(), StateError> {
         let mut incoming = Incoming::check(tensors, &self.state())?;
-        self.step = incoming.u64("step");
-        for ((name, _), slot) in self.layout.0.iter().zip(&mut self.slots) {
+        let (_, (full_len, codes_len), _) = slots(&self.layout);
+        let mut full = [vec![0.0; full_len], vec![0.0; full_len]];
+        let mut coded = [(vec![0; codes_len], vec![0.0; codes_len / BLOCK]), (vec![0; codes_len], vec![0.0; codes_len / BLOCK])];
+        for (name, slot) in self.named() {
             match slot {
-                Slot::Full(moments) => {
-                    *moments = Moments { first: incoming.f32(&format!("exp_avg.{name}")), second: incoming.f32(&format!("exp_avg_sq.{name}")) };
+                Slot::Full(span) => {
+                    full[0][span.clone()].copy_from_slice(&incoming.f32(&format!("exp_avg.{name}")));
+                    full[1][span.clone()].copy_from_slice(&incoming.f32(&format!("exp_avg_sq.{name}")));
                 }
-                Slot::Codes { first, second } => {
-                    *first = Quantized { codes: incoming.u8(&format!("state1.{name}")), absmax: incoming.f32(&format!("absmax1.{name}")) };
-                    *second = Quantized { codes: incoming.u8(&format!("state2.{name}")), absmax: incoming.f32(&format!("absmax2.{name}")) };
+                Slot::Codes(span) => {
+                    for (moment, (codes, largest)) in (1..).zip(&mut coded) {
+                        codes[span.clone()].copy_from_slice(&incoming.u8(&format!("state{moment}.{name}")));
+                        largest[scales(span)].copy_from_slice(&incoming.f32(&format!("absmax{moment}.{name}")));
+                    }
                 }
             }
         }
+        self.step = incoming.u64("step");
+        let device = self.device.clone();
+        device.overwrite(&mut self.full.0, &full[0]);
+        device.overwrite(&mut self.full.1, &full[1]);
+        for (moment, (codes, largest)) in [&mut self.first, &mut self.second].into_iter().zip(&coded) {
+            moment.codes = device.upload_bytes(codes);
+            device.overwrite(&mut moment.largest, largest);
+        }
         Ok(())
     }
-}
-
-/// One update of up to 256 values that share their scales.
-fn update_block(
-    value: &mut [f32],
-    grad: &[f32],
-    (first_codes, first_absmax): (&mut [u8], &mut f32),
-    (second_codes, second_absmax): (&mut [u8], &mut f32),
-    tables: &Tables,
-    s: Scalars,
-) {
-    let mut moments = Moments::zeros(value.len());
-    for i in 0..value.len() {
-        moments.first[i] = tables.first.value(first_codes[i]) * *first_absmax;
-        moments.second[i] = tables.second.value(second_codes[i]) * *second_absmax;
-    }
-    adamw::update(value, grad, &mut moments, s);
-    *first_absmax = tables.first.quantize(&moments.first, first_codes);
-    *second_absmax = tables.second.quantize(&moments.second, second_codes);
 }

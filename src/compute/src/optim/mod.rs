@@ -1,13 +1,13 @@
 //! Optimizers, learning-rate schedules and gradient clipping on f32 master parameters.
 //!
-//! It runs on the host over plain slices; AdamW and its 8-bit form also where the model is on a GPU (`gpu`). Updates are element
-//! by element and every sum has a fixed partition, so results do not depend on the number of threads.
+//! Parameters, sums of gradients and the moments of AdamW are where the model is, so that an update moves nothing, and every device gives
+//! the same bits; state is named and checked on the host, so that a checkpoint goes on anywhere. Updates are element by element and every sum
+//! has a fixed partition, so results do not depend on the number of threads.
 
 pub mod adamw;
 pub mod adamw8bit;
-pub mod clip;
-#[cfg(feature = "cuda")]
-pub mod gpu;
+mod layout;
+mod parameters;
 pub mod prodigy;
 mod quantize;
 pub mod schedule;
@@ -15,10 +15,12 @@ pub mod state;
 
 pub use adamw::{AdamW, AdamWSettings};
 pub use adamw8bit::AdamW8bit;
-pub use clip::clip_global_norm;
+pub use parameters::{OptimizerSettings, Parameters};
 pub use prodigy::{Prodigy, ProdigySettings};
 pub use schedule::Schedule;
 pub use state::{StateData, StateError, StateTensor};
+
+use crate::kernels::Device;
 
 /// A trainable tensor: the f32 master copy on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,10 +35,11 @@ pub struct Param {
 
 /// A first-order optimizer with its state.
 ///
-/// The layout (names, order, lengths) of the parameters is fixed when the optimizer is made; `step` must be given the same.
-pub trait Optimizer: Send {
-    /// Changes `params` by one update with `grads` (same order and lengths as `params`) at learning rate `lr`.
-    fn step(&mut self, params: &mut [Param], grads: &[Vec<f32>], lr: f64);
+/// The layout (names, order, lengths) of the parameters is fixed when the optimizer is made; `step` must be given the same, laid out as
+/// [`crate::kernels::flat_offsets`] says.
+pub trait Optimizer<D: Device>: std::fmt::Debug + Send + Sync {
+    /// Changes `values` by one update with `clip · grads` at learning rate `lr`.
+    fn step(&mut self, values: &mut D::Buffer, grads: &D::Buffer, clip: f32, lr: f64);
 
     /// All state as named tensors, in a fixed order. Loading it gives the same next updates, bit for bit.
     fn state(&self) -> Vec<StateTensor>;
@@ -46,24 +49,6 @@ pub trait Optimizer: Send {
     /// # Errors
     /// If a tensor is missing, unknown or of another type or shape. The state is unchanged then.
     fn load_state(&mut self, tensors: Vec<StateTensor>) -> Result<(), StateError>;
-}
-
-/// Name and length of each parameter, fixed when an optimizer is made.
-#[derive(Debug, Clone)]
-struct Layout(Vec<(String, usize)>);
-
-impl Layout {
-    fn of(params: &[Param]) -> Self {
-        Self(params.iter().map(|p| (p.name.clone(), p.value.len())).collect())
-    }
-
-    /// Panics on a caller's mistake: a mixed-up order would train the wrong tensors without a sign.
-    fn check(&self, params: &[Param], grads: &[Vec<f32>]) {
-        assert!(self.0.len() == params.len() && params.len() == grads.len(), "parameters and gradients should be those of the optimizer");
-        for ((name, len), (param, grad)) in self.0.iter().zip(params.iter().zip(grads)) {
-            assert!(*name == param.name && *len == param.value.len() && *len == grad.len(), "parameter {name:?} and its gradient should have {len} values");
-        }
-    }
 }
 
 #[cfg(test)]

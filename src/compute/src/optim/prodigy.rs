@@ -1,12 +1,17 @@
 //! Prodigy (Mishchenko and Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", 2023), as the package
 //! `prodigyopt` computes it (`slice_p` 1, one parameter group).
+//!
+//! It computes on the host whatever the device: its sums are over all parameters, and it is done once an update.
 
 use rayon::prelude::*;
 
-use super::adamw::Moments;
-use super::clip::sum_of;
+use super::layout::Layout;
 use super::state::Incoming;
-use super::{Layout, Optimizer, Param, StateData, StateError, StateTensor};
+use super::{Optimizer, Param, StateData, StateError, StateTensor};
+use crate::kernels::Device;
+
+/// Values per partial sum. Fixed, so that the sum is the same for any number of threads.
+const CHUNK: usize = 4096;
 
 /// Settings of Prodigy.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,7 +60,8 @@ impl Default for ProdigySettings {
 
 /// Prodigy: Adam whose step size follows from an estimate `d` of the distance to the solution. Use learning rate 1.
 #[derive(Debug, Clone)]
-pub struct Prodigy {
+pub struct Prodigy<D> {
+    device: D,
     settings: ProdigySettings,
     layout: Layout,
     slots: Vec<Slot>,
@@ -69,19 +75,24 @@ pub struct Prodigy {
 /// State of a parameter.
 #[derive(Debug, Clone)]
 struct Slot {
-    moments: Moments,
+    /// First moment.
+    first: Vec<f32>,
+    /// Second moment.
+    second: Vec<f32>,
     /// Decayed sum of scaled gradients.
     s: Vec<f32>,
     /// Values before the first update.
     initial: Vec<f32>,
 }
 
-impl Prodigy {
+impl<D: Device> Prodigy<D> {
     /// An optimizer at update 0. The values of `params` are the origin from which the distance is estimated.
-    pub fn new(settings: ProdigySettings, params: &[Param]) -> Self {
-        let slot = |p: &Param| Slot { moments: Moments::zeros(p.value.len()), s: vec![0.0; p.value.len()], initial: p.value.clone() };
+    pub fn new(device: &D, settings: ProdigySettings, params: &[Param]) -> Self {
+        let zeros = |p: &Param| vec![0.0; p.value.len()];
+        let slot = |p: &Param| Slot { first: zeros(p), second: zeros(p), s: zeros(p), initial: p.value.clone() };
         let slots = params.iter().map(slot).collect();
-        Self { settings, layout: Layout::of(params), slots, k: 0, d: settings.d0, d_max: settings.d0, d_numerator: 0.0 }
+        let device = device.clone();
+        Self { device, settings, layout: Layout::of(params), slots, k: 0, d: settings.d0, d_max: settings.d0, d_numerator: 0.0 }
     }
 
     /// The current estimate of the distance; the effective step is `d` times the learning rate.
@@ -90,9 +101,52 @@ impl Prodigy {
     }
 }
 
-impl Optimizer for Prodigy {
-    fn step(&mut self, params: &mut [Param], grads: &[Vec<f32>], lr: f64) {
-        self.layout.check(params, grads);
+impl<D: Device> Optimizer<D> for Prodigy<D> {
+    fn step(&mut self, values: &mut D::Buffer, grads: &D::Buffer, clip: f32, lr: f64) {
+        let mut params = self.layout.params(&self.device.download(values));
+        let grads = self.device.download(grads);
+        let grads: Vec<Vec<f32>> = self.layout.spans().map(|(_, span)| grads[span].iter().map(|g| g * clip).collect()).collect();
+        self.step_on_host(&mut params, &grads, lr);
+        self.device.overwrite(values, &self.layout.values(&params));
+    }
+
+    fn state(&self) -> Vec<StateTensor> {
+        let scalar = |name: &str, value| StateTensor { name: name.into(), shape: vec![], data: StateData::F64(vec![value]) };
+        let mut tensors = vec![
+            StateTensor { name: "step".into(), shape: vec![], data: StateData::U64(vec![self.k]) },
+            scalar("d", self.d),
+            scalar("d_max", self.d_max),
+            scalar("d_numerator", self.d_numerator),
+        ];
+        for ((name, _), slot) in self.layout.spans().zip(&self.slots) {
+            tensors.push(StateTensor::f32(format!("exp_avg.{name}"), slot.first.clone()));
+            tensors.push(StateTensor::f32(format!("exp_avg_sq.{name}"), slot.second.clone()));
+            tensors.push(StateTensor::f32(format!("s.{name}"), slot.s.clone()));
+            tensors.push(StateTensor::f32(format!("p0.{name}"), slot.initial.clone()));
+        }
+        tensors
+    }
+
+    fn load_state(&mut self, tensors: Vec<StateTensor>) -> Result<(), StateError> {
+        let mut incoming = Incoming::check(tensors, &self.state())?;
+        self.k = incoming.u64("step");
+        self.d = incoming.f64("d");
+        self.d_max = incoming.f64("d_max");
+        self.d_numerator = incoming.f64("d_numerator");
+        for ((name, _), slot) in self.layout.spans().zip(&mut self.slots) {
+            *slot = Slot {
+                first: incoming.f32(&format!("exp_avg.{name}")),
+                second: incoming.f32(&format!("exp_avg_sq.{name}")),
+                s: incoming.f32(&format!("s.{name}")),
+                initial: incoming.f32(&format!("p0.{name}")),
+            };
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Prodigy<D> {
+    fn step_on_host(&mut self, params: &mut [Param], grads: &[Vec<f32>], lr: f64) {
         let set = self.settings;
         let beta3 = set.beta3.unwrap_or_else(|| set.beta2.sqrt());
         let d = self.d;
@@ -118,8 +172,8 @@ impl Optimizer for Prodigy {
                     let dot = sum_of(grad.len(), |i| f64::from(gradient(i)) * f64::from(slot.initial[i] - param.value[i]));
                     for i in 0..grad.len() {
                         let g = gradient(i);
-                        slot.moments.first[i] = slot.moments.first[i] * beta1 + m_alpha * g;
-                        slot.moments.second[i] = slot.moments.second[i] * beta2 + v_alpha * g * g;
+                        slot.first[i] = slot.first[i] * beta1 + m_alpha * g;
+                        slot.second[i] = slot.second[i] * beta2 + v_alpha * g * g;
                         slot.s[i] = slot.s[i] * beta3_f32 + s_alpha * g;
                     }
                     (dot, sum_of(slot.s.len(), |i| f64::from(slot.s[i].abs())))
@@ -152,44 +206,16 @@ impl Optimizer for Prodigy {
         params.par_iter_mut().zip(grads).zip(&self.slots).for_each(|((param, grad), slot)| {
             for (i, p) in param.value.iter_mut().enumerate() {
                 let g = grad[i] + coupled_decay * *p;
-                let denom = slot.moments.second[i].sqrt() + epsilon;
+                let denom = slot.second[i].sqrt() + epsilon;
                 *p -= decay * *p;
-                *p -= if with_momentum { dlr_f32 * slot.moments.first[i] / denom } else { gradient_step * g / denom };
+                *p -= if with_momentum { dlr_f32 * slot.first[i] / denom } else { gradient_step * g / denom };
             }
         });
         self.k += 1;
     }
+}
 
-    fn state(&self) -> Vec<StateTensor> {
-        let scalar = |name: &str, value| StateTensor { name: name.into(), shape: vec![], data: StateData::F64(vec![value]) };
-        let mut tensors = vec![
-            StateTensor { name: "step".into(), shape: vec![], data: StateData::U64(vec![self.k]) },
-            scalar("d", self.d),
-            scalar("d_max", self.d_max),
-            scalar("d_numerator", self.d_numerator),
-        ];
-        for ((name, _), slot) in self.layout.0.iter().zip(&self.slots) {
-            tensors.push(StateTensor::f32(format!("exp_avg.{name}"), slot.moments.first.clone()));
-            tensors.push(StateTensor::f32(format!("exp_avg_sq.{name}"), slot.moments.second.clone()));
-            tensors.push(StateTensor::f32(format!("s.{name}"), slot.s.clone()));
-            tensors.push(StateTensor::f32(format!("p0.{name}"), slot.initial.clone()));
-        }
-        tensors
-    }
-
-    fn load_state(&mut self, tensors: Vec<StateTensor>) -> Result<(), StateError> {
-        let mut incoming = Incoming::check(tensors, &self.state())?;
-        self.k = incoming.u64("step");
-        self.d = incoming.f64("d");
-        self.d_max = incoming.f64("d_max");
-        self.d_numerator = incoming.f64("d_numerator");
-        for ((name, _), slot) in self.layout.0.iter().zip(&mut self.slots) {
-            *slot = Slot {
-                moments: Moments { first: incoming.f32(&format!("exp_avg.{name}")), second: incoming.f32(&format!("exp_avg_sq.{name}")) },
-                s: incoming.f32(&format!("s.{name}")),
-                initial: incoming.f32(&format!("p0.{name}")),
-            };
-        }
-        Ok(())
-    }
+/// Sum of `term(0..len)` in f64, chunk by chunk in order.
+fn sum_of(len: usize, term: impl Fn(usize) -> f64) -> f64 {
+    (0..len.div_ceil(CHUNK)).map(|c| (c * CHUNK..((c + 1) * CHUNK).min(len)).map(&term).sum::<f64>()).sum()
 }

@@ -5,11 +5,7 @@
 //! its code. The CUDA kernels search the table for the value itself; the two differ by rounding to the grid (1.5e-5),
 //! which shows in values below about 1e-4 of their block's largest.
 
-/// Values that share a scale.
-pub(super) const BLOCK: usize = 256;
-
-/// Points of the grid.
-const GRID: usize = 1 << 16;
+use crate::kernels::GRID;
 
 /// A table of 256 ascending values in [-1, 1], and the nearest code of each grid point.
 #[derive(Clone)]
@@ -47,29 +43,8 @@ impl CodeTable {
     }
 
     /// The value of each code, and the code of each point of the grid.
-    #[cfg(feature = "cuda")]
     pub(super) fn tables(&self) -> (&[f32; 256], &[u8]) {
         (&self.values, &self.nearest)
-    }
-
-    /// The value of a code.
-    pub(super) fn value(&self, code: u8) -> f32 {
-        self.values[usize::from(code)]
-    }
-
-    /// The codes of a block and its largest magnitude; an all-zero block has codes 0.
-    pub(super) fn quantize(&self, values: &[f32], codes: &mut [u8]) -> f32 {
-        let absmax = values.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
-        if absmax == 0.0 {
-            codes.fill(0);
-            return absmax;
-        }
-        let inverse = 1.0 / absmax;
-        for (code, v) in codes.iter_mut().zip(values) {
-            let point = ((v * inverse).clamp(-1.0, 1.0) + 1.0) * 0.5 * (GRID - 1) as f32 + 0.5;
-            *code = self.nearest[(point as usize).min(GRID - 1)];
-        }
-        absmax
     }
 }
 

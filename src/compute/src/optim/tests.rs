@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use safetensors::{Dtype, SafeTensors};
 
 use super::*;
+use crate::kernels::{Cpu, flat_offsets};
 
 fn golden(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "..", "..", "tests", "golden", "optim", name].iter().collect()
@@ -75,35 +76,48 @@ fn prodigy(variant: &str) -> (ProdigySettings, [f64; 6]) {
     }
 }
 
+/// Parameters with their optimizer on the CPU.
+fn parameters(settings: OptimizerSettings, params: &[Param]) -> Parameters<Cpu> {
+    Parameters::new(&Cpu::default(), settings, params)
+}
+
+/// One update with these gradients.
+fn update(parameters: &mut Parameters<Cpu>, grads: &[Vec<f32>], rate: f64) {
+    parameters.begin();
+    for (grad, start) in grads.iter().zip(flat_offsets(grads.iter().map(Vec::len))) {
+        parameters.sums()[start..start + grad.len()].copy_from_slice(grad);
+    }
+    assert_eq!(parameters.gradients(), grads);
+    parameters.step(rate);
+}
+
 /// Follows a trajectory; the change of each parameter since the start is compared, which is stricter than its value.
-fn follow(name: &str, optimizer: &mut dyn Optimizer, rates: [f64; 6], tolerance: f64, mut after: impl FnMut(usize, &Trajectory, &dyn Optimizer)) {
+fn follow(name: &str, settings: OptimizerSettings, rates: [f64; 6], tolerance: f64, mut after: impl FnMut(usize, &Trajectory, Vec<StateTensor>)) {
     let trajectory = Trajectory::load(name);
-    let mut params = trajectory.start();
-    for (update, rate) in rates.into_iter().enumerate() {
-        optimizer.step(&mut params, &trajectory.grads(update), rate);
-        for param in &params {
+    let mut parameters = parameters(settings, &trajectory.start());
+    for (step, rate) in rates.into_iter().enumerate() {
+        update(&mut parameters, &trajectory.grads(step), rate);
+        for param in parameters.params() {
             let change = |now: &[f32]| now.iter().zip(trajectory.f32(&format!("start.{}", param.name))).map(|(n, s)| n - s).collect::<Vec<_>>();
-            let error = relative_error(&change(&param.value), &change(&trajectory.f32(&format!("value.{update}.{}", param.name))));
-            assert!(error < tolerance, "{name}: {} after update {update}: {error:e}", param.name);
+            let error = relative_error(&change(&param.value), &change(&trajectory.f32(&format!("value.{step}.{}", param.name))));
+            assert!(error < tolerance, "{name}: {} after update {step}: {error:e}", param.name);
         }
-        after(update, &trajectory, optimizer);
+        after(step, &trajectory, parameters.state());
     }
 }
 
 #[test]
 fn adamw_follows_torch() {
-    let mut optimizer = AdamW::new(SETTINGS, &Trajectory::load("adamw").start());
-    follow("adamw", &mut optimizer, RATES, 1e-5, |_, _, _| {});
+    follow("adamw", OptimizerSettings::AdamW(SETTINGS), RATES, 1e-5, |_, _, _| {});
 }
 
 #[test]
 fn adamw8bit_follows_bitsandbytes_to_the_code() {
-    let mut optimizer = AdamW8bit::new(SETTINGS, &Trajectory::load("adamw8bit").start());
-    follow("adamw8bit", &mut optimizer, RATES, 1e-5, |update, trajectory, optimizer| {
+    follow("adamw8bit", OptimizerSettings::AdamW8bit(SETTINGS), RATES, 1e-5, |update, trajectory, state| {
         if update < 5 {
             return;
         }
-        let state: BTreeMap<String, StateData> = optimizer.state().into_iter().map(|t| (t.name, t.data)).collect();
+        let state: BTreeMap<String, StateData> = state.into_iter().map(|t| (t.name, t.data)).collect();
         for moment in [1, 2] {
             let StateData::U8(codes) = &state[&format!("state{moment}.b")] else { panic!("codes are bytes") };
             let want: Vec<u8> = trajectory.0[&format!("state{moment}.b")].1.iter().map(|code| *code as u8).collect();
@@ -122,9 +136,7 @@ fn prodigy_follows_prodigyopt() {
     for variant in ["default", "all", "coupled"] {
         let name = format!("prodigy-{variant}");
         let (settings, rates) = prodigy(variant);
-        let mut optimizer = Prodigy::new(settings, &Trajectory::load(&name).start());
-        follow(&name, &mut optimizer, rates, 1e-5, |update, trajectory, optimizer| {
-            let state = optimizer.state();
+        follow(&name, OptimizerSettings::Prodigy(settings), rates, 1e-5, |update, trajectory, state| {
             let Some(StateData::F64(d)) = state.iter().find(|t| t.name == "d").map(|t| &t.data) else { panic!("d is f64") };
             let want: f64 = trajectory.0[&format!("d.{update}")].1[0];
             assert!((d[0] / want - 1.0).abs() < 1e-6, "{name}: d after update {update}: {} for {want}", d[0]);
@@ -169,35 +181,35 @@ fn schedules_follow_diffusers() {
     assert!(flat.lr(5).is_finite() && flat.lr(6).is_finite());
 }
 
-fn every_optimizer(params: &[Param]) -> Vec<Box<dyn Optimizer>> {
-    let prodigy = |variant| Box::new(Prodigy::new(prodigy(variant).0, params));
-    vec![Box::new(AdamW::new(SETTINGS, params)), Box::new(AdamW8bit::new(SETTINGS, params)), prodigy("default"), prodigy("all"), prodigy("coupled")]
+const OPTIMIZERS: usize = 5;
+
+fn optimizer(index: usize) -> OptimizerSettings {
+    let prodigy = |variant| OptimizerSettings::Prodigy(prodigy(variant).0);
+    [OptimizerSettings::AdamW(SETTINGS), OptimizerSettings::AdamW8bit(SETTINGS), prodigy("default"), prodigy("all"), prodigy("coupled")][index]
 }
 
 fn bits(params: &[Param]) -> Vec<u32> {
     params.iter().flat_map(|p| p.value.iter().map(|v| v.to_bits())).collect()
 }
 
-/// Through bytes, as a checkpoint does, into an optimizer that was made from the values of the moment.
+/// Through bytes, as a checkpoint does, into parameters that were made from the values of the start.
 #[test]
 fn a_resumed_run_equals_an_uninterrupted_one_bit_for_bit() {
     let trajectory = Trajectory::load("adamw8bit");
     let start = trajectory.start();
-    for index in 0..every_optimizer(&start).len() {
-        let mut whole = start.clone();
-        let mut optimizer = every_optimizer(&whole).swap_remove(index);
-        (0..6).for_each(|t| optimizer.step(&mut whole, &trajectory.grads(t), RATES[t]));
+    for index in 0..OPTIMIZERS {
+        let mut whole = parameters(optimizer(index), &start);
+        (0..6).for_each(|t| update(&mut whole, &trajectory.grads(t), RATES[t]));
         for stop in 0..6 {
-            let mut params = start.clone();
-            let mut before = every_optimizer(&params).swap_remove(index);
-            (0..stop).for_each(|t| before.step(&mut params, &trajectory.grads(t), RATES[t]));
+            let mut before = parameters(optimizer(index), &start);
+            (0..stop).for_each(|t| update(&mut before, &trajectory.grads(t), RATES[t]));
             let saved: Vec<_> = before.state().iter().map(|t| (t.name.clone(), t.dtype(), t.shape.clone(), t.to_bytes())).collect();
             let loaded = saved.iter().map(|(name, dtype, shape, bytes)| StateTensor::from_bytes(name, *dtype, shape, bytes).unwrap()).collect();
-            let mut after = every_optimizer(&params).swap_remove(index);
-            after.load_state(loaded).unwrap();
-            (stop..6).for_each(|t| after.step(&mut params, &trajectory.grads(t), RATES[t]));
-            assert_eq!(bits(&params), bits(&whole), "optimizer {index}, stopped after {stop}");
-            assert_eq!(after.state(), optimizer.state());
+            let mut after = parameters(optimizer(index), &start);
+            after.restore(&before.params(), loaded).unwrap();
+            (stop..6).for_each(|t| update(&mut after, &trajectory.grads(t), RATES[t]));
+            assert_eq!(bits(&after.params()), bits(&whole.params()), "optimizer {index}, stopped after {stop}");
+            assert_eq!(after.state(), whole.state());
         }
     }
 }
@@ -208,10 +220,11 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let run = |threads| {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
             let mut all = Vec::new();
-            for mut optimizer in every_optimizer(&trajectory.start()) {
-                let mut params = trajectory.start();
-                (0..6).for_each(|t| optimizer.step(&mut params, &trajectory.grads(t), RATES[t]));
-                all.extend(bits(&params));
+            for index in 0..OPTIMIZERS {
+                let mut parameters = parameters(optimizer(index), &trajectory.start());
+                (0..6).for_each(|t| update(&mut parameters, &trajectory.grads(t), RATES[t]));
+                all.extend(bits(&parameters.params()));
+                all.push(parameters.clip(1.0).to_bits() as u32);
             }
             all
         })
@@ -227,19 +240,46 @@ fn a_state_of_other_parameters_is_refused() {
     let params = trajectory.start();
     let mut other = params.clone();
     other[1].name = "c".into();
-    for (mut optimizer, theirs) in every_optimizer(&params).into_iter().zip(every_optimizer(&other)) {
-        let before = optimizer.state();
-        assert!(matches!(optimizer.load_state(theirs.state()), Err(StateError::Missing { .. })));
-        assert_eq!(optimizer.state(), before);
+    for index in 0..OPTIMIZERS {
+        let (mut own, theirs) = (parameters(optimizer(index), &params), parameters(optimizer(index), &other));
+        let before = (own.params(), own.state());
+        assert!(matches!(own.restore(&params, theirs.state()), Err(StateError::Missing { .. })));
+        assert_eq!((own.params(), own.state()), before);
     }
 }
 
 #[test]
 #[should_panic(expected = "should have 40 values")]
 fn mixed_up_parameters_are_a_panic() {
-    let trajectory = Trajectory::load("adamw");
-    let mut params = trajectory.start();
-    let mut optimizer = AdamW::new(SETTINGS, &params);
+    let mut params = Trajectory::load("adamw").start();
+    let mut own = parameters(OptimizerSettings::AdamW(SETTINGS), &params);
+    let state = own.state();
     params.swap(0, 1);
-    optimizer.step(&mut params, &trajectory.grads(0), 1e-3);
+    let _ = own.restore(&params, state);
+}
+
+/// Gradients above the limit are scaled to it, as if they had been scaled before; those below it stay.
+#[test]
+fn gradients_are_clipped_to_their_global_norm() {
+    let params: Vec<Param> = [("a", 2), ("b", 1)].map(|(name, len)| Param { name: name.into(), shape: vec![len], value: vec![1.0; len] }).to_vec();
+    let plain = |grads: &[Vec<f32>], max_norm: Option<f64>| {
+        let mut own = parameters(OptimizerSettings::AdamW(SETTINGS), &params);
+        for (grad, start) in grads.iter().zip(flat_offsets([2, 1].into_iter())) {
+            own.sums()[start..start + grad.len()].copy_from_slice(grad);
+        }
+        let norm = max_norm.map(|most| own.clip(most));
+        own.step(1e-2);
+        (norm, own.state())
+    };
+    let grads = [vec![3.0, 0.0], vec![4.0]];
+    let (norm, below) = plain(&grads, Some(10.0));
+    assert!((norm.unwrap() - 5.0).abs() < 1e-12);
+    assert_eq!(below, plain(&grads, None).1);
+    let factor = (1.0 / (5.0 + 1e-6)) as f32;
+    let scaled = grads.clone().map(|g| g.iter().map(|g| g * factor).collect::<Vec<f32>>());
+    assert_eq!(plain(&grads, Some(1.0)).1, plain(&scaled, None).1);
+    assert_eq!(plain(&grads, Some(0.0)).1, below, "0 is no limit");
+    for bad in [f32::NAN, f32::INFINITY] {
+        assert!(!plain(&[vec![1.0, bad], vec![2.0]], Some(1.0)).0.unwrap().is_finite());
+    }
 }

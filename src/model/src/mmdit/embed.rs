@@ -4,46 +4,46 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::config::{MmditConfig, TIMESTEP_FEATURES};
 use crate::weights::Weights;
-use finetune_compute::kernels::{Buffer, Engine};
+use finetune_compute::kernels::{Device, DeviceBuffer as _};
 use finetune_compute::nn::{Gradients, Linear, LinearSaved, Pass};
 
 /// `linear_2(silu(linear_1(x)))`.
 #[derive(Debug)]
-pub(super) struct Embedder {
-    pub(super) linear_1: Linear,
-    pub(super) linear_2: Linear,
+pub(super) struct Embedder<D: Device> {
+    pub(super) linear_1: Linear<D>,
+    pub(super) linear_2: Linear<D>,
 }
 
 /// # Saved for backward
 /// The input, the first layer's output, its SiLU.
 #[derive(Debug)]
-pub(super) struct EmbedderSaved {
-    x: Buffer,
-    h: Buffer,
-    activated: Buffer,
-    first: LinearSaved,
-    second: LinearSaved,
+pub(super) struct EmbedderSaved<D: Device> {
+    x: D::Buffer,
+    h: D::Buffer,
+    activated: D::Buffer,
+    first: LinearSaved<D>,
+    second: LinearSaved<D>,
 }
 
-impl Embedder {
+impl<D: Device> Embedder<D> {
     pub(super) fn has_lora(&self) -> bool {
         self.linear_1.has_lora() || self.linear_2.has_lora()
     }
 
     /// x [batch, in] -> [batch, D].
-    pub(super) fn forward(&self, pass: Pass<'_>, batch: usize, x: Buffer) -> (Buffer, EmbedderSaved) {
+    pub(super) fn forward(&self, pass: Pass<'_, D>, batch: usize, x: D::Buffer) -> (D::Buffer, EmbedderSaved<D>) {
         let (h, first) = self.linear_1.forward(pass, batch, &x);
-        let activated = pass.engine.silu(&h);
+        let activated = pass.device.silu(&h);
         let (y, second) = self.linear_2.forward(pass, batch, &activated);
         (y, EmbedderSaved { x, h, activated, first, second })
     }
 
     /// LoRA gradients alone: nothing below wants any.
-    pub(super) fn backward(&self, pass: Pass<'_>, batch: usize, saved: &EmbedderSaved, dy: &Buffer, gradients: &mut Gradients) {
-        let mut dh = self.linear_1.has_lora().then(|| pass.engine.alloc(saved.h.len()));
+    pub(super) fn backward(&self, pass: Pass<'_, D>, batch: usize, saved: &EmbedderSaved<D>, dy: &D::Buffer, gradients: &mut Gradients<D>) {
+        let mut dh = self.linear_1.has_lora().then(|| pass.device.alloc(saved.h.len()));
         self.linear_2.backward(pass, batch, Some(&saved.activated), &saved.second, dy, dh.as_mut().map(|d| (d, false)), gradients);
         if let Some(mut dh) = dh {
-            pass.engine.silu_backward(&saved.h, &mut dh);
+            pass.device.silu_backward(&saved.h, &mut dh);
             self.linear_1.backward(pass, batch, Some(&saved.x), &saved.first, &dh, None, gradients);
         }
     }
@@ -74,35 +74,35 @@ pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
     features
 }
 
+/// The name of the table of position embeddings.
+pub(super) const POSITIONS: &str = "pos_embed.pos_embed";
+
 /// The table of position embeddings, read where it is stored.
 #[derive(Debug)]
-pub(super) struct Positions {
+pub(super) struct Positions<D: Device> {
     pub(super) weights: Arc<Weights>,
     /// The crop that was used last on a GPU, and its size.
-    pub(super) kept: Mutex<Option<(usize, usize, Arc<Buffer>)>>,
+    pub(super) kept: Mutex<Option<(usize, usize, Arc<D::Buffer>)>>,
 }
 
-impl Positions {
-    /// The table's name.
-    pub(super) const NAME: &'static str = "pos_embed.pos_embed";
-
+impl<D: Device> Positions<D> {
     /// The central h x w patches of the table [1, M·M, D], as [h · w, D]; `None` if it cannot be read.
-    pub(super) fn crop(&self, engine: &Engine, config: &MmditConfig, h: usize, w: usize) -> Option<Arc<Buffer>> {
+    pub(super) fn crop(&self, device: &D, config: &MmditConfig, h: usize, w: usize) -> Option<Arc<D::Buffer>> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((.., crop)) = kept.as_ref().filter(|(rows, columns, _)| (*rows, *columns) == (h, w)) {
             return Some(Arc::clone(crop));
         }
         let (side, d) = (config.pos_embed_max_size, config.width());
         let (top, left) = ((side - h) / 2, (side - w) / 2);
-        let view = self.weights.view(Self::NAME).ok()?;
+        let view = self.weights.view(POSITIONS).ok()?;
         let mut values = vec![0.0; h * w * d];
         for (i, row) in values.chunks_exact_mut(w * d).enumerate() {
             if !view.read_f32(((top + i) * side + left) * d, row) {
                 return None;
             }
         }
-        let crop = Arc::new(engine.upload(&values));
-        *kept = engine.is_cuda().then(|| (h, w, Arc::clone(&crop)));
+        let crop = Arc::new(device.upload(&values));
+        *kept = (!D::IS_HOST).then(|| (h, w, Arc::clone(&crop)));
         Some(crop)
     }
 }

@@ -2,12 +2,28 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::run::{Inputs, Mode, unscaled};
+use super::run::{Inputs, Mode, check_dropout, unscaled};
 use super::{Mmdit, MmditError};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Buffer, FlowData, FlowSample, PatchLayout, Recording};
-use finetune_compute::nn::flow_matching::{self, LossKind};
+use finetune_compute::kernels::{Device, FlowData, FlowSample, PatchLayout};
+use finetune_compute::nn::flow_matching::LossKind;
 use finetune_compute::nn::{DropoutKey, Gradients};
+
+/// What the transformer computes the velocity of.
+#[derive(Debug, Clone, Copy)]
+pub struct MmditInputs<'a> {
+    /// Noisy latents [B, C, h, w].
+    pub x: &'a HostTensor,
+    /// [B] in 0..=1000.
+    pub timestep: &'a HostTensor,
+    /// [B, S, J].
+    pub prompt_embeds: &'a HostTensor,
+    /// [B, P].
+    pub pooled: &'a HostTensor,
+}
+
+/// Each sample's loss, and the gradients of the LoRA parameters in canonical order.
+pub type FlowResult = (Vec<f64>, Vec<Vec<f32>>);
 
 /// What the loss compares the velocity with.
 #[derive(Debug, Clone, Copy)]
@@ -27,138 +43,119 @@ pub struct FlowTarget<'a> {
 /// How often a backward in f16 is tried again with gradients of a sixteenth, when one became infinite.
 const SMALLER: i32 = 4;
 
-impl Mmdit {
-    /// Each sample's loss and the gradients of the LoRA parameters in canonical order: [`Mmdit::forward`], [`flow_matching::loss`] and
-    /// [`Mmdit::backward`]. On a GPU the output stays there and nothing waits for it before the end.
+impl<D: Device> Mmdit<D> {
+    /// Each sample's loss and the gradients of the LoRA parameters in canonical order: [`Mmdit::forward`], the loss of flow matching and
+    /// [`Mmdit::backward`]. The output stays on the device, and nothing waits for it before the end.
     ///
     /// # Errors
-    /// If an input does not fit, or the device fails.
-    pub fn flow_step(
-        &self,
-        x: &HostTensor,
-        timestep: &HostTensor,
-        prompt_embeds: &HostTensor,
-        pooled: &HostTensor,
-        dropout: Option<&DropoutKey>,
-        target: &FlowTarget<'_>,
-    ) -> Result<(Vec<f64>, Vec<Vec<f32>>), MmditError> {
-        if !self.engine.is_cuda() {
-            let (velocity, saved) = self.forward(x, timestep, prompt_embeds, pooled, dropout)?;
-            let loss = flow_matching::loss(target.kind, velocity.values(), target.x0, target.noise, target.sigmas, target.coefficients);
-            let d_velocity = HostTensor::new(loss.d_velocity, velocity.shape())?;
-            return Ok((loss.per_sample, self.backward(saved, &d_velocity)?));
-        }
-        self.scaled_flow_step((x, timestep, prompt_embeds, pooled), dropout, target, &mut |gradients, scale, last| {
-            let gradients = gradients.download(&self.engine);
+    /// If an input does not fit.
+    pub fn flow_step(&self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<FlowResult, MmditError> {
+        self.scaled_flow_step(inputs, dropout, target, &mut |gradients, scale, last| {
+            let gradients = gradients.download(&self.device);
             (last || gradients.iter().flatten().all(|g| g.is_finite())).then(|| unscaled(gradients, scale))
         })
     }
 
-    /// [`Mmdit::flow_step`] on a GPU, whose gradients are added to `sum` there ([`finetune_compute::kernels::flat_offsets`] says where each lies).
+    /// [`Mmdit::flow_step`], whose gradients are added to `sum` on the device ([`finetune_compute::kernels::flat_offsets`] says where each lies).
     ///
     /// # Errors
-    /// If an input does not fit, or the device fails.
-    #[cfg(feature = "cuda")]
+    /// If an input does not fit.
     pub fn flow_step_into(
         &self,
-        inputs: (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
+        inputs: MmditInputs<'_>,
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
-        sum: &mut Buffer,
+        sum: &mut D::Buffer,
     ) -> Result<Vec<f64>, MmditError> {
-        let add = &mut |gradients: &Gradients, scale: f32, last: bool| {
-            let (ops, whole) = self.engine.update_ops().zip(gradients.whole())?;
-            (last || ops.square_sum(whole).is_finite()).then(|| ops.add_scaled(sum, whole, 1.0 / scale))
+        let add = &mut |gradients: &Gradients<D>, scale: f32, last: bool| {
+            let (device, values) = (&self.device, gradients.values());
+            (last || device.square_sum(values).is_finite()).then(|| device.add_scaled(sum, values, 1.0 / scale))
         };
         self.scaled_flow_step(inputs, dropout, target, add).map(|(losses, ())| losses)
     }
 
-    /// On a GPU: steps with smaller and smaller gradients until `take` takes them. It is given them, what they were multiplied with, and
+    /// Forgets recorded steps, which hold memory.
+    pub fn clear_recorded(&self) {
+        self.recorded.clear();
+    }
+
+    /// Steps with smaller and smaller gradients until `take` takes them. It is given them, what they were multiplied with, and
     /// whether there will be no others.
     fn scaled_flow_step<T>(
         &self,
-        inputs: (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
+        inputs: MmditInputs<'_>,
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
-        take: &mut dyn FnMut(&Gradients, f32, bool) -> Option<T>,
+        take: &mut dyn FnMut(&Gradients<D>, f32, bool) -> Option<T>,
     ) -> Result<(Vec<f64>, T), MmditError> {
+        check_dropout(dropout, inputs.x)?;
         let mut scale = self.gradient_scale(samples(target, 1.0).iter().fold(0.0_f32, |most, s| most.max(s.factor.abs() as f32)));
         let mut tries = 0;
         loop {
             tries += 1;
             // A power of two that is 1 where the precision has enough small numbers.
             let last = scale == 1.0 || tries > SMALLER;
-            let taken = &mut |gradients: &Gradients| take(gradients, scale, last);
-            let step = finetune_compute::kernels::catch(|| self.try_flow_step(inputs, dropout, target, f64::from(scale), taken));
-            if step.is_err() {
-                // Recordings hold memory.
-                self.recorded.clear();
-            }
-            if let (losses, Some(taken)) = step?? {
+            let taken = &mut |gradients: &Gradients<D>| take(gradients, scale, last);
+            if let (losses, Some(taken)) = self.try_flow_step(inputs, dropout, target, f64::from(scale), taken)? {
                 return Ok((losses, taken));
             }
             scale /= 16.0;
         }
     }
 
-    /// On a GPU, gradients multiplied by `scale`. The second step of the same sizes is recorded, later ones replay it.
+    /// Gradients multiplied by `scale`. Where the device records, the second step of the same sizes is recorded and later ones replay it.
     fn try_flow_step<T>(
         &self,
-        (x, timestep, prompt_embeds, pooled): (&HostTensor, &HostTensor, &HostTensor, &HostTensor),
+        MmditInputs { x, timestep, prompt_embeds, pooled }: MmditInputs<'_>,
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         scale: f64,
-        take: &mut dyn FnMut(&Gradients) -> T,
+        take: &mut dyn FnMut(&Gradients<D>) -> T,
     ) -> Result<(Vec<f64>, T), MmditError> {
-        let engine = &self.engine;
+        let device = &self.device;
         let samples = samples(target, scale);
         let batch = samples.len();
-        let mut outcome = |gradients: &Gradients, sums: &Buffer| {
-            let sums = engine.download(sums);
+        let mut outcome = |gradients: &Gradients<D>, sums: &D::Buffer| {
+            let sums = device.download(sums);
             let n = target.x0.len() / batch;
             let losses = sums.chunks_exact(sums.len() / batch).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / n as f64);
             (losses.collect(), take(gradients))
         };
-        // Each step's dropout masks are others.
-        let records = engine.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
+        // Each step has its own dropout masks.
+        let records = device.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
         let key = (x.shape().to_vec(), prompt_embeds.shape().to_vec(), target.kind.precondition_outputs);
         let mut recorded = self.recorded.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match recorded.iter().find(|step| step.key == key).map(|step| &step.state).filter(|_| records) {
-            Some(State::Recorded(step)) => {
-                let RecordedStep { recording, inputs, data, gradients, sums } = &**step;
-                self.overwrite(inputs, x, timestep, prompt_embeds, pooled)?;
-                engine.overwrite_flow_data(data, target.x0, target.noise, &samples);
-                engine.replay(recording);
-                Ok(outcome(gradients, sums))
-            }
-            seen => {
-                let seen = seen.is_some();
-                let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
-                let data = engine.flow_data(target.x0, target.noise, &samples);
-                if !seen {
-                    let (gradients, sums) = self.flow_operations(&inputs, &data, dropout, key.2);
-                    if records {
-                        recorded.truncate(RECORDINGS - 1);
-                        recorded.insert(0, Step { key, state: State::Seen });
-                    }
-                    return Ok(outcome(&gradients, &sums));
-                }
-                let ((gradients, sums), recording) = engine.record(|| self.flow_operations(&inputs, &data, None, key.2));
-                engine.replay(&recording);
-                let outcome = outcome(&gradients, &sums);
-                if let Some(step) = recorded.iter_mut().find(|step| step.key == key) {
-                    step.state = State::Recorded(Box::new(RecordedStep { recording, inputs, data, gradients, sums }));
-                }
-                Ok(outcome)
-            }
+        let seen = recorded.iter().position(|step| step.key == key).filter(|_| records);
+        if let Some(State::Recorded(step)) = seen.map(|i| &mut recorded[i].state) {
+            let RecordedStep { recording, inputs, data, gradients, sums } = &mut **step;
+            self.overwrite(inputs, x, timestep, prompt_embeds, pooled)?;
+            device.overwrite_flow_data(data, target.x0, target.noise, &samples);
+            device.replay(recording);
+            return Ok(outcome(gradients, sums));
         }
+        let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+        let data = device.flow_data(target.x0, target.noise, &samples);
+        let Some(seen) = seen else {
+            let (gradients, sums) = self.flow_operations(&inputs, &data, dropout, key.2);
+            if records {
+                recorded.truncate(RECORDINGS - 1);
+                recorded.insert(0, Step { key, state: State::Seen });
+            }
+            return Ok(outcome(&gradients, &sums));
+        };
+        let ((gradients, sums), recording) = device.record(|| self.flow_operations(&inputs, &data, None, key.2));
+        let outcome = outcome(&gradients, &sums);
+        if let Some(recording) = recording {
+            recorded[seen].state = State::Recorded(Box::new(RecordedStep { recording, inputs, data, gradients, sums }));
+        }
+        Ok(outcome)
     }
 
     /// Forward, loss and backward on the device: gradients, and the parts of the losses.
-    fn flow_operations(&self, inputs: &Inputs, data: &FlowData, dropout: Option<&DropoutKey>, preconditioned: bool) -> (Gradients, Buffer) {
+    fn flow_operations(&self, inputs: &Inputs<D>, data: &FlowData<D::Buffer>, dropout: Option<&DropoutKey>, preconditioned: bool) -> (Gradients<D>, D::Buffer) {
         let (out, saved) = self.run(inputs, dropout, 1.0, Mode::Train);
         let layout = PatchLayout { channels: self.config.out_channels(), width: inputs.sizes.patches.1, patch: self.config.patch_size };
-        let (dy, sums) = self.engine.flow_loss(&out, data, layout, preconditioned);
+        let (dy, sums) = self.device.flow_loss(&out, data, layout, preconditioned);
         drop(out);
         (self.gradients(saved, &dy), sums)
     }
@@ -168,37 +165,43 @@ impl Mmdit {
 const RECORDINGS: usize = 8;
 
 /// Steps that a GPU has recorded. They hold memory that nothing else can use.
-#[derive(Debug, Default)]
-pub(super) struct Recorded(Mutex<Vec<Step>>);
+#[derive(Debug)]
+pub(super) struct Recorded<D: Device>(Mutex<Vec<Step<D>>>);
+
+impl<D: Device> Default for Recorded<D> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
 
 /// Dimensions of latents and prompt, and whether outputs are preconditioned.
 type Key = (Vec<usize>, Vec<usize>, bool);
 
 #[derive(Debug)]
-struct Step {
+struct Step<D: Device> {
     key: Key,
-    state: State,
+    state: State<D>,
 }
 
 #[derive(Debug)]
-enum State {
+enum State<D: Device> {
     /// Done once, not recorded yet.
     Seen,
     /// Recorded.
-    Recorded(Box<RecordedStep>),
+    Recorded(Box<RecordedStep<D>>),
 }
 
 /// A recorded step with the places of its inputs and results.
 #[derive(Debug)]
-struct RecordedStep {
-    recording: Recording,
-    inputs: Inputs,
-    data: FlowData,
-    gradients: Gradients,
-    sums: Buffer,
+struct RecordedStep<D: Device> {
+    recording: D::Recording,
+    inputs: Inputs<D>,
+    data: FlowData<D::Buffer>,
+    gradients: Gradients<D>,
+    sums: D::Buffer,
 }
 
-impl Recorded {
+impl<D: Device> Recorded<D> {
     /// Forgets all of them and gives their memory back to everybody.
     pub(super) fn clear(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use super::block::{Block, Needs};
 use super::config::MmditConfig;
-use super::embed::{Embedder, Positions};
+use super::embed::{Embedder, POSITIONS, Positions};
 use super::{Mmdit, MmditError};
 use crate::weights::{View, Weights};
-use finetune_compute::kernels::{Buffer, Engine, Precision, StoredMatrix};
+use finetune_compute::kernels::{Device, Precision, StoredMatrix};
 use finetune_compute::nn::{Attention, FeedForward, Linear, Projections};
 
 /// Models up to so many values are converted to f32 once; the weights of larger ones are converted in passing.
@@ -36,18 +36,18 @@ impl StoredMatrix for InFile {
 }
 
 /// Makes layers from checked weights.
-struct Loader<'a> {
+struct Loader<'a, D: Device> {
     weights: &'a Arc<Weights>,
     config: &'a MmditConfig,
-    engine: &'a Engine,
+    device: &'a D,
     /// The same device in f32.
-    in_f32: &'a Engine,
+    in_f32: &'a D,
     /// Whether weights become f32 once on the host.
     convert: bool,
     ordinal: usize,
 }
 
-impl Loader<'_> {
+impl<D: Device> Loader<'_, D> {
     fn view(&self, name: &str, shape: &[usize]) -> Result<View<'_>, MmditError> {
         Ok(self.weights.view_of_shape(name, shape)?)
     }
@@ -57,58 +57,58 @@ impl Loader<'_> {
         view.to_f32().ok_or_else(|| MmditError::Weight { name: name.to_owned(), problem: format!("stored as {}, which is not a supported float", view.dtype) })
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Buffer, MmditError> {
-        Ok(self.engine.upload(&self.values(name, &[len])?))
+    fn vector(&self, name: &str, len: usize) -> Result<D::Buffer, MmditError> {
+        Ok(self.device.upload(&self.values(name, &[len])?))
     }
 
     /// The next linear module, which must be called `name` in [`MmditConfig::linear_sites`].
-    fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
-        self.next_linear(name, inputs, outputs, self.engine)
+    fn linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear<D>, MmditError> {
+        self.next_linear(name, inputs, outputs, self.device)
     }
 
     /// As [`Loader::linear`], computed in f32.
-    fn f32_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, MmditError> {
+    fn f32_linear(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Linear<D>, MmditError> {
         self.next_linear(name, inputs, outputs, self.in_f32)
     }
 
-    fn next_linear(&mut self, name: &str, inputs: usize, outputs: usize, engine: &Engine) -> Result<Linear, MmditError> {
+    fn next_linear(&mut self, name: &str, inputs: usize, outputs: usize, device: &D) -> Result<Linear<D>, MmditError> {
         let ordinal = self.ordinal;
         self.ordinal += 1;
         let weight = format!("{name}.weight");
         let frozen = if self.convert {
-            engine.frozen(outputs, inputs, &self.values(&weight, &[outputs, inputs])?)
+            device.frozen(outputs, inputs, &self.values(&weight, &[outputs, inputs])?)
         } else {
             let view = self.view(&weight, &[outputs, inputs])?;
             if !view.read_f32(0, &mut [0.0]) {
                 return Err(MmditError::Weight { name: weight, problem: format!("stored as {}, which is not a supported float", view.dtype) });
             }
             let stored = Arc::new(InFile { weights: Arc::clone(self.weights), name: weight });
-            let model = self.engine.precision();
-            if engine.precision() == model { engine.frozen_stored(outputs, inputs, stored) } else { engine.frozen_kept(outputs, inputs, stored, model) }
+            let model = self.device.precision();
+            if device.precision() == model { device.frozen_stored(outputs, inputs, stored) } else { device.frozen_kept(outputs, inputs, stored, model) }
         };
-        let bias = engine.upload(&self.values(&format!("{name}.bias"), &[outputs])?);
+        let bias = device.upload(&self.values(&format!("{name}.bias"), &[outputs])?);
         Ok(Linear::new(ordinal, inputs, outputs, frozen, Some(bias)))
     }
 
-    fn square(&mut self, name: &str) -> Result<Linear, MmditError> {
+    fn square(&mut self, name: &str) -> Result<Linear<D>, MmditError> {
         let d = self.config.width();
         self.linear(name, d, d)
     }
 
-    fn embedder(&mut self, name: &str, inputs: usize) -> Result<Embedder, MmditError> {
+    fn embedder(&mut self, name: &str, inputs: usize) -> Result<Embedder<D>, MmditError> {
         let d = self.config.width();
         Ok(Embedder { linear_1: self.f32_linear(&format!("{name}.linear_1"), inputs, d)?, linear_2: self.f32_linear(&format!("{name}.linear_2"), d, d)? })
     }
 
     /// RMSNorm weights of queries and keys.
-    fn norms(&self, q: &str, k: &str) -> Result<Option<(Buffer, Buffer)>, MmditError> {
+    fn norms(&self, q: &str, k: &str) -> Result<Option<(D::Buffer, D::Buffer)>, MmditError> {
         let dim = self.config.attention_head_dim;
         let norm = |name: &str| self.vector(&format!("{name}.weight"), dim);
         self.config.qk_norm.as_ref().map(|_| Ok((norm(q)?, norm(k)?))).transpose()
     }
 
     /// In the order of [`MmditConfig::linear_sites`].
-    fn joint_attention(&mut self, name: &str, last: bool) -> Result<Attention, MmditError> {
+    fn joint_attention(&mut self, name: &str, last: bool) -> Result<Attention<D>, MmditError> {
         let part = |part: &str| format!("{name}.{part}");
         let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
         let (kc, vc, qc) = (self.square(&part("add_k_proj"))?, self.square(&part("add_v_proj"))?, self.square(&part("add_q_proj"))?);
@@ -124,7 +124,7 @@ impl Loader<'_> {
         })
     }
 
-    fn image_attention(&mut self, name: &str) -> Result<Attention, MmditError> {
+    fn image_attention(&mut self, name: &str) -> Result<Attention<D>, MmditError> {
         let part = |part: &str| format!("{name}.{part}");
         let (q, k, v) = (self.square(&part("to_q"))?, self.square(&part("to_k"))?, self.square(&part("to_v"))?);
         let out = self.square(&part("to_out.0"))?;
@@ -133,12 +133,12 @@ impl Loader<'_> {
         Ok(Attention { heads: self.config.num_attention_heads, head_dim: self.config.attention_head_dim, image, context: None })
     }
 
-    fn feed_forward(&mut self, name: &str) -> Result<FeedForward, MmditError> {
+    fn feed_forward(&mut self, name: &str) -> Result<FeedForward<D>, MmditError> {
         let d = self.config.width();
         Ok(FeedForward { up: self.linear(&format!("{name}.net.0.proj"), d, 4 * d)?, down: self.linear(&format!("{name}.net.2"), 4 * d, d)? })
     }
 
-    fn block(&mut self, layer: usize) -> Result<Block, MmditError> {
+    fn block(&mut self, layer: usize) -> Result<Block<D>, MmditError> {
         let (d, dual, last) = (self.config.width(), self.config.is_dual(layer), self.config.is_last(layer));
         let part = |part: &str| format!("transformer_blocks.{layer}.{part}");
         let mut block = Block {
@@ -152,9 +152,9 @@ impl Loader<'_> {
             feed_forward_context: if last { None } else { Some(self.feed_forward(&part("ff_context"))?) },
             needs: Needs::default(),
         };
-        block.attention.fuse(self.engine);
+        block.attention.fuse(self.device);
         if let Some(attention) = &mut block.attention2 {
-            attention.fuse(self.engine);
+            attention.fuse(self.device);
         }
         Ok(block)
     }
@@ -166,19 +166,19 @@ pub(super) fn converts_once(config: &MmditConfig) -> bool {
 }
 
 /// Loads the transformer: see [`Mmdit::load`]. `convert`: weights become f32 at once, else whenever they are used.
-pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, convert: bool) -> Result<Mmdit, MmditError> {
+pub(super) fn load<D: Device>(weights: &Arc<Weights>, config: MmditConfig, device: D, convert: bool) -> Result<Mmdit<D>, MmditError> {
     config.check()?;
     let d = config.width();
-    let in_f32 = engine.in_precision(Precision::F32)?;
-    let mut loader = Loader { weights, config: &config, engine: &engine, in_f32: &in_f32, convert, ordinal: 0 };
+    let in_f32 = device.in_precision(Precision::F32)?;
+    let mut loader = Loader { weights, config: &config, device: &device, in_f32: &in_f32, convert, ordinal: 0 };
 
     let p = config.patch_size;
     let inputs = config.in_channels * p * p;
-    let patch = engine.frozen(d, inputs, &loader.values("pos_embed.proj.weight", &[d, config.in_channels, p, p])?);
+    let patch = device.frozen(d, inputs, &loader.values("pos_embed.proj.weight", &[d, config.in_channels, p, p])?);
     let patch = Linear::new(usize::MAX, inputs, d, patch, Some(loader.vector("pos_embed.proj.bias", d)?));
     let side = config.pos_embed_max_size;
-    if !loader.view(Positions::NAME, &[1, side * side, d])?.read_f32(0, &mut [0.0]) {
-        return Err(MmditError::Weight { name: Positions::NAME.into(), problem: "not stored as a supported float".into() });
+    if !loader.view(POSITIONS, &[1, side * side, d])?.read_f32(0, &mut [0.0]) {
+        return Err(MmditError::Weight { name: POSITIONS.into(), problem: "not stored as a supported float".into() });
     }
     let timestep = loader.embedder("time_text_embed.timestep_embedder", super::TIMESTEP_FEATURES)?;
     let pooled = loader.embedder("time_text_embed.text_embedder", config.pooled_projection_dim)?;
@@ -186,17 +186,17 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
     let mut blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<Vec<_>, _>>()?;
     let mut norm_out = loader.f32_linear("norm_out.linear", d, 2 * d)?;
     let proj_out = loader.linear("proj_out", d, config.patch_out())?;
-    let (recompute, on_gpu) = (vec![false; config.num_layers], engine.is_cuda());
+    let recompute = vec![false; config.num_layers];
     let positions = Positions { weights: Arc::clone(weights), kept: std::sync::Mutex::default() };
-    let mut layers: Vec<&mut Linear> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
+    let mut layers: Vec<&mut Linear<D>> = blocks.iter_mut().flat_map(|b| [&mut b.norm1, &mut b.norm1_context]).collect();
     layers.push(&mut norm_out);
     let modulation = Linear::fuse(&in_f32, &mut layers);
-    if on_gpu {
+    if !D::IS_HOST {
         // What the layers had before they were laid together.
-        engine.trim();
+        device.trim();
     }
     Ok(Mmdit {
-        engine,
+        device,
         in_f32,
         config,
         layout: crate::lora::LoraLayout::default(),
@@ -212,6 +212,6 @@ pub(super) fn load(weights: &Arc<Weights>, config: MmditConfig, engine: Engine, 
         recompute,
         scatter: None,
         recorded: super::flow::Recorded::default(),
-        in_file: !convert && !on_gpu,
+        in_file: !convert && D::IS_HOST,
     })
 }

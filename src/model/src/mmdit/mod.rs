@@ -19,14 +19,14 @@ use std::sync::Arc;
 use self::block::{Block, Needs};
 pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
 use self::embed::{Embedder, Positions};
-pub use self::flow::FlowTarget;
 use self::flow::Recorded;
+pub use self::flow::{FlowResult, FlowTarget, MmditInputs};
 pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
 use finetune_common::tensor::ShapeError;
-use finetune_compute::kernels::{DeviceError, Engine, FusedLinear, LoraScatter, flat_offsets};
+use finetune_compute::kernels::{Device, DeviceError, flat_offsets};
 use finetune_compute::nn::Linear;
 use finetune_compute::optim::Param;
 
@@ -101,42 +101,42 @@ impl From<WeightsError> for MmditError {
 
 /// The transformer.
 #[derive(Debug)]
-pub struct Mmdit {
-    engine: Engine,
+pub struct Mmdit<D: Device> {
+    device: D,
     /// The same device in f32, for what makes the modulations of a sample: one number that is wrong there is wrong in all its tokens.
     /// Computed in bf16 they make most of the error of LoRA's gradients.
-    in_f32: Engine,
+    in_f32: D,
     config: MmditConfig,
     layout: LoraLayout,
-    patch: Linear,
-    positions: Positions,
-    timestep: Embedder,
-    pooled: Embedder,
-    context_embedder: Linear,
-    blocks: Vec<Block>,
-    norm_out: Linear,
-    /// The layers that make all modulations as one product, where the engine is faster then: the blocks' in order, then the last norm's.
-    modulation: Option<FusedLinear>,
-    proj_out: Linear,
+    patch: Linear<D>,
+    positions: Positions<D>,
+    timestep: Embedder<D>,
+    pooled: Embedder<D>,
+    context_embedder: Linear<D>,
+    blocks: Vec<Block<D>>,
+    norm_out: Linear<D>,
+    /// The layers that make all modulations as one product, where the device is faster then: the blocks' in order, then the last norm's.
+    modulation: Option<D::FusedLinear>,
+    proj_out: Linear<D>,
     recompute: Vec<bool>,
-    recorded: Recorded,
-    /// Where the device wants the LoRA parameters, if it takes all at once: those of `engine`, those of `in_f32`.
-    scatter: Option<(LoraScatter, LoraScatter)>,
+    recorded: Recorded<D>,
+    /// Where the device wants the LoRA parameters, if it takes all at once: those of `device`, those of `in_f32`.
+    scatter: Option<(D::LoraScatter, D::LoraScatter)>,
     /// Weights stay in their file.
     in_file: bool,
 }
 
-impl Mmdit {
+impl<D: Device> Mmdit<D> {
     /// Loads the frozen weights. Those of large models stay in their stored type, memory-mapped, and are converted in
     /// passing.
     ///
     /// # Errors
-    /// If a weight is missing or does not fit the configuration, or the device fails.
+    /// If a weight is missing or does not fit the configuration.
     #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
-    pub fn load(weights: Arc<Weights>, config: MmditConfig, engine: &Engine) -> Result<Self, MmditError> {
+    pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &D) -> Result<Self, MmditError> {
         // A GPU converts what is stored as it arrives.
-        let convert = !engine.is_cuda() && load::converts_once(&config);
-        finetune_compute::kernels::catch(|| load::load(&weights, config, engine.clone(), convert))?
+        let convert = D::IS_HOST && load::converts_once(&config);
+        load::load(&weights, config, device.clone(), convert)
     }
 
     /// The configuration.
@@ -175,7 +175,7 @@ impl Mmdit {
         let zeros: Vec<Param> =
             self.layout.parameters().into_iter().map(|(name, shape)| Param { value: vec![0.0; shape.iter().product()], name, shape }).collect();
         self.set_lora(&zeros)?;
-        self.scatter = finetune_compute::kernels::catch(|| self.lora_scatter())?;
+        self.scatter = self.lora_scatter();
         let needs = self.gradient_needs();
         self.blocks.iter_mut().zip(needs).for_each(|(block, needs)| block.needs = needs);
         Ok(&self.layout)
@@ -187,57 +187,52 @@ impl Mmdit {
     /// Names the first parameter that does not fit.
     pub fn set_lora(&mut self, params: &[Param]) -> Result<(), MmditError> {
         self.layout.check(params)?;
-        if let Some((scatter, in_f32)) = &self.scatter {
-            let starts = flat_offsets(params.iter().map(|p| p.value.len()));
-            let mut all = vec![0.0; starts[params.len()]];
-            params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
-            finetune_compute::kernels::catch(|| {
-                self.engine.scatter_lora(scatter, &all);
-                self.in_f32.scatter_lora(in_f32, &all);
-            })?;
-            return Ok(());
+        let starts = flat_offsets(params.iter().map(|p| p.value.len()));
+        let mut all = vec![0.0; starts[params.len()]];
+        params.iter().zip(starts).for_each(|(p, start)| all[start..start + p.value.len()].copy_from_slice(&p.value));
+        if self.scatter.is_some() {
+            self.set_lora_from(&self.device.upload_f32(&all));
+        } else {
+            self.set_each_lora(&all);
         }
-        let layout = std::mem::take(&mut self.layout);
-        let mut slots = vec![None; self.config.linear_sites().len()];
-        layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
-        let set = finetune_compute::kernels::catch(|| {
-            self.each_linear(&mut |engine, linear| {
-                if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
-                    linear.set_lora(engine, slot, module.rank, module.scale() as f32, &params[2 * slot].value, &params[2 * slot + 1].value);
-                }
-            });
-            for block in &mut self.blocks {
-                block.attention.fuse_lora(&self.engine);
-                if let Some(attention) = &mut block.attention2 {
-                    attention.fuse_lora(&self.engine);
-                }
-            }
-        });
-        self.layout = layout;
-        set?;
         Ok(())
     }
 
-    /// As [`Mmdit::set_lora`], from f32 values on the GPU that lie as [`flat_offsets`] says. False: this model takes them from the host only.
-    ///
-    /// # Errors
-    /// If the device fails.
-    #[cfg(feature = "cuda")]
-    pub fn set_lora_from(&mut self, values: &finetune_compute::kernels::Buffer) -> Result<bool, MmditError> {
+    /// As [`Mmdit::set_lora`], from f32 values on the device that lie as [`flat_offsets`] says.
+    pub fn set_lora_from(&mut self, values: &D::Buffer) {
         match &self.scatter {
             Some((scatter, in_f32)) => {
-                finetune_compute::kernels::catch(|| {
-                    self.engine.scatter_lora_from(scatter, values);
-                    self.in_f32.scatter_lora_from(in_f32, values);
-                })?;
-                Ok(true)
+                self.device.scatter_lora(scatter, values);
+                self.in_f32.scatter_lora(in_f32, values);
             }
-            None => Ok(false),
+            None => self.set_each_lora(&self.device.download(values)),
         }
     }
 
+    /// Sets one layer after another.
+    fn set_each_lora(&mut self, values: &[f32]) {
+        let lengths: Vec<usize> = self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()).collect();
+        let starts = flat_offsets(lengths.iter().copied());
+        let part = |i: usize| &values[starts[i]..starts[i] + lengths[i]];
+        let layout = std::mem::take(&mut self.layout);
+        let mut slots = vec![None; self.config.linear_sites().len()];
+        layout.modules.iter().enumerate().for_each(|(slot, module)| slots[module.site.ordinal] = Some((slot, module)));
+        self.each_linear(&mut |device, linear| {
+            if let Some((slot, module)) = slots.get(linear.ordinal()).copied().flatten() {
+                linear.set_lora(device, slot, module.rank, module.scale() as f32, part(2 * slot), part(2 * slot + 1));
+            }
+        });
+        for block in &mut self.blocks {
+            block.attention.fuse_lora(&self.device);
+            if let Some(attention) = &mut block.attention2 {
+                attention.fuse_lora(&self.device);
+            }
+        }
+        self.layout = layout;
+    }
+
     /// Where the device wants the parameters, if it takes all at once.
-    fn lora_scatter(&self) -> Option<(LoraScatter, LoraScatter)> {
+    fn lora_scatter(&self) -> Option<(D::LoraScatter, D::LoraScatter)> {
         let starts = flat_offsets(self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
         let source = |slot: usize, scale: f32| (starts[2 * slot], starts[2 * slot + 1], scale);
         // Layers lend their factors one after another.
@@ -256,7 +251,7 @@ impl Mmdit {
             let with_lora = layers.into_iter().filter_map(Linear::lora);
             with_lora.map(|(factors, slot, scale)| (factors, source(slot, scale))).collect::<Vec<_>>()
         });
-        self.engine.lora_scatter(&layers, &fused_layers, total).zip(self.in_f32.lora_scatter(&in_f32, &[], total))
+        self.device.lora_scatter(&layers, &fused_layers, total).zip(self.in_f32.lora_scatter(&in_f32, &[], total))
     }
 
     /// Which blocks are recomputed in the backward pass instead of keeping their activations: one flag per block, missing
@@ -270,23 +265,23 @@ impl Mmdit {
     /// all that it needs.
     pub fn trim(&self) {
         self.recorded.clear();
-        self.engine.trim();
+        self.device.trim();
     }
 
-    fn each_linear(&mut self, f: &mut dyn FnMut(&Engine, &mut Linear)) {
-        let (engine, in_f32) = (&self.engine, &self.in_f32);
+    fn each_linear(&mut self, f: &mut dyn FnMut(&D, &mut Linear<D>)) {
+        let (device, in_f32) = (&self.device, &self.in_f32);
         for embedder in [&mut self.timestep, &mut self.pooled] {
             f(in_f32, &mut embedder.linear_1);
             f(in_f32, &mut embedder.linear_2);
         }
-        f(engine, &mut self.context_embedder);
+        f(device, &mut self.context_embedder);
         for block in &mut self.blocks {
             f(in_f32, &mut block.norm1);
             f(in_f32, &mut block.norm1_context);
-            block.each_linear(&mut |linear| f(engine, linear));
+            block.each_linear(&mut |linear| f(device, linear));
         }
         f(in_f32, &mut self.norm_out);
-        f(engine, &mut self.proj_out);
+        f(device, &mut self.proj_out);
     }
 
     /// Which gradients each block must pass on, from where the LoRA is.

@@ -6,7 +6,7 @@ use super::block::{BlockModulation, BlockSaved};
 use super::embed::{self, EmbedderSaved};
 use super::{Mmdit, MmditError};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Buffer, Modulation, NormStats, Precision};
+use finetune_compute::kernels::{Device, DeviceBuffer as _, Modulation, NormStats, Precision};
 use finetune_compute::nn::{DropoutKey, Gradients, LinearSaved, Pass};
 
 /// Sizes of a batch.
@@ -29,51 +29,51 @@ pub(super) struct HostInputs {
 
 /// Inputs on the device.
 #[derive(Debug)]
-pub(super) struct Inputs {
+pub(super) struct Inputs<D: Device> {
     pub(super) sizes: Sizes,
-    positions: Arc<Buffer>,
+    positions: Arc<D::Buffer>,
     /// [B · N, C · p · p].
-    patches: Buffer,
+    patches: D::Buffer,
     /// Of the timesteps [B, 256].
-    features: Buffer,
-    pooled: Buffer,
-    prompt: Buffer,
+    features: D::Buffer,
+    pooled: D::Buffer,
+    prompt: D::Buffer,
 }
 
 /// What a block leaves for its backward.
 #[derive(Debug)]
-enum Kept {
+enum Kept<D: Device> {
     /// Nothing: no gradient passes through it.
     Nothing,
     /// Its activations.
-    Activations(Box<BlockSaved>),
+    Activations(Box<BlockSaved<D>>),
     /// Its inputs, from which it is computed again.
-    Inputs(Buffer, Buffer),
+    Inputs(D::Buffer, D::Buffer),
 }
 
 /// What [`Mmdit::forward`] keeps for [`Mmdit::backward`]. Memory is given back piece by piece during the backward.
 #[derive(Debug)]
-pub struct Saved {
+pub struct Saved<D: Device> {
     pub(super) sizes: Sizes,
     dropout: Option<DropoutKey>,
-    timestep: EmbedderSaved,
-    pooled: EmbedderSaved,
+    timestep: EmbedderSaved<D>,
+    pooled: EmbedderSaved<D>,
     /// Timestep and pooled embedding together [batch, D], and its SiLU.
-    conditioning: (Buffer, Buffer),
+    conditioning: (D::Buffer, D::Buffer),
     /// Prompt embeddings, if the context embedder has LoRA.
-    prompt: Option<Buffer>,
-    context_embedder: LinearSaved,
-    modulations: Vec<BlockModulation>,
-    modulation_layers: Vec<(LinearSaved, LinearSaved)>,
-    blocks: Vec<Kept>,
+    prompt: Option<D::Buffer>,
+    context_embedder: LinearSaved<D>,
+    modulations: Vec<BlockModulation<D>>,
+    modulation_layers: Vec<(LinearSaved<D>, LinearSaved<D>)>,
+    blocks: Vec<Kept<D>>,
     /// The last block's output, statistics and modulation of the final norm.
-    x: Buffer,
-    stats: NormStats,
-    norm_out: Buffer,
-    norm_out_layer: LinearSaved,
+    x: D::Buffer,
+    stats: NormStats<D::Buffer>,
+    norm_out: D::Buffer,
+    norm_out_layer: LinearSaved<D>,
     /// The final norm's output, if the projection has LoRA.
-    normal: Option<Buffer>,
-    proj_out: LinearSaved,
+    normal: Option<D::Buffer>,
+    proj_out: LinearSaved<D>,
 }
 
 /// Whether a forward keeps what a backward needs, and which blocks it leaves out.
@@ -83,7 +83,7 @@ pub(super) enum Mode<'a> {
     Only { skip_blocks: &'a [usize] },
 }
 
-impl Mmdit {
+impl<D: Device> Mmdit<D> {
     /// Predicts the velocity for training.
     ///
     /// `x` `[B, C, h, w]` noisy latents, `timestep` `[B]` in 0..=1000, `prompt_embeds` `[B, S, J]`, `pooled` `[B, P]`.
@@ -98,21 +98,17 @@ impl Mmdit {
         prompt_embeds: &HostTensor,
         pooled: &HostTensor,
         dropout: Option<&DropoutKey>,
-    ) -> Result<(HostTensor, Saved), MmditError> {
-        if let Some(key) = dropout.filter(|k| k.samples.len() != x.samples()) {
-            return Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() });
-        }
-        finetune_compute::kernels::catch(|| {
-            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
-            let (out, saved) = self.run(&inputs, dropout, 1.0, Mode::Train);
-            Ok((self.velocity(&out, saved.sizes)?, saved))
-        })?
+    ) -> Result<(HostTensor, Saved<D>), MmditError> {
+        check_dropout(dropout, x)?;
+        let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+        let (out, saved) = self.run(&inputs, dropout, 1.0, Mode::Train);
+        Ok((self.velocity(&out, saved.sizes)?, saved))
     }
 
     /// The output [B · h/p · w/p, p · p · C] as velocity [B, C, h, w] on the host.
-    fn velocity(&self, out: &Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<HostTensor, MmditError> {
+    fn velocity(&self, out: &D::Buffer, Sizes { batch, pixels, .. }: Sizes) -> Result<HostTensor, MmditError> {
         let (channels, p) = (self.config.out_channels(), self.config.patch_size);
-        let velocity = embed::unpatchify(&self.engine.download(out), batch, channels, pixels, p);
+        let velocity = embed::unpatchify(&self.device.download(out), batch, channels, pixels, p);
         Ok(HostTensor::new(velocity, [batch, channels, pixels.0, pixels.1])?)
     }
 
@@ -130,11 +126,9 @@ impl Mmdit {
         lora_scale: f64,
         skip_blocks: &[usize],
     ) -> Result<HostTensor, MmditError> {
-        finetune_compute::kernels::catch(|| {
-            let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
-            let (out, saved) = self.run(&inputs, None, lora_scale as f32, Mode::Only { skip_blocks });
-            self.velocity(&out, saved.sizes)
-        })?
+        let inputs = self.upload(x, timestep, prompt_embeds, pooled)?;
+        let (out, saved) = self.run(&inputs, None, lora_scale as f32, Mode::Only { skip_blocks });
+        self.velocity(&out, saved.sizes)
     }
 
     fn sizes(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<Sizes, MmditError> {
@@ -162,9 +156,9 @@ impl Mmdit {
     }
 
     /// For the blocks, and for what makes modulations.
-    fn passes<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> (Pass<'a>, Pass<'a>) {
-        let pass = Pass { engine: &self.engine, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) };
-        (pass, Pass { engine: &self.in_f32, ..pass })
+    fn passes<'a>(&'a self, dropout: Option<&'a DropoutKey>, lora_scale: f32) -> (Pass<'a, D>, Pass<'a, D>) {
+        let pass = Pass { device: &self.device, lora_scale, dropout: dropout.map(|key| (key, self.layout.dropout)) };
+        (pass, Pass { device: &self.in_f32, ..pass })
     }
 
     /// Asks for weights of block `i` that stay in their file to be read before they are used.
@@ -205,46 +199,46 @@ impl Mmdit {
     }
 
     /// The inputs on the device.
-    pub(super) fn upload(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<Inputs, MmditError> {
-        let (engine, host) = (&self.engine, self.host_inputs(x, timestep, prompt_embeds, pooled)?);
-        let positions = self.positions.crop(engine, &self.config, host.sizes.patches.0, host.sizes.patches.1);
-        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::Positions::NAME.into(), problem: "it cannot be read".into() })?;
+    pub(super) fn upload(&self, x: &HostTensor, timestep: &HostTensor, prompt_embeds: &HostTensor, pooled: &HostTensor) -> Result<Inputs<D>, MmditError> {
+        let (device, host) = (&self.device, self.host_inputs(x, timestep, prompt_embeds, pooled)?);
+        let positions = self.positions.crop(device, &self.config, host.sizes.patches.0, host.sizes.patches.1);
+        let positions = positions.ok_or_else(|| MmditError::Weight { name: embed::POSITIONS.into(), problem: "it cannot be read".into() })?;
         Ok(Inputs {
             sizes: host.sizes,
             positions,
-            patches: engine.upload(&host.patches),
+            patches: device.upload(&host.patches),
             features: self.in_f32.upload(&host.features),
             pooled: self.in_f32.upload(pooled.values()),
-            prompt: engine.upload(prompt_embeds.values()),
+            prompt: device.upload(prompt_embeds.values()),
         })
     }
 
     /// As [`Mmdit::upload`], in the place of inputs of the same sizes.
     pub(super) fn overwrite(
         &self,
-        inputs: &Inputs,
+        inputs: &mut Inputs<D>,
         x: &HostTensor,
         timestep: &HostTensor,
         prompt_embeds: &HostTensor,
         pooled: &HostTensor,
     ) -> Result<(), MmditError> {
         let host = self.host_inputs(x, timestep, prompt_embeds, pooled)?;
-        self.engine.overwrite(&inputs.patches, &host.patches);
-        self.engine.overwrite(&inputs.features, &host.features);
-        self.engine.overwrite(&inputs.pooled, pooled.values());
-        self.engine.overwrite(&inputs.prompt, prompt_embeds.values());
+        self.device.overwrite(&mut inputs.patches, &host.patches);
+        self.device.overwrite(&mut inputs.features, &host.features);
+        self.device.overwrite(&mut inputs.pooled, pooled.values());
+        self.device.overwrite(&mut inputs.prompt, prompt_embeds.values());
         Ok(())
     }
 
-    pub(super) fn run(&self, inputs: &Inputs, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (Buffer, Saved) {
-        let (config, engine, in_f32) = (&self.config, &self.engine, &self.in_f32);
+    pub(super) fn run(&self, inputs: &Inputs<D>, dropout: Option<&DropoutKey>, lora_scale: f32, mode: Mode<'_>) -> (D::Buffer, Saved<D>) {
+        let (config, device, in_f32) = (&self.config, &self.device, &self.in_f32);
         let sizes = inputs.sizes;
         let Sizes { batch, patches, .. } = sizes;
         let (pass, f32_pass) = self.passes(dropout, lora_scale);
         let d = config.width();
 
         let (mut x, _) = self.patch.forward(pass, batch * patches.0 * patches.1, &inputs.patches);
-        engine.add(&mut x, &inputs.positions);
+        device.add(&mut x, &inputs.positions);
 
         let (mut conditioning, timestep_saved) = self.timestep.forward(f32_pass, batch, in_f32.copy(&inputs.features));
         let (pooled, pooled_saved) = self.pooled.forward(f32_pass, batch, in_f32.copy(&inputs.pooled));
@@ -252,7 +246,7 @@ impl Mmdit {
         let activated = in_f32.silu(&conditioning);
 
         let (c, context_saved) = self.context_embedder.forward(pass, batch * sizes.context, &inputs.prompt);
-        let prompt = self.context_embedder.has_lora().then(|| engine.copy(&inputs.prompt));
+        let prompt = self.context_embedder.has_lora().then(|| device.copy(&inputs.prompt));
 
         // All modulations of the step at once, outside what is recomputed.
         let (mut modulations, mut modulation_layers) = (Vec::new(), Vec::new());
@@ -260,7 +254,7 @@ impl Mmdit {
         self.read_ahead(0, "");
         let together = self.modulation.as_ref().filter(|_| !self.modulation_has_lora());
         let mut parts = together.map(|fused| in_f32.fused_forward(batch, &activated, fused, 0.0).0.into_iter());
-        let mut modulate = |layer: &finetune_compute::nn::Linear| match parts.as_mut().and_then(Iterator::next) {
+        let mut modulate = |layer: &finetune_compute::nn::Linear<D>| match parts.as_mut().and_then(Iterator::next) {
             Some(part) => (part, LinearSaved::default()),
             None => layer.forward(f32_pass, batch, &activated),
         };
@@ -287,7 +281,7 @@ impl Mmdit {
                 Mode::Only { .. } => (false, false),
                 Mode::Train => (self.is_trained(i), self.recompute[i]),
             };
-            let inputs = (keep && recompute).then(|| Kept::Inputs(engine.copy(&x), engine.copy(&context)));
+            let inputs = (keep && recompute).then(|| Kept::Inputs(device.copy(&x), device.copy(&context)));
             let (next, next_context, mut saved) = block.forward(pass, batch, x, context, &modulations[i]);
             (x, c) = (next, next_context);
             kept.push(match inputs {
@@ -304,7 +298,7 @@ impl Mmdit {
 
         let rows = batch * patches.0 * patches.1;
         let m = Modulation { values: &norm_out, stride: 2 * d, tokens: rows / batch, width: d };
-        let (normal, stats) = engine.modulate(&x, m, d, 0);
+        let (normal, stats) = device.modulate(&x, m, d, 0);
         let (out, proj_out) = self.proj_out.forward(pass, rows, &normal);
         let saved = Saved {
             sizes,
@@ -331,7 +325,7 @@ impl Mmdit {
     ///
     /// # Errors
     /// If `d_velocity` does not fit.
-    pub fn backward(&self, saved: Saved, d_velocity: &HostTensor) -> Result<Vec<Vec<f32>>, MmditError> {
+    pub fn backward(&self, saved: Saved<D>, d_velocity: &HostTensor) -> Result<Vec<Vec<f32>>, MmditError> {
         let Sizes { batch, pixels, .. } = saved.sizes;
         let (channels, p) = (self.config.out_channels(), self.config.patch_size);
         if d_velocity.shape() != [batch, channels, pixels.0, pixels.1] {
@@ -343,40 +337,40 @@ impl Mmdit {
         if scale != 1.0 {
             patches.iter_mut().for_each(|d| *d *= scale);
         }
-        Ok(finetune_compute::kernels::catch(|| unscaled(self.gradients(saved, &self.engine.upload(&patches)).download(&self.engine), scale))?)
+        Ok(unscaled(self.gradients(saved, &self.device.upload(&patches)).download(&self.device), scale))
     }
 
     /// What gradients are multiplied with on their way through the model: a power of two that brings `most`, the largest of the
     /// output's, near 1 where the precision has few small numbers; else 1.
     pub(super) fn gradient_scale(&self, most: f32) -> f32 {
-        if self.engine.precision() == Precision::F16 && most.is_normal() { (-most.log2().floor()).clamp(-60.0, 60.0).exp2() } else { 1.0 }
+        if self.device.precision() == Precision::F16 && most.is_normal() { (-most.log2().floor()).clamp(-60.0, 60.0).exp2() } else { 1.0 }
     }
 
     /// Gradients of the LoRA parameters, given those of the output's patches.
-    pub(super) fn gradients(&self, mut saved: Saved, dy: &Buffer) -> Gradients {
-        let (config, engine, in_f32) = (&self.config, &self.engine, &self.in_f32);
+    pub(super) fn gradients(&self, mut saved: Saved<D>, dy: &D::Buffer) -> Gradients<D> {
+        let (config, device, in_f32) = (&self.config, &self.device, &self.in_f32);
         let Sizes { batch, patches, context, .. } = saved.sizes;
         let dropout = saved.dropout.take();
         let (pass, f32_pass) = self.passes(dropout.as_ref(), 1.0);
         let (d, rows) = (config.width(), batch * patches.0 * patches.1);
-        let mut gradients = Gradients::zeros(engine, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
+        let mut gradients = Gradients::zeros(device, self.layout.parameters().iter().map(|(_, shape)| shape.iter().product()));
 
         // Output: projection, final norm.
         let conditioning_trained = self.timestep.has_lora() || self.pooled.has_lora();
         let norm_out_trained = conditioning_trained || self.norm_out.has_lora();
         let blocks_trained = (0..self.blocks.len()).any(|i| self.is_trained(i));
         let through = blocks_trained || norm_out_trained;
-        let mut d_normal = through.then(|| engine.alloc(rows * d));
+        let mut d_normal = through.then(|| device.alloc(rows * d));
         self.proj_out.backward(pass, rows, saved.normal.as_ref(), &saved.proj_out, dy, d_normal.as_mut().map(|b| (b, false)), &mut gradients);
         let Some(d_normal) = d_normal else { return gradients };
-        let mut dx = engine.zeros(rows * d);
+        let mut dx = device.zeros(rows * d);
         let mut d_norm_out = norm_out_trained.then(|| in_f32.zeros(batch * 2 * d));
         let m = Modulation { values: &saved.norm_out, stride: 2 * d, tokens: rows / batch, width: d };
-        engine.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
+        device.modulate_backward(&saved.x, &saved.stats, m, d, 0, &d_normal, Some(&mut dx), d_norm_out.as_mut());
         drop(d_normal);
 
         // Blocks, last first; the context's gradient begins in the last.
-        let mut dc = engine.zeros(batch * context * d);
+        let mut dc = device.zeros(batch * context * d);
         let mut d_activated = conditioning_trained.then(|| in_f32.zeros(batch * d));
         let activated = &saved.conditioning.1;
         for (i, block) in self.blocks.iter().enumerate().rev() {
@@ -398,7 +392,7 @@ impl Mmdit {
             };
             block.backward(pass, batch, &activations, modulation, &mut dx, &mut dc, &mut d_modulation, &mut gradients);
             let (image, context) = &saved.modulation_layers[i];
-            let mut conditioned = |linear: &finetune_compute::nn::Linear, layer: &LinearSaved, dm: &Buffer, wanted: bool| {
+            let mut conditioned = |linear: &finetune_compute::nn::Linear<D>, layer: &LinearSaved<D>, dm: &D::Buffer, wanted: bool| {
                 if wanted {
                     linear.backward(f32_pass, batch, Some(activated), layer, dm, d_activated.as_mut().map(|b| (b, true)), &mut gradients);
                 }
@@ -421,6 +415,14 @@ impl Mmdit {
             self.pooled.backward(f32_pass, batch, &saved.pooled, &d_conditioning, &mut gradients);
         }
         gradients
+    }
+}
+
+/// Every sample needs a name of its own.
+pub(super) fn check_dropout(dropout: Option<&DropoutKey>, x: &HostTensor) -> Result<(), MmditError> {
+    match dropout.filter(|key| key.samples.len() != x.samples()) {
+        Some(key) => Err(MmditError::Input { input: "dropout key", got: vec![key.samples.len()], expected: "one name per sample".into() }),
+        None => Ok(()),
     }
 }
 

@@ -11,8 +11,10 @@ use super::*;
 use crate::lora::EVERY_TARGET;
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
+use finetune_compute::kernels::Cpu;
 use finetune_compute::nn::DropoutKey;
-use finetune_compute::optim::{AdamW, AdamWSettings, Optimizer as _};
+use finetune_compute::nn::flow_matching::{LossKind, Weighting, loss};
+use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Parameters};
 
 fn config(dual: &[usize]) -> MmditConfig {
     MmditConfig {
@@ -75,9 +77,9 @@ fn spec(targets: &[&str], dropout: f64) -> LoraSpec {
 
 const ATTENTION: [&str; 8] = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"];
 
-fn model(config: &MmditConfig, spec: &LoraSpec) -> (tempfile::TempDir, Mmdit, Vec<Param>) {
+fn model(config: &MmditConfig, spec: &LoraSpec) -> (tempfile::TempDir, Mmdit<Cpu>, Vec<Param>) {
     let (dir, weights) = weights(config, false);
-    let mut model = Mmdit::load(weights, config.clone(), &Engine::cpu()).unwrap();
+    let mut model = Mmdit::load(weights, config.clone(), &Cpu::default()).unwrap();
     let mut params = model.attach_lora(spec).unwrap().init(1);
     for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
         param.value = random(param.value.len(), 1000 + i as u64, 0.05);
@@ -121,13 +123,13 @@ impl Batch {
         }
     }
 
-    fn step(&self, model: &Mmdit) -> (Vec<f32>, Vec<Vec<f32>>) {
+    fn step(&self, model: &Mmdit<Cpu>) -> (Vec<f32>, Vec<Vec<f32>>) {
         let (velocity, saved) = model.forward(&self.x, &self.timestep, &self.prompt, &self.pooled, Some(&self.key)).unwrap();
         let gradients = model.backward(saved, &self.d_velocity).unwrap();
         (values(&velocity), gradients)
     }
 
-    fn sample(&self, model: &Mmdit, scale: f64, skip: &[usize]) -> Vec<f32> {
+    fn sample(&self, model: &Mmdit<Cpu>, scale: f64, skip: &[usize]) -> Vec<f32> {
         values(&model.forward_only(&self.x, &self.timestep, &self.prompt, &self.pooled, scale, skip).unwrap())
     }
 }
@@ -175,7 +177,7 @@ fn stored_weights_give_the_same_bits_as_converted_ones() {
     let (_dir, weights) = weights(&config, true);
     let batch = batch(&config, 2);
     let run = |convert| {
-        let mut model = load(&weights, config.clone(), Engine::cpu(), convert).unwrap();
+        let mut model = load(&weights, config.clone(), Cpu::default(), convert).unwrap();
         let params = model.attach_lora(&spec(&ATTENTION, 0.0)).unwrap().init(3);
         model.set_lora(&params).unwrap();
         batch.step(&model)
@@ -207,13 +209,17 @@ fn every_parameter_is_trained() {
         let config = config(dual);
         let (_dir, mut model, _) = model(&config, &spec(targets, 0.0));
         let layout = model.layout().clone();
-        let mut params = layout.init(5);
+        let params = layout.init(5);
         model.set_lora(&params).unwrap();
         let batch = batch(&config, 2);
         let (_, gradients) = batch.step(&model);
         assert!(params.iter().zip(&gradients).filter(|(p, _)| p.name.contains("lora_A")).all(|(_, g)| g.iter().all(|v| *v == 0.0)));
-        AdamW::new(AdamWSettings::default(), &params).step(&mut params, &gradients, 1e-3);
-        model.set_lora(&params).unwrap();
+        let device = Cpu::default();
+        let mut parameters = Parameters::new(&device, OptimizerSettings::AdamW(AdamWSettings::default()), &params);
+        let starts = flat_offsets(gradients.iter().map(Vec::len));
+        gradients.iter().zip(starts).for_each(|(g, start)| parameters.sums()[start..start + g.len()].copy_from_slice(g));
+        parameters.step(1e-3);
+        model.set_lora_from(parameters.values());
         let (_, gradients) = batch.step(&model);
         for (param, gradient) in params.iter().zip(&gradients) {
             let discarded = param.name.contains("transformer_blocks.2.attn.add_q_proj");
@@ -253,6 +259,37 @@ fn gradients_are_slopes_of_the_objective() {
     }
 }
 
+/// A whole step is forward, loss and backward one after another: the same gradients, bit for bit; losses come in two floats.
+#[test]
+fn a_step_is_forward_loss_and_backward() {
+    for precondition_outputs in [true, false] {
+        let config = config(&[1]);
+        let (_dir, model, params) = model(&config, &spec(&EVERY_TARGET, 0.2));
+        let batch = batch(&config, 2);
+        let (x0, noise) = (random(batch.x.values().len(), 60, 1.0), random(batch.x.values().len(), 61, 1.0));
+        let (sigmas, coefficients) = ([0.3, 0.8], [0.25, 0.7]);
+        let kind = LossKind { weighting: Weighting::Cosmap, precondition_outputs };
+        let (velocity, saved) = model.forward(&batch.x, &batch.timestep, &batch.prompt, &batch.pooled, Some(&batch.key)).unwrap();
+        let want = loss(kind, velocity.values(), &x0, &noise, &sigmas, &coefficients);
+        let gradients = model.backward(saved, &HostTensor::new(want.d_velocity, velocity.shape()).unwrap()).unwrap();
+
+        let inputs = MmditInputs { x: &batch.x, timestep: &batch.timestep, prompt_embeds: &batch.prompt, pooled: &batch.pooled };
+        let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
+        let (losses, got) = model.flow_step(inputs, Some(&batch.key), &target).unwrap();
+        assert!(got == gradients && got.iter().flatten().any(|g| *g != 0.0));
+        for (got, want) in losses.iter().zip(&want.per_sample) {
+            assert!((got - want).abs() < 1e-12 * want, "{got} {want}");
+        }
+        let mut sum = Cpu::default().zeros_f32(flat_offsets(params.iter().map(|p| p.value.len()))[params.len()]);
+        for _ in 0..2 {
+            assert_eq!(model.flow_step_into(inputs, Some(&batch.key), &target, &mut sum).unwrap(), losses);
+        }
+        for (gradient, start) in gradients.iter().zip(flat_offsets(gradients.iter().map(Vec::len))) {
+            assert!(sum[start..].iter().zip(gradient).all(|(sum, g)| *sum == g + g), "twice");
+        }
+    }
+}
+
 #[test]
 fn sampling_scales_lora_and_skips_blocks() {
     let config = config(&[1]);
@@ -280,7 +317,7 @@ fn sampling_scales_lora_and_skips_blocks() {
 fn what_does_not_fit_is_named() {
     let config = config(&[]);
     let (dir, weights) = weights(&config, false);
-    let model = Mmdit::load(Arc::clone(&weights), config.clone(), &Engine::cpu()).unwrap();
+    let model = Mmdit::load(Arc::clone(&weights), config.clone(), &Cpu::default()).unwrap();
     let good = batch(&config, 2);
     let error = |x: &HostTensor, t: &HostTensor, e: &HostTensor, p: &HostTensor| model.forward_only(x, t, e, p, 1.0, &[]).unwrap_err().to_string();
     let odd = HostTensor::zeros([2, 4, 5, 4]);
@@ -291,6 +328,6 @@ fn what_does_not_fit_is_named() {
     assert!(error(&good.x, &good.timestep, &HostTensor::zeros([2, 7, 3]), &good.pooled).contains("prompt"));
     assert!(error(&good.x, &good.timestep, &good.prompt, &good.prompt).contains("pooled"));
     let other = MmditConfig { num_layers: 4, ..config };
-    assert!(Mmdit::load(weights, other, &Engine::cpu()).unwrap_err().to_string().contains("transformer_blocks.2.norm1_context"));
+    assert!(Mmdit::load(weights, other, &Cpu::default()).unwrap_err().to_string().contains("transformer_blocks.2.norm1_context"));
     drop(dir);
 }

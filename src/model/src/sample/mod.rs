@@ -2,15 +2,19 @@
 //! `StableDiffusion3Pipeline`.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use crate::layout::{LayoutError, SchedulerConfig};
-use crate::lora::LoraError;
-use crate::mmdit::{Mmdit, MmditError};
+use crate::lora::{LoraError, LoraLayout};
+use crate::mmdit::{Mmdit, MmditConfig, MmditError};
 use crate::text::{PromptEmbedding, TextError};
 use crate::vae::VaeError;
-use crate::weights::WeightsError;
+use crate::weights::{Weights, WeightsError};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
+use finetune_compute::kernels::{Device, Engine, catch};
+use finetune_compute::optim::Param;
+use finetune_compute::with_device;
 
 mod font;
 mod picture;
@@ -152,7 +156,7 @@ pub trait Velocity {
     -> Result<HostTensor, SampleError>;
 }
 
-impl Velocity for Mmdit {
+impl<D: Device> Velocity for Mmdit<D> {
     fn velocity(
         &self,
         x: &HostTensor,
@@ -161,8 +165,29 @@ impl Velocity for Mmdit {
         lora_scale: f64,
         skip_blocks: &[usize],
     ) -> Result<HostTensor, SampleError> {
-        Ok(self.forward_only(x, timestep, &prompts.embeds, &prompts.pooled, lora_scale, skip_blocks)?)
+        Ok(catch(|| self.forward_only(x, timestep, &prompts.embeds, &prompts.pooled, lora_scale, skip_blocks)).map_err(MmditError::from)??)
     }
+}
+
+/// Loads a transformer onto the engine's device to sample with it, with a LoRA if there is one.
+///
+/// # Errors
+/// If a weight or the LoRA does not fit, or the device fails.
+pub fn transformer(
+    weights: Weights,
+    config: MmditConfig,
+    engine: &Engine,
+    lora: Option<(LoraLayout, Vec<Param>)>,
+) -> Result<Box<dyn Velocity + Send + Sync>, MmditError> {
+    fn load<D: Device>(weights: Weights, config: MmditConfig, device: &D, lora: Option<(LoraLayout, Vec<Param>)>) -> Result<Mmdit<D>, MmditError> {
+        let mut model = Mmdit::load(Arc::new(weights), config, device)?;
+        if let Some((layout, params)) = lora {
+            model.attach_layout(layout)?;
+            model.set_lora(&params)?;
+        }
+        Ok(model)
+    }
+    with_device!(engine, device => Ok(Box::new(catch(|| load(weights, config, device, lora))??)))
 }
 
 /// Initial latents [1, channels, height, width] of picture `index`: standard normal, named by (seed, index).
@@ -179,7 +204,7 @@ pub fn initial_latents(seed: u64, index: u64, channels: usize, height: usize, wi
 /// # Errors
 /// If a setting is out of range, an input does not fit, the model's output is not finite, or `on_step` asked to stop.
 pub fn denoise(
-    model: &impl Velocity,
+    model: &dyn Velocity,
     scheduler: &SchedulerConfig,
     latents: &HostTensor,
     prompts: &PromptBatch,

@@ -1,14 +1,13 @@
 //! From prompts to pictures, one model in memory at a time: text encoders, transformer, VAE decoder.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use image::RgbImage;
 
-use super::{Denoise, PromptBatch, SampleError, denoise, initial_latents, to_pictures};
+use super::{Denoise, PromptBatch, SampleError, Velocity, denoise, initial_latents, to_pictures, transformer};
 use crate::layout::{ModelDir, Part};
 use crate::lora::{LoraState, stack};
-use crate::mmdit::{Mmdit, MmditConfig};
+use crate::mmdit::MmditConfig;
 use crate::text::{EncodeProgress, PromptEncoder};
 use crate::vae::{VaeConfig, VaeDecoder};
 use crate::weights::Weights;
@@ -121,7 +120,7 @@ impl Pipeline {
                 let before = (variant * prompts.len() + index) * steps;
                 let noise = initial_latents(settings.seed, index as u64, self.transformer.in_channels, height, width);
                 let prompt = PromptBatch::stack(&[prompt])?;
-                row.push(denoise(&transformer, &scheduler, &noise, &prompt, &negative, &how, &mut |done| {
+                row.push(denoise(transformer.as_ref(), &scheduler, &noise, &prompt, &negative, &how, &mut |done| {
                     on_stage(Stage::Sampling { done: before + done, total })
                 })?);
             }
@@ -147,24 +146,21 @@ impl Pipeline {
         Ok(pictures)
     }
 
-    fn load_transformer(&self) -> Result<Mmdit, SampleError> {
+    fn load_transformer(&self) -> Result<Box<dyn Velocity + Send + Sync>, SampleError> {
         let weights = Weights::open(&self.model.path(Part::Transformer))?;
-        let mut transformer = Mmdit::load(Arc::new(weights), self.transformer.clone(), &self.engine)?;
         let sites = self.transformer.linear_sites();
         let resolve = |(lora, factor): &(LoraState, f64)| lora.resolve(&sites).map(|(layout, params)| (layout, params, *factor));
         let mut loras = self.loras.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
-        let (layout, params) = match loras.pop() {
-            None => return Ok(transformer),
+        let lora = match loras.pop() {
+            None => None,
             // One alone keeps its bits.
-            Some((layout, params, 1.0)) if loras.is_empty() => (layout, params),
+            Some((layout, params, 1.0)) if loras.is_empty() => Some((layout, params)),
             Some(last) => {
                 loras.push(last);
-                stack(&loras)?
+                Some(stack(&loras)?)
             }
         };
-        transformer.attach_layout(layout)?;
-        transformer.set_lora(&params)?;
-        Ok(transformer)
+        Ok(transformer(weights, self.transformer.clone(), &self.engine, lora)?)
     }
 
     /// Height and width of latents; the settings that depend on the model are checked.

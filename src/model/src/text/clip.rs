@@ -9,7 +9,7 @@ use super::TextError;
 use super::layers::{Batching, Layers, Shape, linear, table, vector};
 use crate::layout::ComponentConfig;
 use crate::weights::{Weights, WeightsError};
-use finetune_compute::kernels::{Buffer, Engine, StoredMatrix as _, TextActivation, TextAttention};
+use finetune_compute::kernels::{Cpu, Device, StoredMatrix as _, TextActivation, TextAttention};
 
 /// `config.json` of a CLIP text encoder.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -125,18 +125,18 @@ fn embed(weights: &Weights, config: &ClipConfig, batch: &[Vec<u32>], rows: usize
 
 /// What is done to a caption's end token, on the CPU.
 struct Pooling {
-    engine: Engine,
-    norm: [Buffer; 2],
-    projection: finetune_compute::kernels::FrozenMatrix,
+    device: Cpu,
+    norm: [<Cpu as Device>::Buffer; 2],
+    projection: <Cpu as Device>::Weight,
 }
 
 impl Pooling {
     fn load(weights: &Weights, config: &ClipConfig) -> Result<Self, WeightsError> {
         const PROJECTION: &str = "text_projection.weight";
-        let (engine, d) = (Engine::cpu(), config.hidden_size);
-        let norm = |part: &str| Ok::<_, WeightsError>(engine.upload(&vector(weights, &format!("text_model.final_layer_norm.{part}"), d)?));
+        let (device, d) = (Cpu::default(), config.hidden_size);
+        let norm = |part: &str| Ok::<_, WeightsError>(device.upload(&vector(weights, &format!("text_model.final_layer_norm.{part}"), d)?));
         weights.view_of_shape(PROJECTION, &[config.projection_dim, d])?;
-        Ok(Self { norm: [norm("weight")?, norm("bias")?], projection: engine.frozen(config.projection_dim, d, &weights.f32(PROJECTION)?), engine })
+        Ok(Self { norm: [norm("weight")?, norm("bias")?], projection: device.frozen(config.projection_dim, d, &weights.f32(PROJECTION)?), device })
     }
 
     /// The projection of the final norm of each caption's end token, from its final states [tokens, hidden_size].
@@ -144,42 +144,42 @@ impl Pooling {
         let d = config.hidden_size;
         let ends: Vec<f32> = captions.flat_map(|(ids, states)| states[pooled_position(ids, config.eos_token_id) * d..][..d].iter().copied()).collect();
         let rows = ends.len() / d;
-        let normal = self.engine.layer_norm(&self.engine.upload(&ends), &self.norm[0], &self.norm[1], config.layer_norm_eps as f32);
-        let mut pooled = self.engine.alloc(rows * config.projection_dim);
-        self.engine.linear(rows, &normal, &self.projection, None, None, &mut pooled);
-        self.engine.download(&pooled).chunks_exact(config.projection_dim).map(<[f32]>::to_vec).collect()
+        let normal = self.device.layer_norm(&self.device.upload(&ends), &self.norm[0], &self.norm[1], config.layer_norm_eps as f32);
+        let mut pooled = self.device.alloc(rows * config.projection_dim);
+        self.device.linear(rows, &normal, &self.projection, None, None, &mut pooled);
+        self.device.download(&pooled).chunks_exact(config.projection_dim).map(<[f32]>::to_vec).collect()
     }
 }
 
 /// The biases and norms of a layer, on the device.
-struct Vectors {
-    norm1: [Buffer; 2],
-    norm2: [Buffer; 2],
-    qkv: Buffer,
-    out: Buffer,
-    fc1: Buffer,
-    fc2: Buffer,
+struct Vectors<D: Device> {
+    norm1: [D::Buffer; 2],
+    norm2: [D::Buffer; 2],
+    qkv: D::Buffer,
+    out: D::Buffer,
+    fc1: D::Buffer,
+    fc2: D::Buffer,
 }
 
-impl Vectors {
-    fn load(engine: &Engine, layers: &Layers<'_>, config: &ClipConfig, index: usize) -> Result<Self, WeightsError> {
+impl<D: Device> Vectors<D> {
+    fn load(device: &D, layers: &Layers<'_>, config: &ClipConfig, index: usize) -> Result<Self, WeightsError> {
         let d = config.hidden_size;
-        let f32 = |name: &str| Ok::<_, WeightsError>(engine.upload_f32(&layers.vector(index, &[name], d)?));
+        let f32 = |name: &str| Ok::<_, WeightsError>(device.upload_f32(&layers.vector(index, &[name], d)?));
         // In the type of what they are added to: the residual stream's is f32.
         Ok(Self {
             norm1: [f32("layer_norm1.weight")?, f32("layer_norm1.bias")?],
             norm2: [f32("layer_norm2.weight")?, f32("layer_norm2.bias")?],
-            qkv: engine.upload(&layers.vector(index, &["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"], d)?),
+            qkv: device.upload(&layers.vector(index, &["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"], d)?),
             out: f32("self_attn.out_proj.bias")?,
-            fc1: engine.upload(&layers.vector(index, &["mlp.fc1.bias"], config.intermediate_size)?),
+            fc1: device.upload(&layers.vector(index, &["mlp.fc1.bias"], config.intermediate_size)?),
             fc2: f32("mlp.fc2.bias")?,
         })
     }
 }
 
 /// Encodes token ids; one output for each batch of captions. `progress` gets the number of layers done.
-pub(super) fn encode(
-    engine: &Engine,
+pub(super) fn encode<D: Device>(
+    device: &D,
     weights: &Weights,
     config: &ClipConfig,
     ids: &[Vec<u32>],
@@ -195,41 +195,41 @@ pub(super) fn encode(
         Shape { names: &["mlp.fc2"], outputs: d, inputs: ff },
     ];
     let layers = Layers::new(weights, "text_model.encoder.layers.", count, shapes)?;
-    let vectors = (0..count).map(|i| Vectors::load(engine, &layers, config, i)).collect::<Result<Vec<_>, _>>()?;
+    let vectors = (0..count).map(|i| Vectors::load(device, &layers, config, i)).collect::<Result<Vec<_>, _>>()?;
     let activation = match config.hidden_act {
         Activation::QuickGelu => TextActivation::QuickGelu,
         Activation::Gelu => TextActivation::Gelu,
     };
     let attention = TextAttention { tokens, heads, dim, scale: 1.0 / (dim as f32).sqrt(), causal: true };
-    let batching = Batching::new(engine, tokens, d);
+    let batching = Batching::new(device.is_batch_invariant(), tokens, d);
     let pooling = Pooling::load(weights, config)?;
     let mut outputs = Vec::new();
     for pass in ids.chunks(batching.pass()) {
         let mut states = Vec::new();
         for batch in pass.chunks(batching.captions) {
             let rows = batching.rows(batch);
-            states.push((rows, engine.upload_f32(&embed(weights, config, batch, rows)?)));
+            states.push((rows, device.upload_f32(&embed(weights, config, batch, rows)?)));
         }
         weights.release("text_model.embeddings.");
         // With a single layer the last but one state is the embedding.
-        let mut hidden: Vec<Buffer> = if count == 1 { states.iter().map(|(_, state)| engine.copy(state)).collect() } else { Vec::new() };
-        engine.stream_layers(count, &layers, &mut |index, matrices| {
+        let mut hidden: Vec<D::Buffer> = if count == 1 { states.iter().map(|(_, state)| device.copy(state)).collect() } else { Vec::new() };
+        device.stream_layers(count, &layers, &mut |index, matrices| {
             progress(index)?;
             let (&[qkv, out, fc1, fc2], own) = (matrices, &vectors[index]) else { return Ok(()) };
             for (rows, state) in &mut states {
-                let h = linear(engine, *rows, &engine.layer_norm(state, &own.norm1[0], &own.norm1[1], epsilon), qkv, Some(&own.qkv));
-                engine.layer_product(*rows, &engine.text_attention(attention, &h, None), out, Some(&own.out), state, true);
-                let mut h = linear(engine, *rows, &engine.layer_norm(state, &own.norm2[0], &own.norm2[1], epsilon), fc1, Some(&own.fc1));
-                engine.activate(&mut h, activation);
-                engine.layer_product(*rows, &h, fc2, Some(&own.fc2), state, true);
+                let h = linear(device, *rows, &device.layer_norm(state, &own.norm1[0], &own.norm1[1], epsilon), qkv, Some(&own.qkv));
+                device.layer_product(*rows, &device.text_attention(attention, &h, None), out, Some(&own.out), state, true);
+                let mut h = linear(device, *rows, &device.layer_norm(state, &own.norm2[0], &own.norm2[1], epsilon), fc1, Some(&own.fc1));
+                device.activate(&mut h, activation);
+                device.layer_product(*rows, &h, fc2, Some(&own.fc2), state, true);
             }
             if index + 2 == count {
-                hidden = states.iter().map(|(_, state)| engine.copy(state)).collect();
+                hidden = states.iter().map(|(_, state)| device.copy(state)).collect();
             }
             Ok::<_, TextError>(())
         })?;
         for ((batch, (_, state)), hidden) in pass.chunks(batching.captions).zip(states).zip(hidden) {
-            let (state, hidden) = (engine.download(&state), engine.download(&hidden));
+            let (state, hidden) = (device.download(&state), device.download(&hidden));
             outputs.push(ClipOutput {
                 hidden: hidden.chunks_exact(tokens * d).take(batch.len()).map(<[f32]>::to_vec).collect(),
                 pooled: pooling.pool(config, batch.iter().zip(state.chunks_exact(tokens * d))),

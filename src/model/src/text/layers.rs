@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::TextError;
 use crate::weights::{View, Weights, WeightsError};
-use finetune_compute::kernels::{Buffer, Engine, LayerMatrix, LayerSource, Precision, StoredRows};
+use finetune_compute::kernels::{Device, LayerMatrix as _, LayerSource, Precision, StoredRows};
 
 /// Tokens of one product: 32 captions of 77 tokens.
 const ROWS: usize = 32 * 77;
@@ -96,9 +96,10 @@ pub(super) struct Batching {
 }
 
 impl Batching {
-    pub(super) fn new(engine: &Engine, tokens: usize, width: usize) -> Self {
+    /// `batch_invariant`: see [`Device::is_batch_invariant`].
+    pub(super) fn new(batch_invariant: bool, tokens: usize, width: usize) -> Self {
         let captions = (ROWS / tokens).max(1);
-        Self { tokens, captions, batches: (RESIDENT_VALUES / (captions * tokens * width)).max(1), filled: !engine.is_batch_invariant() }
+        Self { tokens, captions, batches: (RESIDENT_VALUES / (captions * tokens * width)).max(1), filled: !batch_invariant }
     }
 
     /// Captions of one pass over the weights.
@@ -125,8 +126,8 @@ pub(super) fn table<'a>(weights: &'a Weights, name: &str, (vocabulary, width): (
 }
 
 /// `h Wᵀ (+ bias)` in new memory.
-pub(super) fn linear(engine: &Engine, rows: usize, h: &Buffer, w: LayerMatrix<'_>, bias: Option<&Buffer>) -> Buffer {
-    let mut y = engine.alloc(rows * w.outputs());
-    engine.layer_product(rows, h, w, bias, &mut y, false);
+pub(super) fn linear<D: Device>(device: &D, rows: usize, h: &D::Buffer, w: D::LayerMatrix<'_>, bias: Option<&D::Buffer>) -> D::Buffer {
+    let mut y = device.alloc(rows * w.outputs());
+    device.layer_product(rows, h, w, bias, &mut y, false);
     y
 }

@@ -14,6 +14,7 @@ use super::weights::{Weights, WeightsError};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::kernels::{DeviceError, Engine, catch};
+use finetune_compute::with_device;
 
 mod clip;
 mod layers;
@@ -296,7 +297,7 @@ impl PromptEncoder {
     /// At most this many captions: as many as keep the passes over T5's weights full. With a last pass of few captions nearly nothing is done.
     fn whole_passes(&self, captions: usize) -> usize {
         let Some(t5) = &self.t5 else { return captions };
-        let pass = Batching::new(&self.engine, self.length, t5.d_model).pass();
+        let pass = Batching::new(self.engine.is_batch_invariant(), self.length, t5.d_model).pass();
         if captions > pass { captions / pass * pass } else { captions }
     }
 
@@ -329,7 +330,8 @@ impl PromptEncoder {
         let config = &self.clip[which];
         let weights = Weights::open(&self.model.path(part))?;
         let mut captions = embeds.iter_mut().zip(pooled);
-        let outputs = catch(|| clip::encode(&self.engine, &weights, config, ids, &mut |done| tell(encoder, done, config.num_hidden_layers)))??;
+        let progress = &mut |done| tell(encoder, done, config.num_hidden_layers);
+        let outputs = catch(|| with_device!(&self.engine, device => clip::encode(device, &weights, config, ids, progress)))??;
         for output in outputs {
             let targets: Vec<_> = captions.by_ref().take(output.hidden.len()).collect();
             targets.into_par_iter().zip(output.hidden).zip(output.pooled).for_each(|(((embeds, pooled), states), pool)| {
@@ -349,7 +351,7 @@ impl PromptEncoder {
         let mut places: Vec<&mut [f32]> = embeds.iter_mut().map(|embeds| &mut embeds[first..]).collect();
         let weights = Weights::open(&self.model.path(Part::TextEncoder3))?;
         let progress = &mut |done| tell(Encoder::T5, done, config.num_layers);
-        catch(|| t5::encode(&self.engine, &weights, config, ids, &mut places, progress))?
+        catch(|| with_device!(&self.engine, device => t5::encode(device, &weights, config, ids, &mut places, progress)))?
     }
 }
 

@@ -9,7 +9,7 @@ use super::TextError;
 use super::layers::{Batching, Layers, Shape, linear, table, vector};
 use crate::layout::ComponentConfig;
 use crate::weights::{Weights, WeightsError};
-use finetune_compute::kernels::{Engine, TextAttention};
+use finetune_compute::kernels::{Device, TextAttention};
 
 /// `config.json` of a T5 encoder.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -102,8 +102,8 @@ impl T5Config {
 }
 
 /// The final states [tokens, d_model] of each caption, to its place. `progress` gets the number of layers done.
-pub(super) fn encode(
-    engine: &Engine,
+pub(super) fn encode<D: Device>(
+    device: &D,
     weights: &Weights,
     config: &T5Config,
     ids: &[Vec<u32>],
@@ -120,36 +120,36 @@ pub(super) fn encode(
         Shape { names: &["layer.1.DenseReluDense.wo"], outputs: d, inputs: ff },
     ];
     let layers = Layers::new(weights, "encoder.block.", config.num_layers, shapes)?;
-    let norms = |name: &str| (0..config.num_layers).map(|i| Ok(engine.upload_f32(&layers.vector(i, &[name], d)?))).collect::<Result<Vec<_>, WeightsError>>();
+    let norms = |name: &str| (0..config.num_layers).map(|i| Ok(device.upload_f32(&layers.vector(i, &[name], d)?))).collect::<Result<Vec<_>, WeightsError>>();
     let (norm1, norm2) = (norms("layer.0.layer_norm.weight")?, norms("layer.1.layer_norm.weight")?);
-    let last = engine.upload_f32(&vector(weights, "encoder.final_layer_norm.weight", d)?);
-    let bias = engine.upload_f32(&config.bias_values(weights, tokens)?);
+    let last = device.upload_f32(&vector(weights, "encoder.final_layer_norm.weight", d)?);
+    let bias = device.upload_f32(&config.bias_values(weights, tokens)?);
     let embeddings = if weights.contains("shared.weight") { "shared.weight" } else { "encoder.embed_tokens.weight" };
     // T5 does not scale by 1/√d: the factor is in its weights.
     let attention = TextAttention { tokens, heads, dim, scale: 1.0, causal: false };
-    let batching = Batching::new(engine, tokens, d);
+    let batching = Batching::new(device.is_batch_invariant(), tokens, d);
     for (pass, places) in ids.chunks(batching.pass()).zip(places.chunks_mut(batching.pass())) {
         let mut states = Vec::new();
         for batch in pass.chunks(batching.captions) {
             let ids = batch.concat();
             let table = table(weights, embeddings, (config.vocab_size, d), &ids)?;
             let rows = batching.rows(batch);
-            states.push((rows, engine.embed(&table, d, &ids, rows)));
+            states.push((rows, device.embed(&table, d, &ids, rows)));
         }
         weights.release(embeddings);
-        engine.stream_layers(config.num_layers, &layers, &mut |index, matrices| {
+        device.stream_layers(config.num_layers, &layers, &mut |index, matrices| {
             progress(index)?;
             let &[qkv, o, wi, wo] = matrices else { return Ok(()) };
             for (rows, state) in &mut states {
-                let h = linear(engine, *rows, &engine.rms_norm_rows(state, &norm1[index], epsilon), qkv, None);
-                engine.layer_product(*rows, &engine.text_attention(attention, &h, Some(&bias)), o, None, state, true);
-                let h = linear(engine, *rows, &engine.rms_norm_rows(state, &norm2[index], epsilon), wi, None);
-                engine.layer_product(*rows, &engine.gated_gelu(&h, ff), wo, None, state, true);
+                let h = linear(device, *rows, &device.rms_norm_rows(state, &norm1[index], epsilon), qkv, None);
+                device.layer_product(*rows, &device.text_attention(attention, &h, Some(&bias)), o, None, state, true);
+                let h = linear(device, *rows, &device.rms_norm_rows(state, &norm2[index], epsilon), wi, None);
+                device.layer_product(*rows, &device.gated_gelu(&h, ff), wo, None, state, true);
             }
             Ok::<_, TextError>(())
         })?;
         for (places, (_, state)) in places.chunks_mut(batching.captions).zip(states) {
-            engine.download_to(&engine.rms_norm_rows(&state, &last, epsilon), places);
+            device.download_to(&device.rms_norm_rows(&state, &last, epsilon), places);
         }
     }
     progress(config.num_layers)

@@ -12,11 +12,13 @@ use super::layout::{ComponentConfig, LayoutError, ModelDir, Part};
 use super::weights::{Weights, WeightsError};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_common::tensor::{HostTensor, ShapeError};
-use finetune_compute::kernels::{Convolution, DeviceError, Engine, GroupNorm, Picture, Resampling, catch};
+use finetune_compute::kernels::{DeviceError, Engine, catch};
+use finetune_compute::with_device;
 
 mod blocks;
+mod networks;
 
-use blocks::{Level, MidBlock, Reader};
+use networks::{Decoder, Encoder, Network};
 
 /// Why the autoencoder could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -194,53 +196,22 @@ pub struct Posterior {
 /// Pictures to latents.
 #[derive(Debug)]
 pub struct VaeEncoder {
-    engine: Engine,
     config: VaeConfig,
-    /// Channels of the first convolution's input on the device.
-    channels: usize,
-    conv_in: Convolution,
-    down: Vec<Level>,
-    mid: MidBlock,
-    norm_out: GroupNorm,
-    conv_out: Convolution,
-    quant: Option<Convolution>,
+    network: Box<dyn Network>,
 }
 
 impl VaeEncoder {
-    /// Loads the encoder's weights for the engine's device.
+    /// Loads the encoder's weights onto the engine's device.
     ///
     /// # Errors
     /// If a file is missing, the weights do not fit the configuration, or the device has no room.
     pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let encoder = catch(|| Self::from_weights(config, &weights, engine))??;
+        let load = || -> Result<Box<dyn Network>, VaeError> { with_device!(engine, device => Ok(Box::new(Encoder::load(&config, &weights, device)?))) };
+        let network = catch(load)??;
         weights.release("");
-        Ok(encoder)
-    }
-
-    fn from_weights(config: VaeConfig, weights: &Weights, engine: &Engine) -> Result<Self, VaeError> {
-        let reader = Reader { engine, weights, groups: config.norm_num_groups };
-        let levels = &config.block_out_channels;
-        let (first, last, moments) = (levels[0], levels[levels.len() - 1], 2 * config.latent_channels);
-        let mut down = Vec::new();
-        for (i, &out) in levels.iter().enumerate() {
-            let resize = (i + 1 < levels.len()).then_some(("downsamplers.0.conv", Resampling::Halve));
-            let channels = (levels[i.saturating_sub(1)], out);
-            down.push(Level::load(&reader, &format!("encoder.down_blocks.{i}"), channels, config.layers_per_block, resize)?);
-        }
-        let channels = engine.padded_channels(config.in_channels);
-        Ok(Self {
-            conv_in: reader.padded("encoder.conv_in", (config.in_channels, first), (channels, first), 3)?,
-            down,
-            mid: MidBlock::load(&reader, "encoder.mid_block", last, config.mid_block_add_attention)?,
-            norm_out: reader.norm("encoder.conv_norm_out", last)?,
-            conv_out: reader.conv("encoder.conv_out", last, moments, 3)?,
-            quant: if config.use_quant_conv { Some(reader.conv("quant_conv", moments, moments, 1)?) } else { None },
-            channels,
-            config,
-            engine: engine.clone(),
-        })
+        Ok(Self { config, network })
     }
 
     /// The configuration.
@@ -260,89 +231,37 @@ impl VaeEncoder {
                 return Err(VaeError::Input { expected: format!("pictures [B, {channels}, H, W] of at least {least} x {least}"), got: got.to_vec() });
             }
         };
-        let (mut mean, mut logvar, mut size) = (Vec::new(), Vec::new(), (0, 0));
-        catch(|| {
-            let pictures = pixels.values().chunks_exact(channels * height * width);
-            let begun: Vec<Picture> = pictures.map(|picture| self.moments(picture, height, width)).collect();
-            for moments in begun {
-                let values = self.engine.download_picture(&moments, 2 * self.config.latent_channels);
-                let (own_mean, own_logvar) = values.split_at(values.len() / 2);
-                mean.extend_from_slice(own_mean);
-                logvar.extend(own_logvar.iter().map(|v| v.clamp(-30.0, 20.0)));
-                size = (moments.height(), moments.width());
-            }
-        })?;
+        let (moments, size) = catch(|| self.network.run(pixels.values(), height, width))?;
+        let (mut mean, mut logvar) = (Vec::new(), Vec::new());
+        for values in moments {
+            let (own_mean, own_logvar) = values.split_at(values.len() / 2);
+            mean.extend_from_slice(own_mean);
+            logvar.extend(own_logvar.iter().map(|v| v.clamp(-30.0, 20.0)));
+        }
         let shape = [batch, self.config.latent_channels, size.0, size.1];
         Ok(Posterior { mean: HostTensor::new(mean, shape)?, logvar: HostTensor::new(logvar, shape)? })
-    }
-
-    /// Mean and logarithm of the variance [2 · latent channels, h, w] of a picture [channels, H, W].
-    fn moments(&self, picture: &[f32], height: usize, width: usize) -> Picture {
-        let engine = &self.engine;
-        let x = engine.upload_picture(picture, (self.config.in_channels, height, width), self.channels);
-        let mut x = engine.convolve(&x, &self.conv_in, None);
-        for level in &self.down {
-            x = level.forward(engine, x);
-        }
-        let x = self.mid.forward(engine, x);
-        let x = engine.convolve(&engine.normalise(&x, &self.norm_out, true), &self.conv_out, None);
-        match &self.quant {
-            Some(quant) => engine.convolve(&x, quant, None),
-            None => x,
-        }
     }
 }
 
 /// Latents to pictures.
 #[derive(Debug)]
 pub struct VaeDecoder {
-    engine: Engine,
     config: VaeConfig,
-    /// Channels of latents on the device.
-    channels: usize,
-    post_quant: Option<Convolution>,
-    conv_in: Convolution,
-    mid: MidBlock,
-    up: Vec<Level>,
-    norm_out: GroupNorm,
-    conv_out: Convolution,
+    network: Box<dyn Network>,
 }
 
 impl VaeDecoder {
-    /// Loads the decoder's weights for the engine's device.
+    /// Loads the decoder's weights onto the engine's device.
     ///
     /// # Errors
     /// If a file is missing, the weights do not fit the configuration, or the device has no room.
     pub fn load(model: &ModelDir, engine: &Engine) -> Result<Self, VaeError> {
         let config = VaeConfig::read(model)?;
         let weights = Weights::open(&model.path(Part::Vae))?;
-        let decoder = catch(|| Self::from_weights(config, &weights, engine))??;
+        let load = || -> Result<Box<dyn Network>, VaeError> { with_device!(engine, device => Ok(Box::new(Decoder::load(&config, &weights, device)?))) };
+        let network = catch(load)??;
         weights.release("");
-        Ok(decoder)
-    }
-
-    fn from_weights(config: VaeConfig, weights: &Weights, engine: &Engine) -> Result<Self, VaeError> {
-        let reader = Reader { engine, weights, groups: config.norm_num_groups };
-        let levels: Vec<usize> = config.block_out_channels.iter().rev().copied().collect();
-        let (first, last, latent) = (levels[0], levels[levels.len() - 1], config.latent_channels);
-        let mut up = Vec::new();
-        for (i, &out) in levels.iter().enumerate() {
-            let resize = (i + 1 < levels.len()).then_some(("upsamplers.0.conv", Resampling::Double));
-            let channels = (levels[i.saturating_sub(1)], out);
-            up.push(Level::load(&reader, &format!("decoder.up_blocks.{i}"), channels, config.layers_per_block + 1, resize)?);
-        }
-        let (channels, picture) = (engine.padded_channels(latent), engine.padded_channels(config.out_channels));
-        Ok(Self {
-            post_quant: if config.use_post_quant_conv { Some(reader.padded("post_quant_conv", (latent, latent), (channels, channels), 1)?) } else { None },
-            conv_in: reader.padded("decoder.conv_in", (latent, first), (channels, first), 3)?,
-            mid: MidBlock::load(&reader, "decoder.mid_block", first, config.mid_block_add_attention)?,
-            up,
-            norm_out: reader.norm("decoder.conv_norm_out", last)?,
-            conv_out: reader.padded("decoder.conv_out", (last, config.out_channels), (last, picture), 3)?,
-            channels,
-            config,
-            engine: engine.clone(),
-        })
+        Ok(Self { config, network })
     }
 
     /// The configuration.
@@ -360,29 +279,8 @@ impl VaeDecoder {
             &[b, c, h, w] if c == channels && b * h * w > 0 => (b, h, w),
             got => return Err(VaeError::Input { expected: format!("latents [B, {channels}, h, w]"), got: got.to_vec() }),
         };
-        let (mut values, mut size) = (Vec::new(), (0, 0));
-        catch(|| {
-            for latent in latents.values().chunks_exact(channels * height * width) {
-                let picture = self.picture(latent, height, width);
-                size = (picture.height(), picture.width());
-                values.extend(self.engine.download_picture(&picture, self.config.out_channels));
-            }
-        })?;
-        Ok(HostTensor::new(values, [batch, self.config.out_channels, size.0, size.1])?)
-    }
-
-    /// A picture [channels, H, W] of latents [latent channels, h, w].
-    fn picture(&self, latents: &[f32], height: usize, width: usize) -> Picture {
-        let engine = &self.engine;
-        let mut x = engine.upload_picture(latents, (self.config.latent_channels, height, width), self.channels);
-        if let Some(post_quant) = &self.post_quant {
-            x = engine.convolve(&x, post_quant, None);
-        }
-        let mut x = self.mid.forward(engine, engine.convolve(&x, &self.conv_in, None));
-        for level in &self.up {
-            x = level.forward(engine, x);
-        }
-        engine.convolve(&engine.normalise(&x, &self.norm_out, true), &self.conv_out, None)
+        let (pictures, size) = catch(|| self.network.run(latents.values(), height, width))?;
+        Ok(HostTensor::new(pictures.concat(), [batch, self.config.out_channels, size.0, size.1])?)
     }
 }
 

@@ -5,7 +5,6 @@
 //! resolution, so that nothing is resized or cropped, and with noise named by (seed, index), so that each picture can be drawn by itself.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use safetensors::Dtype;
 
@@ -18,8 +17,8 @@ use finetune_data::cache::{CacheError, CachedTensor, TensorCache};
 use finetune_data::image::RgbImage;
 use finetune_model::ModelDir;
 use finetune_model::layout::{Part, SchedulerConfig};
-use finetune_model::mmdit::{Mmdit, MmditConfig};
-use finetune_model::sample::{Denoise, PromptBatch, SampleError, denoise, to_pictures};
+use finetune_model::mmdit::MmditConfig;
+use finetune_model::sample::{Denoise, PromptBatch, SampleError, Velocity, denoise, to_pictures, transformer};
 use finetune_model::text::PromptEmbedding;
 use finetune_model::vae::VaeDecoder;
 use finetune_model::weights::Weights;
@@ -34,7 +33,9 @@ pub(super) fn settings() -> Denoise {
 
 /// The base model, ready to draw.
 pub(super) struct ClassPainter {
-    transformer: Mmdit,
+    transformer: Box<dyn Velocity + Send + Sync>,
+    /// Channels of latents.
+    channels: usize,
     decoder: VaeDecoder,
     scheduler: SchedulerConfig,
     prompt: PromptEmbedding,
@@ -54,8 +55,10 @@ impl ClassPainter {
         engine: &Engine,
     ) -> Result<Self, SampleError> {
         let folder = model.path(Part::Transformer);
+        let config = MmditConfig::open(&folder)?;
         Ok(Self {
-            transformer: Mmdit::load(Arc::new(Weights::open(&folder)?), MmditConfig::open(&folder)?, engine)?,
+            channels: config.in_channels,
+            transformer: transformer(Weights::open(&folder)?, config, engine, None)?,
             decoder: VaeDecoder::load(model, engine)?,
             scheduler: model.scheduler()?,
             prompt,
@@ -67,7 +70,7 @@ impl ClassPainter {
 
     /// The pictures of these numbers; `on_step` may `Break` to stop.
     pub(super) fn draw(&self, indices: &[u32], on_step: &mut dyn FnMut(usize) -> ControlFlow<()>) -> Result<Vec<RgbImage>, SampleError> {
-        let (channels, side) = (self.transformer.config().in_channels, self.resolution as usize / self.decoder.config().downscale());
+        let (channels, side) = (self.channels, self.resolution as usize / self.decoder.config().downscale());
         let mut noise = vec![0.0; indices.len() * channels * side * side];
         for (values, index) in noise.chunks_mut(channels * side * side).zip(indices) {
             Stream::new(self.seed, Purpose::PriorPictures, u64::from(*index), 0).fill_normal(values);
@@ -75,7 +78,7 @@ impl ClassPainter {
         let noise = HostTensor::new(noise, [indices.len(), channels, side, side])?;
         let prompts = PromptBatch::stack(&vec![&self.prompt; indices.len()])?;
         let negatives = PromptBatch::stack(&vec![&self.negative; indices.len()])?;
-        let latents = denoise(&self.transformer, &self.scheduler, &noise, &prompts, &negatives, &settings(), on_step)?;
+        let latents = denoise(self.transformer.as_ref(), &self.scheduler, &noise, &prompts, &negatives, &settings(), on_step)?;
         let mut pictures = Vec::with_capacity(indices.len());
         for i in 0..indices.len() {
             let decoded = self.decoder.decode(&self.decoder.config().unscale(latents.part(i..i + 1)?))?;

@@ -1,15 +1,14 @@
 //! `sample`: guidance sampling with a LoRA.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
 use super::{Case, Report, VerifyError};
 use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
 use finetune_model::layout::{ModelDir, Part};
 use finetune_model::lora::LoraState;
-use finetune_model::mmdit::{Mmdit, MmditConfig};
-use finetune_model::sample::{Denoise, PromptBatch, SkipLayers, denoise, sigmas, to_unit};
+use finetune_model::mmdit::MmditConfig;
+use finetune_model::sample::{Denoise, PromptBatch, SkipLayers, denoise, sigmas, to_unit, transformer};
 use finetune_model::vae::VaeDecoder;
 use finetune_model::weights::Weights;
 
@@ -22,7 +21,6 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let inputs = case.inputs()?;
     let config = MmditConfig::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
     let weights = Weights::open(&model.path(Part::Transformer)).map_err(VerifyError::product)?;
-    let mut transformer = Mmdit::load(Arc::new(weights), config.clone(), engine).map_err(VerifyError::product)?;
 
     // The reference loads the LoRA from a file without metadata, where alpha is the rank.
     let mut lora = Vec::new();
@@ -31,8 +29,7 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     }
     let file = safetensors::serialize(lora.iter().map(|(n, t)| (n.as_str(), t)), None).map_err(VerifyError::product)?;
     let (layout, params) = LoraState::parse(&file, case.dir()).and_then(|l| l.resolve(&config.linear_sites())).map_err(VerifyError::product)?;
-    transformer.attach_layout(layout).map_err(VerifyError::product)?;
-    transformer.set_lora(&params).map_err(VerifyError::product)?;
+    let transformer = transformer(weights, config, engine, Some((layout, params))).map_err(VerifyError::product)?;
 
     let skip = &case.settings()["skip_guidance_layers"];
     let skip_layers = if skip.is_null() {
@@ -57,7 +54,7 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let scheduler = model.scheduler().map_err(VerifyError::product)?;
     let prompts = PromptBatch { embeds: inputs.f32("prompt_embeds")?, pooled: inputs.f32("pooled")? };
     let negative = PromptBatch { embeds: inputs.f32("negative_prompt_embeds")?, pooled: inputs.f32("negative_pooled")? };
-    let latents = denoise(&transformer, &scheduler, &inputs.f32("latents")?, &prompts, &negative, &settings, &mut |_| ControlFlow::Continue(()))
+    let latents = denoise(transformer.as_ref(), &scheduler, &inputs.f32("latents")?, &prompts, &negative, &settings, &mut |_| ControlFlow::Continue(()))
         .map_err(VerifyError::product)?;
 
     let want = case.expected()?;

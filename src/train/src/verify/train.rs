@@ -8,11 +8,12 @@ use super::{Case, Report, Tensors, VerifyError};
 use crate::step::coefficients;
 use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::Engine;
-use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, loss, mix};
-use finetune_compute::optim::{AdamW, AdamW8bit, AdamWSettings, Optimizer, Param, clip_global_norm};
+use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
+use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param};
 use finetune_model::Weights;
-use finetune_model::lora::{LoraSpec, LoraState, Scaling};
-use finetune_model::mmdit::{Mmdit, MmditConfig};
+use finetune_model::learner;
+use finetune_model::lora::{LoraLayout, LoraSpec, LoraState, Scaling};
+use finetune_model::mmdit::{FlowTarget, MmditConfig, MmditInputs};
 
 #[derive(Deserialize)]
 struct LoraSettings {
@@ -22,7 +23,7 @@ struct LoraSettings {
 }
 
 #[derive(Deserialize)]
-struct OptimizerSettings {
+struct CaseOptimizer {
     name: String,
     learning_rate: f64,
     betas: (f64, f64),
@@ -30,22 +31,14 @@ struct OptimizerSettings {
     weight_decay: f64,
 }
 
-/// Runs the case with the code that trains: the MMDiT's forward and backward, the flow-matching loss, clipping, the optimizer.
+/// Runs the case with the object that trains: the MMDiT's forward, the flow-matching loss and backward, clipping, the optimizer.
 ///
 /// # Errors
 /// If the case is malformed or the product's code fails on it.
 pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
-    run_with(case, engine, |_| {})
-}
-
-/// As [`run`], after `prepare` has changed the model (which blocks are recomputed).
-///
-/// # Errors
-/// As [`run`].
-pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) -> Result<Report, VerifyError> {
     let (inputs, expected) = (case.inputs()?, case.expected()?);
     let lora: LoraSettings = case.setting("lora")?;
-    let settings: OptimizerSettings = case.setting("optimizer")?;
+    let settings: CaseOptimizer = case.setting("optimizer")?;
     let weighting: String = case.setting("weighting_scheme")?;
     let weighting: Weighting = weighting.parse().map_err(VerifyError::product)?;
     let kind = LossKind { weighting, precondition_outputs: case.setting("precondition_outputs")? };
@@ -57,30 +50,28 @@ pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) 
     let folder = case.model_dir().join("transformer");
     let weights = Weights::open(&folder).map_err(VerifyError::product)?;
     let config = MmditConfig::open(&folder).map_err(VerifyError::product)?;
-    let mut model = Mmdit::load(Arc::new(weights), config, engine).map_err(VerifyError::product)?;
     let spec = LoraSpec { rank: lora.rank, alpha: lora.alpha, dropout: 0.0, target_modules: lora.target_modules };
-    let layout = model.attach_lora(&spec).map_err(VerifyError::product)?.clone();
-    let mut params = parameters(&inputs, &layout.parameters())?;
+    let layout = LoraLayout::new(&spec, &config.linear_sites()).map_err(VerifyError::product)?;
+    let params = parameters(&inputs, &layout.parameters())?;
     // What the file names must be exactly what the targets mean.
     let state = LoraState { tensors: given(&inputs)?, scaling: Scaling { alpha: Some(lora.alpha), ..Scaling::default() } };
-    let (resolved, _) = state.resolve(&model.config().linear_sites()).map_err(VerifyError::product)?;
+    let (resolved, _) = state.resolve(&config.linear_sites()).map_err(VerifyError::product)?;
     if resolved.modules != layout.modules {
         return Err(VerifyError::Setting { key: "lora.target_modules".into() });
     }
-    prepare(&mut model);
 
     let adamw = AdamWSettings { beta1: settings.betas.0, beta2: settings.betas.1, epsilon: settings.epsilon, weight_decay: settings.weight_decay };
-    let mut optimizer: Box<dyn Optimizer> = match settings.name.as_str() {
-        "adamw" => Box::new(AdamW::new(adamw, &params)),
-        "adamw8bit" => Box::new(AdamW8bit::new(adamw, &params)),
+    let optimizer = match settings.name.as_str() {
+        "adamw" => OptimizerSettings::AdamW(adamw),
+        "adamw8bit" => OptimizerSettings::AdamW8bit(adamw),
         _ => return Err(VerifyError::Setting { key: "optimizer.name".into() }),
     };
+    let mut learner = learner::load(Arc::new(weights), config, engine, layout, &params, optimizer).map_err(VerifyError::product)?;
 
     let table = SigmaTable::default();
     let mut report = Report::default();
     for s in 0..steps {
-        let mut sum: Option<Vec<Vec<f32>>> = None;
-        model.set_lora(&params).map_err(VerifyError::product)?;
+        learner.begin().map_err(VerifyError::product)?;
         for m in 0..accumulation {
             let input = |name: &str| inputs.f32(&format!("{name}.{s}.{m}"));
             let indices: Vec<i64> = inputs.get(&format!("sigma_index.{s}.{m}"))?.to_vec1()?;
@@ -90,31 +81,27 @@ pub fn run_with(case: &Case, engine: &Engine, prepare: impl FnOnce(&mut Mmdit)) 
             let batch = sigmas.len();
             let x_t = HostTensor::new(mix(x0.values(), &noise, &sigmas), x0.shape())?;
             let timesteps = HostTensor::vector(timesteps);
-            let (velocity, saved) = model.forward(&x_t, &timesteps, &input("prompt_embeds")?, &input("pooled")?, None).map_err(VerifyError::product)?;
+            let (prompt_embeds, pooled) = (input("prompt_embeds")?, input("pooled")?);
+            let model_inputs = MmditInputs { x: &x_t, timestep: &timesteps, prompt_embeds: &prompt_embeds, pooled: &pooled };
+            let velocity = learner.predict(model_inputs).map_err(VerifyError::product)?;
             // With prior preservation the second half of the batch are class pictures.
             let samples = if prior.is_some() { batch / 2 } else { batch };
             let coefficients = coefficients(samples, 1.0 / (samples * accumulation) as f64, prior);
-            let loss = loss(kind, velocity.values(), x0.values(), &noise, &sigmas, &coefficients);
-            let d_velocity = HostTensor::new(loss.d_velocity, velocity.shape())?;
-            let gradients = model.backward(saved, &d_velocity).map_err(VerifyError::product)?;
-            match &mut sum {
-                None => sum = Some(gradients),
-                Some(sum) => sum.iter_mut().flatten().zip(gradients.iter().flatten()).for_each(|(s, g)| *s += g),
-            }
+            let target = FlowTarget { kind, x0: x0.values(), noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
+            let losses = learner.accumulate(model_inputs, None, &target).map_err(VerifyError::product)?;
             report.compare(case, &format!("velocity.{s}.{m}"), &velocity, &expected)?;
-            let objective: f64 = loss.per_sample.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
+            let objective: f64 = losses.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
             report.compare(case, &format!("loss.{s}.{m}"), &HostTensor::vector(vec![objective as f32]), &expected)?;
         }
-        let mut gradients = sum.ok_or_else(|| VerifyError::Setting { key: "gradient_accumulation_steps".into() })?;
-        for (param, gradient) in params.iter().zip(&gradients) {
-            let gradient = HostTensor::new(gradient.clone(), param.shape.as_slice())?;
+        for (param, gradient) in params.iter().zip(learner.gradients().map_err(VerifyError::product)?) {
+            let gradient = HostTensor::new(gradient, param.shape.as_slice())?;
             report.compare(case, &format!("grad.{s}.{}", param.name), &gradient, &expected)?;
         }
-        let norm = clip_global_norm(&mut gradients, max_grad_norm);
+        let norm = learner.clip(max_grad_norm).map_err(VerifyError::product)?;
         report.compare(case, &format!("grad_norm.{s}"), &HostTensor::vector(vec![norm as f32]), &expected)?;
-        optimizer.step(&mut params, &gradients, settings.learning_rate);
-        for param in &params {
-            let value = HostTensor::new(param.value.clone(), param.shape.as_slice())?;
+        learner.step(settings.learning_rate).map_err(VerifyError::product)?;
+        for param in learner.params().map_err(VerifyError::product)? {
+            let value = HostTensor::new(param.value, param.shape.as_slice())?;
             report.compare(case, &format!("lora.{s}.{}", param.name), &value, &expected)?;
         }
     }

@@ -13,7 +13,7 @@ const DEPTH: usize = 256;
 
 /// B [k, n] as panels of 32 columns, each [k, 32], padded with zeros.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Packed {
+pub struct Packed {
     k: usize,
     n: usize,
     data: Vec<f32>,

@@ -1,5 +1,6 @@
 //! Linear layers with frozen weights and LoRA.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ pub trait StoredMatrix: Send + Sync {
 }
 
 /// A frozen weight W [out, in].
-pub(crate) enum Weight {
+pub enum Weight {
     /// As panels of Wᵀ (for `x Wᵀ`) and of W (for `dy W`).
     Packed {
         /// Wᵀ: [in, out].
@@ -40,7 +41,7 @@ pub(crate) enum Weight {
 }
 
 /// LoRA factors A [r, in] and `scale · B` [out, r], packed for every product that uses them.
-pub(crate) struct Lora {
+pub struct Lora {
     pub(crate) rank: usize,
     /// Aᵀ: [in, r], for `t = x Aᵀ`.
     pub(crate) a_transposed: Packed,
@@ -50,6 +51,21 @@ pub(crate) struct Lora {
     pub(crate) b: Packed,
     /// A: [r, in], for `dx += dt A`.
     pub(crate) a: Packed,
+}
+
+impl fmt::Debug for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Packed { .. } => "Weight(packed)",
+            Self::Stored { .. } => "Weight(stored)",
+        })
+    }
+}
+
+impl fmt::Debug for Lora {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lora(rank {})", self.rank)
+    }
 }
 
 impl Lora {

@@ -3,14 +3,21 @@
 #![expect(clippy::inline_always, reason = "small functions must take the instruction set of their callers")]
 #![expect(clippy::too_many_arguments, reason = "kernels take shapes beside their operands")]
 
-pub(super) mod attention;
-pub(super) mod conv;
-pub(super) mod gemm;
-pub(super) mod group_norm;
+mod adamw;
+mod attention;
+mod conv;
+pub(super) mod device;
+mod flow_loss;
+mod gemm;
+mod group_norm;
 pub(super) mod linear;
+mod memory;
 mod microkernel;
-pub(super) mod norm;
-pub(super) mod pointwise;
-pub(super) mod self_attention;
+mod norm;
+mod pointwise;
+mod self_attention;
 mod share;
-pub(super) mod simd;
+mod simd;
+
+pub use device::Cpu;
+pub use memory::HostBuffer;

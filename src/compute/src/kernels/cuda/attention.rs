@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 
 use super::driver::arguments;
-use super::{Device, Kind, Memory};
-use crate::kernels::{AttentionShape, Buffer, Joint, Qkv};
+use super::{Cuda, Kind, Memory};
+use crate::kernels::{AttentionShape, Joint, Qkv};
 
 /// `AttentionOperand` of `attention.cuh`.
 #[repr(C)]
@@ -123,22 +123,22 @@ fn launch_on_hopper(part: Part, kind: Kind, blocks_of: impl Fn(usize) -> usize, 
 }
 
 /// An operand of both streams, each rows of `width` values or columns of a wider matrix.
-fn streams(image: Option<&Buffer>, context: Option<&Buffer>, width: usize) -> Operand {
-    let place = |buffer: Option<&Buffer>| buffer.map_or((0, 0), |b| b.device().rows(width));
+fn streams(image: Option<&Memory>, context: Option<&Memory>, width: usize) -> Operand {
+    let place = |buffer: Option<&Memory>| buffer.map_or((0, 0), |b| b.rows(width));
     let ((image, image_stride), (context, context_stride)) = (place(image), place(context));
     Operand { image, context, image_stride: image_stride as i64, context_stride: context_stride as i64 }
 }
 
-fn operand(joint: &Joint<Buffer>, width: usize) -> Operand {
+fn operand(joint: &Joint<Memory>, width: usize) -> Operand {
     streams(Some(&joint.image), joint.context.as_ref(), width)
 }
 
-impl Device {
-    fn parameters(shape: &AttentionShape, q: &Joint<Buffer>, k: &Joint<Buffer>, v: &Joint<Buffer>, out: &Joint<Buffer>, lse: &Memory) -> Parameters {
+impl Cuda {
+    fn parameters(shape: &AttentionShape, q: &Joint<Memory>, k: &Joint<Memory>, v: &Joint<Memory>, out: &Joint<Memory>, lse: &Memory) -> Parameters {
         let width = shape.width();
         let (image, context) = (shape.batch * shape.image * width, shape.batch * shape.context * width);
-        let fits = |joint: &Joint<Buffer>, with_context: bool| {
-            joint.image.len() == image && joint.context.as_ref().map_or(0, Buffer::len) == if with_context { context } else { 0 }
+        let fits = |joint: &Joint<Memory>, with_context: bool| {
+            joint.image.len() == image && joint.context.as_ref().map_or(0, Memory::len) == if with_context { context } else { 0 }
         };
         let asks = shape.context_queries && shape.context > 0;
         assert!(fits(q, asks) && fits(k, true) && fits(v, true) && fits(out, asks), "should be [batch · tokens, width]");
@@ -178,27 +178,27 @@ impl Device {
         unsafe { driver.launch((part.name(), launch.suffix), grid, launch.threads, launch.shared, arguments![*parameters]) };
     }
 
-    pub(in crate::kernels) fn attention(&self, shape: &AttentionShape, q: &Joint<Buffer>, k: &Joint<Buffer>, v: &Joint<Buffer>) -> (Joint<Buffer>, Buffer) {
-        let kind = q.image.device().kind();
-        let like = |b: &Buffer| Buffer::on_device(self.memory_of(b.len(), kind));
+    pub(in crate::kernels) fn attention(&self, shape: &AttentionShape, q: &Joint<Memory>, k: &Joint<Memory>, v: &Joint<Memory>) -> (Joint<Memory>, Memory) {
+        let kind = q.image.kind();
+        let like = |b: &Memory| self.memory_of(b.len(), kind);
         let out = Joint { image: like(&q.image), context: q.context.as_ref().map(like) };
         let lse = self.memory_of(shape.batch * shape.heads * shape.keys(), Kind::F32);
         let parameters = Self::parameters(shape, q, k, v, &out, &lse);
         self.attend(Part::Forward, kind, shape, &parameters);
-        (out, Buffer::on_device(lse))
+        (out, lse)
     }
 
     pub(in crate::kernels) fn attention_backward(
         &self,
         shape: &AttentionShape,
-        (q, k, v): (&Joint<Buffer>, &Joint<Buffer>, &Joint<Buffer>),
-        out: &Joint<Buffer>,
-        lse: &Buffer,
-        d_out: &Joint<Buffer>,
-        gradients: &Joint<Qkv>,
+        (q, k, v): (&Joint<Memory>, &Joint<Memory>, &Joint<Memory>),
+        out: &Joint<Memory>,
+        lse: &Memory,
+        d_out: &Joint<Memory>,
+        gradients: &Joint<Qkv<Memory>>,
     ) {
-        let (kind, width) = (q.image.device().kind(), shape.width());
-        let own = |part: fn(&Qkv) -> Option<&Buffer>| streams(part(&gradients.image), gradients.context.as_ref().and_then(part), width);
+        let (kind, width) = (q.image.kind(), shape.width());
+        let own = |part: fn(&Qkv<Memory>) -> Option<&Memory>| streams(part(&gradients.image), gradients.context.as_ref().and_then(part), width);
         let rows = self.memory_of(2 * lse.len(), Kind::F32);
         let parameters = Parameters {
             d_out: operand(d_out, width),
@@ -206,7 +206,7 @@ impl Device {
             d_k: own(|g| Some(&g.k)),
             d_v: own(|g| Some(&g.v)),
             rows: rows.pointer(),
-            ..Self::parameters(shape, q, k, v, out, lse.device())
+            ..Self::parameters(shape, q, k, v, out, lse)
         };
         self.attend(Part::BackwardQ, kind, shape, &parameters);
         self.attend(Part::BackwardKv, kind, shape, &parameters);

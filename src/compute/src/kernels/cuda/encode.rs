@@ -1,12 +1,12 @@
 //! The kernels of `encode.cu`, and products with frozen weights, for networks that are not trained: text encoders and autoencoder. The
-//! operations of [`crate::kernels::Engine`] say what each computes.
+//! operations of [`crate::kernels::Device`] say what each computes.
 
 use rayon::prelude::*;
 
 use super::driver::arguments;
 use super::gemm::{Epilogue, Operand, Product};
-use super::{BLOCK, Device, Kind, Memory, any, widest};
-use crate::kernels::{Buffer, StoredMatrix, TextActivation, TextAttention};
+use super::{BLOCK, Cuda, Kind, Memory, any, widest};
+use crate::kernels::{StoredMatrix, TextActivation, TextAttention};
 
 /// Rows per block of the norms.
 const ROWS: usize = BLOCK / 32;
@@ -16,9 +16,9 @@ const KEYS: usize = 64;
 /// Pixels of one partial sum of a group norm.
 const RUN: usize = 512;
 
-/// A frozen matrix [outputs, inputs] on the device, in the engine's precision. Its owner keeps the memory.
+/// A frozen matrix [outputs, inputs] on the device, in the device's precision. Its owner keeps the memory.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::kernels) struct Matrix<'a> {
+pub struct Matrix<'a> {
     pub(super) pointer: u64,
     pub(super) kind: Kind,
     /// Rows.
@@ -62,13 +62,12 @@ struct Geometry {
     doubled: i32,
 }
 
-impl Device {
+impl Cuda {
     /// A matrix in memory of its own.
     #[expect(clippy::unused_self, reason = "reads as an operation of the device")]
-    pub(super) fn matrix<'a>(&self, values: &'a Buffer, outputs: usize, inputs: usize) -> Matrix<'a> {
-        let memory = values.device();
-        assert_eq!(memory.len(), outputs * inputs, "should be [outputs, inputs]");
-        Matrix { pointer: memory.pointer(), kind: memory.kind(), outputs, inputs, owner: std::marker::PhantomData }
+    pub(super) fn matrix<'a>(&self, values: &'a Memory, outputs: usize, inputs: usize) -> Matrix<'a> {
+        assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
+        Matrix { pointer: values.pointer(), kind: values.kind(), outputs, inputs, owner: std::marker::PhantomData }
     }
 
     /// `y = x Wᵀ + bias (+ y)` for x [rows, inputs] and the rows of y [.., outputs] from `first` on. `bias` has y's type.
@@ -76,16 +75,15 @@ impl Device {
     pub(in crate::kernels) fn matrix_product(
         &self,
         rows: usize,
-        x: &Buffer,
+        x: &Memory,
         w: Matrix<'_>,
-        bias: Option<&Buffer>,
-        y: &mut Buffer,
+        bias: Option<&Memory>,
+        y: &mut Memory,
         first: usize,
         accumulate: bool,
     ) {
-        let (x, y) = (x.device(), y.device());
         assert!(x.len() >= rows * w.inputs && y.len() >= (first + rows) * w.outputs, "should be [rows, inputs] and [rows, outputs]");
-        assert!(bias.is_none_or(|b| b.len() == w.outputs && b.device().kind() == y.kind()), "should be [outputs] of the result's type");
+        assert!(bias.is_none_or(|b| b.len() == w.outputs && b.kind() == y.kind()), "should be [outputs] of the result's type");
         let operand = |pointer, stride, transposed, kind| Operand { pointer, stride, transposed, kind };
         let product = Product {
             m: rows,
@@ -97,7 +95,7 @@ impl Device {
             alpha: 1.0,
             beta: if accumulate { 1.0 } else { 0.0 },
             epilogue: if bias.is_some() { Epilogue::Bias } else { Epilogue::None },
-            bias: bias.map_or(0, |b| b.device().pointer()),
+            bias: bias.map_or(0, |b| b.pointer()),
             pre: 0,
         };
         // SAFETY: lengths are checked above; x and y are buffers of their own.
@@ -112,22 +110,21 @@ impl Device {
     }
 
     /// Rows of a stored table, which travel as they are stored; zeros after them.
-    pub(in crate::kernels) fn embed(&self, table: &dyn StoredMatrix, width: usize, ids: &[u32], rows: usize) -> Buffer {
+    pub(in crate::kernels) fn embed(&self, table: &dyn StoredMatrix, width: usize, ids: &[u32], rows: usize) -> Memory {
         let Some((kind, stored)) = table.stored() else {
             let mut values = vec![0.0; rows * width];
             values.par_chunks_exact_mut(width).zip(ids).for_each(|(row, &id)| table.read_block(id as usize..id as usize + 1, 0..width, row));
-            return Buffer::on_device(self.upload_f32(&values));
+            return self.upload_values(&values);
         };
         let row_bytes = width * kind.bytes();
         let mut bytes = vec![0; rows * row_bytes];
         bytes.par_chunks_exact_mut(row_bytes).zip(ids).for_each(|(row, &id)| row.copy_from_slice(&stored[id as usize * row_bytes..][..row_bytes]));
         let source = self.upload_bytes(&bytes, rows * width, kind);
-        Buffer::on_device(self.convert(source, Kind::F32))
+        self.convert(source, Kind::F32)
     }
 
-    /// T5's norm of f32 rows: x / √(mean(x²) + ε) · weight, in the engine's precision.
-    pub(in crate::kernels) fn rms_norm_rows(&self, x: &Buffer, weight: &Buffer, epsilon: f32) -> Buffer {
-        let (x, weight) = (x.device(), weight.device());
+    /// T5's norm of f32 rows: x / √(mean(x²) + ε) · weight, in the device's precision.
+    pub(in crate::kernels) fn rms_norm_rows(&self, x: &Memory, weight: &Memory, epsilon: f32) -> Memory {
         let width = weight.len();
         assert!(x.kind() == Kind::F32 && weight.kind() == Kind::F32 && x.len().is_multiple_of(width), "should be f32 rows");
         let y = self.memory_of(x.len(), self.precision);
@@ -136,12 +133,11 @@ impl Device {
         let grid = (x.len() / width).div_ceil(ROWS);
         // SAFETY: x and y are [rows, width], the weight [width].
         unsafe { self.driver.launch(("text_rms_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, rows, columns, epsilon]) };
-        Buffer::on_device(y)
+        y
     }
 
-    /// CLIP's norm of f32 rows: (x - mean) / √(var + ε) · weight + bias, in the engine's precision.
-    pub(in crate::kernels) fn layer_norm(&self, x: &Buffer, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
-        let (x, weight, bias) = (x.device(), weight.device(), bias.device());
+    /// CLIP's norm of f32 rows: (x - mean) / √(var + ε) · weight + bias, in the device's precision.
+    pub(in crate::kernels) fn layer_norm(&self, x: &Memory, weight: &Memory, bias: &Memory, epsilon: f32) -> Memory {
         let width = weight.len();
         let kinds = [x, weight, bias].iter().all(|m| m.kind() == Kind::F32);
         assert!(kinds && bias.len() == width && x.len().is_multiple_of(width), "should be f32 rows");
@@ -151,24 +147,22 @@ impl Device {
         let grid = (x.len() / width).div_ceil(ROWS);
         // SAFETY: x and y are [rows, width], weight and bias [width].
         unsafe { self.driver.launch(("text_layer_norm", suffix), (grid, 1, 1), BLOCK, 0, arguments![to, from, w, b, rows, columns, epsilon]) };
-        Buffer::on_device(y)
+        y
     }
 
     /// gelu(a) · b (tanh form) of the halves (a, b) of each row of x [rows, 2 · width].
-    pub(in crate::kernels) fn gated_gelu(&self, x: &Buffer, width: usize) -> Buffer {
-        let x = x.device();
+    pub(in crate::kernels) fn gated_gelu(&self, x: &Memory, width: usize) -> Memory {
         assert!(x.len().is_multiple_of(2 * width), "should be [rows, 2 · width]");
         let y = self.memory_of(x.len() / 2, x.kind());
         let (suffix, values) = widest(x.kind(), &[width]);
         let (to, from, count, packs) = (y.pointer(), x.pointer(), (y.len() / values) as i64, (width / values) as i32);
         // SAFETY: x has twice as many values as y.
         unsafe { self.driver.launch(("gated_gelu", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, packs]) };
-        Buffer::on_device(y)
+        y
     }
 
     /// CLIP's activation, in place.
-    pub(in crate::kernels) fn activate(&self, x: &mut Buffer, activation: TextActivation) {
-        let x = x.device();
+    pub(in crate::kernels) fn activate(&self, x: &mut Memory, activation: TextActivation) {
         let (suffix, values) = widest(x.kind(), &[x.len()]);
         let (to, count, exact) = (x.pointer(), (x.len() / values) as i64, i32::from(activation == TextActivation::Gelu));
         // SAFETY: x has `count` packs.
@@ -177,26 +171,25 @@ impl Device {
 
     /// Attention of each caption with itself: softmax(scale · q kᵀ + bias) v for qkv [captions · tokens, 3 · heads · dim], `bias`
     /// [heads, tokens, tokens] in f32.
-    pub(in crate::kernels) fn text_attention(&self, shape: TextAttention, qkv: &Buffer, bias: Option<&Buffer>) -> Buffer {
+    pub(in crate::kernels) fn text_attention(&self, shape: TextAttention, qkv: &Memory, bias: Option<&Memory>) -> Memory {
         let TextAttention { tokens, heads, dim, scale, causal } = shape;
-        let (qkv, inner) = (qkv.device(), heads * dim);
+        let inner = heads * dim;
         assert!(dim <= 128 && qkv.len().is_multiple_of(3 * inner * tokens), "should be [captions · tokens, 3 · heads · dim], dim at most 128");
-        assert!(bias.is_none_or(|b| b.len() == heads * tokens * tokens && b.device().kind() == Kind::F32), "should be [heads, tokens, tokens]");
+        assert!(bias.is_none_or(|b| b.len() == heads * tokens * tokens && b.kind() == Kind::F32), "should be [heads, tokens, tokens]");
         let captions = qkv.len() / (3 * inner * tokens);
         let out = self.memory_of(qkv.len() / 3, qkv.kind());
-        let (to, from, bias) = (out.pointer(), qkv.pointer(), bias.map_or(0, |b| b.device().pointer()));
+        let (to, from, bias) = (out.pointer(), qkv.pointer(), bias.map_or(0, |b| b.pointer()));
         let (t, h, d, causal) = (tokens as i32, heads as i32, dim as i32, i32::from(causal));
         let shared = (QUERIES * dim + 2 * KEYS * (dim + 1)) * 4;
         let grid = (tokens.div_ceil(QUERIES), heads, captions);
         let arguments = arguments![to, from, bias, t, h, d, scale, causal];
         // SAFETY: sizes are checked above; the shared memory is what the kernel's comment says.
         unsafe { self.driver.launch(("text_attention", any(qkv.kind())), grid, 128, shared, arguments) };
-        Buffer::on_device(out)
+        out
     }
 
     /// Scale and shift [2, channels] that make the group norm of x [pixels, channels]: y = x · scale + shift. `weight` and `bias` are f32.
-    pub(super) fn group_affine(&self, x: &Buffer, groups: usize, weight: &Buffer, bias: &Buffer, epsilon: f32) -> Buffer {
-        let (x, weight, bias) = (x.device(), weight.device(), bias.device());
+    pub(super) fn group_affine(&self, x: &Memory, groups: usize, weight: &Memory, bias: &Memory, epsilon: f32) -> Memory {
         let channels = weight.len();
         assert!(bias.len() == channels && x.len().is_multiple_of(channels) && channels.is_multiple_of(groups), "should be channels in groups");
         let (pixels, run) = (x.len() / channels, RUN);
@@ -211,12 +204,11 @@ impl Device {
         let arguments = arguments![to, s, from, w, b, count, c, g, length, n, epsilon];
         // SAFETY: as above; weight and bias are [channels], the result [2, channels].
         unsafe { self.driver.launch(("group_affine", suffix), (groups, 1, 1), BLOCK, 0, arguments) };
-        Buffer::on_device(affine)
+        affine
     }
 
     /// x · scale + shift for x [pixels, channels] and `affine` [2, channels]; with `activate` its SiLU.
-    pub(super) fn apply_affine(&self, x: &Buffer, affine: &Buffer, activate: bool) -> Buffer {
-        let (x, affine) = (x.device(), affine.device());
+    pub(super) fn apply_affine(&self, x: &Memory, affine: &Memory, activate: bool) -> Memory {
         let channels = affine.len() / 2;
         assert!(x.len().is_multiple_of(channels) && affine.kind() == Kind::F32, "should be [pixels, channels]");
         let y = self.memory_of(x.len(), x.kind());
@@ -225,13 +217,12 @@ impl Device {
         let (grid, activate) = (((count as usize).div_ceil(BLOCK), 1, 1), i32::from(activate));
         // SAFETY: x and y are [pixels, channels], the affine [2, channels].
         unsafe { self.driver.launch(("apply_affine", suffix), grid, BLOCK, 0, arguments![to, from, with, count, packs, activate]) };
-        Buffer::on_device(y)
+        y
     }
 
     /// What a convolution multiplies for `rows` of its results from `first` on: [rows, kernel², channels]. Less than 2³¹ values.
-    pub(super) fn columns(&self, x: &Buffer, window: Window, first: usize, rows: usize) -> Buffer {
+    pub(super) fn columns(&self, x: &Memory, window: Window, first: usize, rows: usize) -> Memory {
         let Window { height, width, channels, kernel, stride, pad, double, out_width } = window;
-        let x = x.device();
         assert_eq!(x.len(), height * width * channels, "should be [height, width, channels]");
         let (suffix, values) = widest(x.kind(), &[channels]);
         let geometry = Geometry {
@@ -250,13 +241,12 @@ impl Device {
         let arguments = arguments![y, from, first, count, geometry];
         // SAFETY: the result has `count` packs; reads outside the picture are zeros.
         unsafe { self.driver.launch(("columns", suffix), ((count as usize).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments) };
-        Buffer::on_device(to)
+        to
     }
 
     /// Attention of one head of width `width` over all rows of qkv [tokens, 3 · width], scaled by 1/√width, in strips of queries so that at
     /// most `strip` rows of scores are there.
-    pub(super) fn attention_of_rows(&self, qkv: &Buffer, width: usize, strip: usize) -> Buffer {
-        let qkv = qkv.device();
+    pub(super) fn attention_of_rows(&self, qkv: &Memory, width: usize, strip: usize) -> Memory {
         let tokens = qkv.len() / (3 * width);
         assert_eq!(qkv.len(), tokens * 3 * width, "should be [tokens, 3 · width]");
         let out = self.memory_of(tokens * width, qkv.kind());
@@ -273,6 +263,6 @@ impl Device {
             unsafe { self.driver.launch(("softmax_rows", any(qkv.kind())), (rows, 1, 1), BLOCK, 0, arguments![to, from, columns, scale]) };
             self.part_product((rows, width, tokens), of(&weights, 0, tokens), at(2 * width, false), of(&out, first * width, width));
         }
-        Buffer::on_device(out)
+        out
     }
 }

@@ -7,8 +7,7 @@ use super::error::must;
 use super::gemm::Operand;
 use super::linear::{DeviceLora, RANK};
 use super::skinny::SkinnyGemm;
-use super::{Device, DeviceWeight, Memory};
-use crate::kernels::Buffer;
+use super::{Cuda, DeviceWeight, Memory};
 
 /// Weights [Σ outputs, inputs] and biases [Σ outputs] of layers that have the same input.
 #[derive(Debug)]
@@ -30,9 +29,9 @@ pub(in crate::kernels) struct DeviceFusedLora {
     pub(super) layers: Vec<(usize, usize, usize, usize)>,
 }
 
-impl Device {
+impl Cuda {
     /// Lays weights and biases of layers with the same input together; the layers then share this memory.
-    pub(in crate::kernels) fn fuse(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Buffer]) -> Option<DeviceFusedLinear> {
+    pub(in crate::kernels) fn fuse(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Memory]) -> Option<DeviceFusedLinear> {
         let inputs = weights.first()?.inputs;
         let kind = weights.first()?.values.kind();
         if weights.iter().any(|w| w.inputs != inputs || w.values.kind() != kind) || biases.len() != weights.len() {
@@ -45,9 +44,9 @@ impl Device {
         for ((w, b), &rows) in weights.iter_mut().zip(biases).zip(&outputs) {
             let (to, to_bias) = (weight.part(first * inputs, rows * inputs), bias.part(first, rows));
             self.copy_into(&to, &w.values);
-            self.copy_into(&to_bias, b.device());
+            self.copy_into(&to_bias, b);
             w.values = to;
-            **b = Buffer::on_device(to_bias);
+            **b = to_bias;
             first += rows;
         }
         Some(DeviceFusedLinear { weight, bias, inputs, outputs })
@@ -76,7 +75,7 @@ impl Device {
         Some(DeviceFusedLora { a, b, ranks, layers: places })
     }
 
-    /// Rows of `width` values of the engine's precision.
+    /// Rows of `width` values of the device's precision.
     fn copy_rows(&self, to: u64, to_stride: usize, from: u64, from_stride: usize, rows: usize, width: usize) {
         let bytes = self.precision.bytes();
         let copy = CUDA_MEMCPY2D_st {
@@ -102,15 +101,15 @@ impl Device {
         must(check("copy rows", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.driver.stream()) }));
     }
 
-    /// See [`crate::kernels::Engine::fused_forward`]; the results are columns of one matrix.
+    /// See [`crate::kernels::Device::fused_forward`]; the results are columns of one matrix.
     pub(in crate::kernels) fn fused_forward(
         &self,
         rows: usize,
-        x: &Buffer,
+        x: &Memory,
         fused: &DeviceFusedLinear,
         lora: Option<(&DeviceFusedLora, f32)>,
-    ) -> (Vec<Buffer>, Option<Buffer>) {
-        let (x, k, n) = (x.device(), fused.inputs, fused.outputs.iter().sum::<usize>());
+    ) -> (Vec<Memory>, Option<Memory>) {
+        let (k, n) = (fused.inputs, fused.outputs.iter().sum::<usize>());
         assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
         let y = self.memory_of(rows * n, self.precision);
         self.frozen_matmul((rows, n, k), x, Operand::transposed(&fused.weight, k), &y, false, Some(&fused.bias));
@@ -119,40 +118,38 @@ impl Device {
             let t = self.memory_of(rows * r, self.precision);
             self.product((rows, r, k), Operand::stored(x, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (scale, 0.0), None);
             self.product((rows, n, r), Operand::stored(&t, r), Operand::transposed(&lora.b, r), Operand::stored(&y, n), (1.0, 1.0), None);
-            Buffer::on_device(t)
+            t
         });
         let mut first = 0;
         let mut parts = Vec::with_capacity(fused.outputs.len());
         for &outputs in &fused.outputs {
-            parts.push(Buffer::on_device(y.columns(first, outputs, n)));
+            parts.push(y.columns(first, outputs, n));
             first += outputs;
         }
         (parts, t)
     }
 
-    /// The backward of [`Device::fused_forward`]: `dy` [rows, Σ outputs] has the gradients of the parts side by side. Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
+    /// The backward of [`Cuda::fused_forward`]: `dy` [rows, Σ outputs] has the gradients of the parts side by side. Adds LoRA's gradients to those of the layers given (A's and B's of each layer with LoRA, and its scale).
     pub(in crate::kernels) fn fused_backward(
         &self,
         rows: usize,
-        dy: &Buffer,
+        dy: &Memory,
         fused: &DeviceFusedLinear,
-        lora: Option<(&DeviceFusedLora, &Buffer, &Buffer)>,
-        dx: Option<&mut Buffer>,
-        gradients: &[(&Buffer, &Buffer, f32)],
+        lora: Option<(&DeviceFusedLora, &Memory, &Memory)>,
+        dx: Option<&mut Memory>,
+        gradients: &[(&Memory, &Memory, f32)],
     ) {
         let (n, k) = (fused.inputs, fused.outputs.iter().sum::<usize>());
-        let dy = dy.device();
         assert_eq!(dy.len(), rows * k, "should be [rows, outputs of all]");
         if let Some(dx) = &dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.frozen_matmul((rows, n, k), dy, Operand::stored(&fused.weight, n), dx.device(), false, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&fused.weight, n), dx, false, None);
         }
         let Some((lora, x, t)) = lora else { return };
-        let (r, x, t) = (lora.ranks, x.device(), t.device());
+        let r = lora.ranks;
         let dt = self.memory_of(rows * r, self.precision);
         self.product((rows, r, k), Operand::stored(dy, k), Operand::stored(&lora.b, r), Operand::stored(&dt, r), (1.0, 0.0), None);
         if let Some(dx) = dx {
-            let dx = dx.device();
             self.product((rows, n, r), Operand::stored(&dt, r), Operand::stored(&lora.a, n), Operand::stored(dx, n), (1.0, 1.0), None);
         }
         assert_eq!(gradients.len(), lora.layers.len(), "should be those of the layers with LoRA");
@@ -160,8 +157,8 @@ impl Device {
         for (&(place, first_output, first_rank, rank), &(da, db, scale)) in lora.layers.iter().zip(gradients) {
             let (outputs, padded) = (fused.outputs[place], rank.next_multiple_of(RANK));
             let (t, dt) = (t.columns(first_rank, padded, r), dt.columns(first_rank, padded, r));
-            parts.push((x.part(0, x.len()), n, dt, padded, rank, da.device(), (n, 1), 1.0));
-            parts.push((dy.columns(first_output, outputs, k), outputs, t, padded, rank, db.device(), (1, rank), scale));
+            parts.push((x.part(0, x.len()), n, dt, padded, rank, da, (n, 1), 1.0));
+            parts.push((dy.columns(first_output, outputs, k), outputs, t, padded, rank, db, (1, rank), scale));
         }
         let products = parts.iter().map(|p| SkinnyGemm { x: &p.0, n: p.1, t: &p.2, padded: p.3, ranks: p.4, to: p.5, strides: p.6, scale: p.7 });
         self.lora_products(rows, &products.collect::<Vec<_>>());

@@ -11,11 +11,11 @@ use cudarc::driver::sys::{self, CUgraphExec, CUstreamCaptureMode};
 
 use super::driver::{Driver, check};
 use super::error::{CudaError, must};
-use super::{Device, DevicePool};
+use super::{Cuda, DevicePool};
 
 /// Recorded work.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceGraph {
+pub struct DeviceGraph {
     driver: Arc<Driver>,
     pool: Arc<DevicePool>,
     executable: CUgraphExec,
@@ -40,7 +40,7 @@ impl Drop for Arena<'_> {
     }
 }
 
-impl Device {
+impl Cuda {
     /// Records `work`, without doing it. It must neither upload nor download, and have been done before with these sizes.
     pub(in crate::kernels) fn capture<T>(&self, work: impl FnOnce() -> T) -> (T, DeviceGraph) {
         self.driver.bind();

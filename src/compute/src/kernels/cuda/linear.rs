@@ -3,27 +3,26 @@
 use super::driver::arguments;
 use super::gemm::{Epilogue, Operand, Product};
 use super::skinny::{self, SkinnyGemm};
-use super::{BLOCK, Device, Kind, Memory, any};
-use crate::kernels::Buffer;
+use super::{BLOCK, Cuda, Kind, Memory, any};
 
-/// A frozen weight [outputs, inputs] in the engine's precision, or in half precision for an engine of f32.
+/// A frozen weight [outputs, inputs] in the device's precision, or in half precision for a device in f32.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceWeight {
+pub struct DeviceWeight {
     pub(super) values: Memory,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
 }
 
 impl DeviceWeight {
-    pub(in crate::kernels) fn new(outputs: usize, inputs: usize, values: Buffer) -> Self {
+    pub(in crate::kernels) fn new(outputs: usize, inputs: usize, values: Memory) -> Self {
         assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
-        Self { values: values.into_device(), outputs, inputs }
+        Self { values, outputs, inputs }
     }
 }
 
-/// LoRA factors in the engine's precision, the rank padded with zeros.
+/// LoRA factors in the device's precision, the rank padded with zeros.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceLora {
+pub struct DeviceLora {
     pub(in crate::kernels) rank: usize,
     pub(super) padded: usize,
     pub(super) inputs: usize,
@@ -50,12 +49,12 @@ impl Operand {
     }
 }
 
-impl Device {
+impl Cuda {
     pub(in crate::kernels) fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> DeviceLora {
         let padded = rank.next_multiple_of(RANK);
         assert!(a.len() == rank * inputs && b.len() == outputs * rank, "should be [rank, inputs] and [outputs, rank]");
         let pad = |values: &[f32], (from, to), len, factor: f32| {
-            let (source, target) = (self.upload_f32(values), self.memory_of(len, self.precision));
+            let (source, target) = (self.upload_values(values), self.memory_of(len, self.precision));
             let (y, x, count, from, to) = (target.pointer(), source.pointer(), len as i64, from as i32, to as i32);
             // SAFETY: the target has `count` values in rows of `to`, the source rows of `from`.
             unsafe { self.driver.launch(("pad", any(self.precision)), (len.div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![y, x, count, from, to, factor]) };
@@ -94,41 +93,39 @@ impl Device {
         unsafe { self.driver.launch(("join", ""), ((m * n).div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, bias, count, width, accumulates]) };
     }
 
-    /// See [`crate::kernels::Engine::linear`]; t has the padded rank.
+    /// See [`crate::kernels::Device::linear`]; t has the padded rank.
     pub(in crate::kernels) fn linear(
         &self,
         rows: usize,
-        x: &Buffer,
+        x: &Memory,
         w: &DeviceWeight,
-        bias: Option<&Buffer>,
-        lora: Option<(&DeviceLora, Option<&Buffer>, f32)>,
-        y: &mut Buffer,
-    ) -> Option<Buffer> {
-        let (x, y) = (x.device(), y.device());
+        bias: Option<&Memory>,
+        lora: Option<(&DeviceLora, Option<&Memory>, f32)>,
+        y: &mut Memory,
+    ) -> Option<Memory> {
         let (k, n) = (w.inputs, w.outputs);
         assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, inputs] and [rows, outputs]");
         assert!(bias.is_none_or(|b| b.len() == n), "should be [outputs]");
-        self.frozen_matmul((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias.map(Buffer::device));
+        self.frozen_matmul((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias);
         lora.map(|(lora, dropped, scale)| {
-            let (r, source) = (lora.padded, dropped.map_or(x, Buffer::device));
+            let (r, source) = (lora.padded, dropped.unwrap_or(x));
             assert!(source.len() == rows * k && (lora.inputs, lora.outputs) == (k, n), "should fit the layer");
             let t = self.memory_of(rows * r, self.precision);
             self.product((rows, r, k), Operand::stored(source, k), Operand::transposed(&lora.a, k), Operand::stored(&t, r), (scale, 0.0), None);
             self.product((rows, n, r), Operand::stored(&t, r), Operand::transposed(&lora.b, r), Operand::stored(y, n), (1.0, 1.0), None);
-            Buffer::on_device(t)
+            t
         })
     }
 
-    /// See [`crate::kernels::Engine::linear_backward`]; dt has the padded rank.
+    /// See [`crate::kernels::Device::linear_backward`]; dt has the padded rank.
     pub(in crate::kernels) fn linear_backward(
         &self,
         rows: usize,
-        dy: &Buffer,
+        dy: &Memory,
         w: &DeviceWeight,
-        lora: Option<(&DeviceLora, Option<&Buffer>)>,
-        dx: Option<(&mut Buffer, bool)>,
-    ) -> Option<Buffer> {
-        let dy = dy.device();
+        lora: Option<(&DeviceLora, Option<&Memory>)>,
+        dx: Option<(&mut Memory, bool)>,
+    ) -> Option<Memory> {
         let (n, k) = (w.inputs, w.outputs);
         assert_eq!(dy.len(), rows * k, "should be [rows, outputs]");
         let dt = lora.map(|(lora, _)| {
@@ -139,41 +136,40 @@ impl Device {
         });
         if let Some((dx, accumulate)) = dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.frozen_matmul((rows, n, k), dy, Operand::stored(&w.values, n), dx.device(), accumulate, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&w.values, n), dx, accumulate, None);
             if let (Some((lora, mask)), Some(dt)) = (lora, &dt) {
                 let r = lora.padded;
                 if let Some(mask) = mask {
-                    let mut through = self.alloc(rows * n);
-                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(through.device(), n), (1.0, 0.0), None);
+                    let mut through = self.memory_of(rows * n, self.precision);
+                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(&through, n), (1.0, 0.0), None);
                     self.multiply(&mut through, mask);
                     self.add(dx, &through);
                 } else {
-                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(dx.device(), n), (1.0, 1.0), None);
+                    self.product((rows, n, r), Operand::stored(dt, r), Operand::stored(&lora.a, n), Operand::stored(dx, n), (1.0, 1.0), None);
                 }
             }
         }
-        dt.map(Buffer::on_device)
+        dt
     }
 
-    /// See [`crate::kernels::Engine::lora_gradient`]; the gradients are f32.
+    /// See [`crate::kernels::Device::lora_gradient`]; the gradients are f32.
     #[expect(clippy::too_many_arguments, reason = "four operands, two results and their sizes")]
     pub(in crate::kernels) fn lora_gradient(
         &self,
         rows: usize,
-        x: &Buffer,
-        dy: &Buffer,
-        t: &Buffer,
-        dt: &Buffer,
+        x: &Memory,
+        dy: &Memory,
+        t: &Memory,
+        dt: &Memory,
         scale: f32,
-        da: &mut Buffer,
-        db: &mut Buffer,
+        da: &mut Memory,
+        db: &mut Memory,
     ) {
         let (inputs, outputs, padded) = (x.len() / rows, dy.len() / rows, t.len() / rows);
         let rank = da.len() / inputs;
-        assert!(da.device().kind() == Kind::F32 && db.device().kind() == Kind::F32 && db.len() == outputs * rank, "should be f32");
-        let (x, dy, t, dt) = (x.device(), dy.device(), t.device(), dt.device());
-        let a = SkinnyGemm { x, n: inputs, t: dt, padded, ranks: rank, to: da.device(), strides: (inputs, 1), scale: 1.0 };
-        let b = SkinnyGemm { x: dy, n: outputs, t, padded, ranks: rank, to: db.device(), strides: (1, rank), scale };
+        assert!(da.kind() == Kind::F32 && db.kind() == Kind::F32 && db.len() == outputs * rank, "should be f32");
+        let a = SkinnyGemm { x, n: inputs, t: dt, padded, ranks: rank, to: da, strides: (inputs, 1), scale: 1.0 };
+        let b = SkinnyGemm { x: dy, n: outputs, t, padded, ranks: rank, to: db, strides: (1, rank), scale };
         self.lora_products(rows, &[a, b]);
     }
 

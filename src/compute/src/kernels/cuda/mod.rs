@@ -1,11 +1,12 @@
-//! The engine on an NVIDIA GPU: cuBLASLt's products and own kernels on one stream, memory from one pool.
+//! An NVIDIA GPU: cuBLASLt's products and own kernels on one stream, memory from one pool.
 //!
-//! Activations and frozen weights have the engine's precision; statistics, modulations, sums and LoRA's gradients are f32. No result
+//! Activations and frozen weights have the device's precision; statistics, modulations, sums and LoRA's gradients are f32. No result
 //! depends on the order in which threads happen to run: there are no atomic additions. Nothing waits for the device
-//! but [`Device::download_to`].
+//! but [`Cuda::download_to`].
 #![expect(unsafe_code, reason = "calls of the driver, of cuBLASLt and of kernels")]
 
 mod attention;
+mod device;
 mod driver;
 mod encode;
 mod error;
@@ -28,21 +29,20 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 pub(super) use encode::Matrix;
-pub use error::CudaError;
-pub(super) use fused_linear::{DeviceFusedLinear, DeviceFusedLora};
+use fused_linear::DeviceFusedLinear;
 pub(super) use graph::DeviceGraph;
 pub(super) use linear::{DeviceLora, DeviceWeight};
-pub(super) use pool::Memory;
+pub use pool::Memory;
 pub(super) use skinny::DeviceScatter;
 pub use timer::Timer;
-pub use update::{AdamWScalars, CodedMoment, Range, UpdateOps};
+pub(super) use update::DeviceRanges;
 
 use self::driver::{Driver, arguments, check};
-use self::error::must;
+use self::error::{CudaError, must};
 use self::gemm::Blas;
 use self::pool::DevicePool;
 use self::staging::Staging;
-use super::{Buffer, Precision};
+use super::Precision;
 
 /// Type of values on the device.
 pub(super) type Kind = Precision;
@@ -50,9 +50,9 @@ pub(super) type Kind = Precision;
 /// Threads per block of the kernels in `pointwise.cu` and `norm.cu`.
 const BLOCK: usize = 256;
 
-/// A GPU.
-#[derive(Debug)]
-pub(super) struct Device {
+/// An NVIDIA GPU in a precision. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Cuda {
     driver: Arc<Driver>,
     pool: Arc<DevicePool>,
     blas: Arc<Blas>,
@@ -60,44 +60,23 @@ pub(super) struct Device {
     staging: Arc<Staging>,
 }
 
-impl Device {
+impl Cuda {
     /// Opens GPU `ordinal`.
-    pub(super) fn open(ordinal: i32, precision: Precision) -> Result<Self, CudaError> {
+    pub(super) fn open_driver(ordinal: i32, precision: Precision) -> Result<Self, CudaError> {
         let driver = Arc::new(Driver::open(ordinal)?);
         let pool = Arc::new(DevicePool::new(Arc::clone(&driver)));
         let blas = Arc::new(Blas::open(Arc::clone(&driver))?);
         let staging = Arc::new(Staging::new(Arc::clone(&driver)));
-        Self { driver, pool, blas, precision: Precision::F32, staging }.in_precision(precision)
+        Self { driver, pool, blas, precision: Precision::F32, staging }.with_precision(precision)
     }
 
     /// The same device, stream and memory, computing in another precision.
-    pub(super) fn in_precision(&self, precision: Precision) -> Result<Self, CudaError> {
+    pub(super) fn with_precision(&self, precision: Precision) -> Result<Self, CudaError> {
         let Self { driver, pool, blas, staging, .. } = self;
         if precision == Precision::Bf16 && driver.capability < (8, 0) {
             return Err(CudaError::Precision { precision, device: driver.name.clone(), capability: driver.capability });
         }
         Ok(Self { driver: Arc::clone(driver), pool: Arc::clone(pool), blas: Arc::clone(blas), precision, staging: Arc::clone(staging) })
-    }
-
-    pub(super) fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Name and compute capability.
-    pub(super) fn describe(&self) -> (String, (i32, i32)) {
-        (self.driver.name.clone(), self.driver.capability)
-    }
-
-    pub(super) fn set_cap(&self, bytes: usize) {
-        self.pool.set_cap(bytes);
-    }
-
-    pub(super) fn peak(&self) -> usize {
-        self.pool.peak()
-    }
-
-    pub(super) fn trim(&self) {
-        self.pool.trim();
     }
 
     /// Bytes (free, total) of the card.
@@ -109,46 +88,11 @@ impl Device {
         (free, total)
     }
 
-    /// This point on the stream.
-    pub(super) fn timer(&self) -> Timer {
-        Timer::now(&self.driver)
-    }
-
-    pub(super) fn start_profile(&self) {
-        self.driver.start_profile();
-    }
-
-    pub(super) fn is_profiling(&self) -> bool {
-        self.driver.is_profiling()
-    }
-
-    pub(super) fn end_profile(&self) -> Vec<(String, usize, f64)> {
-        self.driver.end_profile()
-    }
-
-    pub(super) fn synchronize(&self) {
-        self.driver.synchronize();
-    }
-
     fn memory_of(&self, len: usize, kind: Kind) -> Memory {
         Memory::new(&self.pool, len, kind)
     }
 
-    /// `len` values of any content in the engine's precision.
-    pub(super) fn alloc(&self, len: usize) -> Buffer {
-        Buffer::on_device(self.memory_of(len, self.precision))
-    }
-
-    /// `len` f32 values of any content.
-    pub(super) fn alloc_f32(&self, len: usize) -> Buffer {
-        Buffer::on_device(self.memory_of(len, Kind::F32))
-    }
-
     /// Zeros (all bits are).
-    pub(super) fn fill_zero(&self, buffer: &mut Buffer) {
-        self.fill_memory(buffer.device());
-    }
-
     fn fill_memory(&self, memory: &Memory) {
         if memory.len() == 0 {
             return;
@@ -170,7 +114,7 @@ impl Device {
         memory
     }
 
-    fn upload_f32(&self, values: &[f32]) -> Memory {
+    fn upload_values(&self, values: &[f32]) -> Memory {
         // SAFETY: f32 has no padding; as many bytes as the slice has.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
         self.upload_bytes(bytes, values.len(), Kind::F32)
@@ -178,36 +122,25 @@ impl Device {
 
     /// Host values in this kind.
     fn upload_as(&self, values: &[f32], kind: Kind) -> Memory {
-        let source = self.upload_f32(values);
+        let source = self.upload_values(values);
         self.convert(source, kind)
     }
 
-    /// Host values in the engine's precision.
-    pub(super) fn upload(&self, values: &[f32]) -> Buffer {
-        Buffer::on_device(self.upload_as(values, self.precision))
-    }
-
-    /// Values stored as f32, f16 or bf16 in the engine's precision.
-    pub(super) fn upload_stored(&self, bytes: &[u8], stored: Kind) -> Buffer {
-        self.upload_stored_as(bytes, stored, self.precision)
-    }
-
     /// Values stored as f32, f16 or bf16 in this kind.
-    pub(super) fn upload_stored_as(&self, bytes: &[u8], stored: Kind, kind: Kind) -> Buffer {
+    fn upload_stored(&self, bytes: &[u8], stored: Kind, kind: Kind) -> Memory {
         let source = self.upload_bytes(bytes, bytes.len() / stored.bytes(), stored);
-        Buffer::on_device(self.convert(source, kind))
+        self.convert(source, kind)
     }
 
     /// New values for a buffer; those of the host may change as soon as this returns.
-    pub(super) fn overwrite(&self, buffer: &Buffer, values: &[f32]) {
-        let target = buffer.device();
+    pub(super) fn overwrite(&self, target: &Memory, values: &[f32]) {
         assert_eq!(target.len(), values.len(), "should be alike");
         if target.kind() == Kind::F32 {
             // SAFETY: f32 has no padding; as many bytes as the slice has, for which the memory has room.
             unsafe { self.staging.upload(std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)), target.pointer()) };
             return;
         }
-        let source = self.upload_f32(values);
+        let source = self.upload_values(values);
         self.convert_into(target, &source);
     }
 
@@ -223,22 +156,21 @@ impl Device {
 
     fn convert_into(&self, target: &Memory, source: &Memory) {
         assert_eq!(target.len(), source.len(), "should be alike");
-        let (to, from, count, tag) = (target.pointer(), source.pointer(), source.len() as i64, source.kind().tag());
+        let (to, from, count, tag) = (target.pointer(), source.pointer(), source.len() as i64, tag(source.kind()));
         let kind = target.kind();
         // SAFETY: both have `count` values.
         unsafe { self.driver.launch(("convert", any(kind)), (source.len().div_ceil(BLOCK), 1, 1), BLOCK, 0, arguments![to, from, count, tag]) };
     }
 
     /// The values on the host; waits for the device.
-    pub(super) fn download(&self, buffer: &Buffer) -> Vec<f32> {
-        let mut values = vec![0.0_f32; buffer.device().len()];
+    pub(super) fn download(&self, buffer: &Memory) -> Vec<f32> {
+        let mut values = vec![0.0_f32; buffer.len()];
         self.download_to(buffer, &mut [&mut values]);
         values
     }
 
     /// The first values to places on the host, one after another; waits for the device.
-    pub(in crate::kernels) fn download_to(&self, buffer: &Buffer, places: &mut [&mut [f32]]) {
-        let memory = buffer.device();
+    pub(in crate::kernels) fn download_to(&self, memory: &Memory, places: &mut [&mut [f32]]) {
         let count: usize = places.iter().map(|place| place.len()).sum();
         assert!(count <= memory.len(), "should be as many");
         let converted;
@@ -255,11 +187,10 @@ impl Device {
     }
 
     /// A copy on the device.
-    pub(super) fn copy(&self, buffer: &Buffer) -> Buffer {
-        let source = buffer.device();
+    pub(super) fn copy(&self, source: &Memory) -> Memory {
         let target = self.memory_of(source.len(), source.kind());
         self.copy_into(&target, source);
-        Buffer::on_device(target)
+        target
     }
 
     fn copy_into(&self, target: &Memory, source: &Memory) {
@@ -277,6 +208,15 @@ impl Device {
 fn bytes_of(values: &mut [f32]) -> &mut [u8] {
     // SAFETY: as many bytes as the values have, and any bits are values.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size_of_val(values)) }
+}
+
+/// A type as the kernels know it.
+const fn tag(kind: Kind) -> i32 {
+    match kind {
+        Kind::F32 => 0,
+        Kind::F16 => 1,
+        Kind::Bf16 => 2,
+    }
 }
 
 /// The suffix of kernels with single accesses.

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::Device;
 use super::encode::Window;
+use super::{Cuda, Memory};
 use crate::kernels::{Convolution, GroupNorm, HostConvolution, Picture, Resampling};
 
 /// Values of columns that are there at once (256 MiB of 16-bit values).
@@ -13,9 +13,9 @@ const RUN: usize = 8192;
 /// Values of attention scores that are there at once.
 const SCORE_VALUES: usize = 1 << 24;
 
-impl Device {
+impl Cuda {
     /// [out, in, k, k] as [out, k, k, in], with zeros in place of the channels that pad it.
-    pub(in crate::kernels) fn convolution(&self, host: HostConvolution<'_>, padded: (usize, usize), resampling: Resampling) -> Convolution {
+    pub(in crate::kernels) fn convolution(&self, host: HostConvolution<'_>, padded: (usize, usize), resampling: Resampling) -> Convolution<Memory> {
         let HostConvolution { weight: stored, bias, inputs, kernel, .. } = host;
         let taps = kernel * kernel;
         let mut weight = vec![0.0; padded.1 * taps * padded.0];
@@ -28,10 +28,17 @@ impl Device {
         }
         let mut bias = bias.to_vec();
         bias.resize(padded.1, 0.0);
-        Convolution { weight: self.upload(&weight), bias: self.upload(&bias), inputs: padded.0, outputs: padded.1, kernel, resampling }
+        Convolution {
+            weight: self.upload_as(&weight, self.precision),
+            bias: self.upload_as(&bias, self.precision),
+            inputs: padded.0,
+            outputs: padded.1,
+            kernel,
+            resampling,
+        }
     }
 
-    pub(in crate::kernels) fn upload_picture(&self, values: &[f32], (channels, height, width): (usize, usize, usize), padded: usize) -> Picture {
+    pub(in crate::kernels) fn upload_picture(&self, values: &[f32], (channels, height, width): (usize, usize, usize), padded: usize) -> Picture<Memory> {
         let pixels = height * width;
         let mut rows = vec![0.0; pixels * padded];
         rows.par_chunks_mut(RUN * padded).enumerate().for_each(|(run, rows)| {
@@ -41,10 +48,10 @@ impl Device {
                 }
             }
         });
-        Picture { values: self.upload(&rows), height, width, channels: padded }
+        Picture { values: self.upload_as(&rows, self.precision), height, width, channels: padded }
     }
 
-    pub(in crate::kernels) fn download_picture(&self, x: &Picture, channels: usize) -> Vec<f32> {
+    pub(in crate::kernels) fn download_picture(&self, x: &Picture<Memory>, channels: usize) -> Vec<f32> {
         let rows = self.download(&x.values);
         let mut values = Vec::with_capacity(channels * x.height * x.width);
         for channel in 0..channels {
@@ -53,7 +60,7 @@ impl Device {
         values
     }
 
-    pub(in crate::kernels) fn convolve(&self, x: &Picture, convolution: &Convolution, onto: Option<Picture>) -> Picture {
+    pub(in crate::kernels) fn convolve(&self, x: &Picture<Memory>, convolution: &Convolution<Memory>, onto: Option<Picture<Memory>>) -> Picture<Memory> {
         let &Convolution { ref weight, ref bias, inputs, outputs, kernel, resampling } = convolution;
         let (height, width, stride, pad) = match resampling {
             Resampling::Same => (x.height, x.width, 1, kernel / 2),
@@ -62,7 +69,7 @@ impl Device {
         };
         let (rows, k) = (height * width, kernel * kernel * inputs);
         let accumulate = onto.is_some();
-        let mut y = onto.map_or_else(|| self.alloc(rows * outputs), |onto| onto.values);
+        let mut y = onto.map_or_else(|| self.memory_of(rows * outputs, self.precision), |onto| onto.values);
         let matrix = self.matrix(weight, outputs, k);
         if kernel == 1 {
             self.matrix_product(rows, &x.values, matrix, Some(bias), &mut y, 0, accumulate);
@@ -79,12 +86,12 @@ impl Device {
         Picture { values: y, height, width, channels: outputs }
     }
 
-    pub(in crate::kernels) fn normalise(&self, x: &Picture, norm: &GroupNorm, silu: bool) -> Picture {
+    pub(in crate::kernels) fn normalise(&self, x: &Picture<Memory>, norm: &GroupNorm<Memory>, silu: bool) -> Picture<Memory> {
         let affine = self.group_affine(&x.values, norm.groups, &norm.weight, &norm.bias, norm.epsilon);
         Picture { values: self.apply_affine(&x.values, &affine, silu), ..*x }
     }
 
-    pub(in crate::kernels) fn picture_attention(&self, qkv: &Picture) -> Picture {
+    pub(in crate::kernels) fn picture_attention(&self, qkv: &Picture<Memory>) -> Picture<Memory> {
         let (tokens, channels) = (qkv.height * qkv.width, qkv.channels / 3);
         let values = self.attention_of_rows(&qkv.values, channels, (SCORE_VALUES / tokens).max(1));
         Picture { values, height: qkv.height, width: qkv.width, channels }

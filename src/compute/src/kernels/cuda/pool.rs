@@ -175,7 +175,7 @@ impl Drop for Block {
 /// Values of one type on the device, or columns of a wider matrix of such values. Keeps its block from the pool as long as it
 /// lives.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     pointer: u64,
     len: usize,
     kind: Kind,

@@ -3,8 +3,7 @@
 use super::driver::arguments;
 use super::fused_linear::{DeviceFusedLinear, DeviceFusedLora};
 use super::linear::DeviceLora;
-use super::{BLOCK, Device, Kind, Memory, any, widest};
-use crate::kernels::Buffer;
+use super::{BLOCK, Cuda, Kind, Memory, any, widest};
 
 /// Ranks up to which the gradients are computed by `thin_sums`; above, products are faster.
 pub(super) const MAX_RANK: usize = 32;
@@ -59,7 +58,7 @@ struct Spread {
 
 /// Where every parameter of a LoRA is read by products.
 #[derive(Debug)]
-pub(in crate::kernels) struct DeviceScatter {
+pub struct DeviceScatter {
     table: Memory,
     matrices: usize,
     largest: usize,
@@ -69,7 +68,7 @@ pub(in crate::kernels) struct DeviceScatter {
 /// Where the parameters of a layer lie among all: A's first value, B's first value; and B's factor.
 pub(in crate::kernels) type Source = (usize, usize, f32);
 
-impl Device {
+impl Cuda {
     /// Adds skinny products.
     pub(super) fn skinny_gemms(&self, rows: usize, products: &[SkinnyGemm<'_>]) {
         let mut parts = Vec::new();
@@ -150,8 +149,7 @@ impl Device {
     }
 
     /// Sets all parameters of a LoRA.
-    pub(in crate::kernels) fn scatter_lora(&self, scatter: &DeviceScatter, parameters: &Buffer) {
-        let values = parameters.device();
+    pub(in crate::kernels) fn scatter_lora(&self, scatter: &DeviceScatter, values: &Memory) {
         assert!(values.kind() == Kind::F32 && values.len() == scatter.parameters, "should be all parameters in f32");
         let (table, from) = (scatter.table.pointer(), values.pointer());
         if scatter.matrices == 0 {

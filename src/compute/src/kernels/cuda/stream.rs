@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::driver::{Driver, arguments, check};
 use super::encode::Matrix;
 use super::error::must;
-use super::{BLOCK, Device, Kind, Memory, any};
+use super::{BLOCK, Cuda, Kind, Memory, any, tag};
 use crate::kernels::LayerSource;
 
 /// Bytes of each of the two page-locked buffers.
@@ -142,8 +142,8 @@ struct Place {
     filled: Event,
 }
 
-impl Device {
-    /// Calls `work(index, matrices)` for each layer in order, with its matrices in the engine's precision. `work` only puts work on the
+impl Cuda {
+    /// Calls `work(index, matrices)` for each layer in order, with its matrices in the device's precision. `work` only puts work on the
     /// engine's stream; the memory of the matrices is used again after it.
     ///
     /// # Errors
@@ -229,7 +229,7 @@ impl Device {
             }
             result
         });
-        // The places go back to the pool, whose blocks the engine's stream alone may use.
+        // The places go back to the pool, whose blocks the device's stream alone may use.
         // SAFETY: the stream is valid.
         must(check("copy to the device", unsafe { sys::cuStreamSynchronize(stream.0) }));
         result
@@ -242,7 +242,7 @@ impl Device {
         }
         let own = (memory.kind().bytes() != precision.bytes()).then(|| self.memory_of(memory.len(), precision));
         let to = own.as_ref().map_or(memory.pointer(), Memory::pointer);
-        let (from, count, tag) = (memory.pointer(), memory.len() as i64, memory.kind().tag());
+        let (from, count, tag) = (memory.pointer(), memory.len() as i64, tag(memory.kind()));
         let grid = (memory.len().div_ceil(BLOCK), 1, 1);
         // SAFETY: both have `count` values; in place each thread reads its value before it writes it.
         unsafe { self.driver.launch(("convert", any(precision)), grid, BLOCK, 0, arguments![to, from, count, tag]) };
