@@ -33,7 +33,7 @@ impl Shapes<'_> {
 
     /// How many of the numbered modules there are that have the tensor `name(number)`.
     fn count(&self, name: impl Fn(usize) -> String) -> usize {
-        (0..).take_while(|number| self.has(&name(*number))).count()
+        (0..self.tensors.len()).take_while(|number| self.has(&name(*number))).count()
     }
 }
 
