@@ -272,19 +272,18 @@ impl Trainer {
     }
 
     fn next_micro_batch(&mut self) -> Result<Fed, FeedError> {
-        let feed = match self.feed.take() {
-            Some(feed) => feed,
-            None => {
-                let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
-                let source = Source {
-                    prepared: Arc::clone(&self.prepared),
-                    objective: objective.clone(),
-                    accumulation: *accumulation,
-                    prior_weight: *prior_weight,
-                    micro_batch: plan.micro_batch.max(1) as usize,
-                };
-                Feed::start(source, self.sampler.clone())?
-            }
+        let feed = if let Some(feed) = self.feed.take() {
+            feed
+        } else {
+            let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
+            let source = Source {
+                prepared: Arc::clone(&self.prepared),
+                objective: objective.clone(),
+                accumulation: *accumulation,
+                prior_weight: *prior_weight,
+                micro_batch: plan.micro_batch.max(1) as usize,
+            };
+            Feed::start(source, self.sampler.clone())?
         };
         self.feed.insert(feed).next()
     }

@@ -11,7 +11,7 @@ use crate::servers::program;
 /// Version pinned in `tests/testbed/install-servers`.
 const CHROMIUM: &str = "chromium-153.0.0";
 /// How long a condition may take to become true.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// The protocol's descriptors, 3 and 4, are standard input and output here. Pixels are drawn by software, as machines that run tests have no GPU.
 const START: &str = r#"exec "$0" --headless --no-sandbox --no-zygote --disable-dev-shm-usage --in-process-gpu --use-gl=angle --use-angle=swiftshader \
     --enable-unsafe-swiftshader --hide-scrollbars --no-first-run --lang=en-US --remote-debugging-pipe "--user-data-dir=$1" about:blank 3<&0 4>&1 >/dev/null"#;
@@ -49,8 +49,8 @@ impl Browser {
         let targets = browser.command("Target.getTargets", json!({}));
         let pages = targets["targetInfos"].as_array().expect("targets");
         let page = pages.iter().find(|target| target["type"] == "page").expect("a page")["targetId"].clone();
-        browser.session =
-            browser.command("Target.attachToTarget", json!({"targetId": page, "flatten": true}))["sessionId"].as_str().expect("a session").to_owned();
+        let session = browser.command("Target.attachToTarget", json!({"targetId": page, "flatten": true}));
+        session["sessionId"].as_str().expect("a session").clone_into(&mut browser.session);
         for domain in ["Runtime.enable", "Log.enable", "Page.enable", "Network.enable"] {
             browser.command(domain, json!({}));
         }
@@ -65,6 +65,7 @@ impl Browser {
         self.attempt(method, parameters).unwrap_or_else(|error| panic!("{method}: {error}"))
     }
 
+    #[expect(clippy::unwrap_in_result, reason = "an error is what the page answers; a browser that is gone fails the test")]
     fn attempt(&mut self, method: &str, parameters: Value) -> Result<Value, Value> {
         self.commands += 1;
         let mut message = json!({"id": self.commands, "method": method});

@@ -64,8 +64,7 @@ pub(crate) fn update_8bit(
     grads: &[f32],
     ranges: &[Range],
     (full_first, full_second): (&mut [f32], &mut [f32]),
-    first: Coded<'_>,
-    second: Coded<'_>,
+    [first, second]: [Coded<'_>; 2],
     s: AdamWScalars,
 ) {
     let tables = [(first.table, first.nearest), (second.table, second.nearest)];

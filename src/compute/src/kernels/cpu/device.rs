@@ -38,7 +38,7 @@ impl Joint<HostBuffer> {
     }
 }
 
-fn coded<'a>(moment: CodedMoment<'a, HostBuffer, Vec<u8>>) -> Coded<'a> {
+fn coded(moment: CodedMoment<'_, HostBuffer, Vec<u8>>) -> Coded<'_> {
     let CodedMoment { codes, largest, table, nearest } = moment;
     Coded { codes, largest, table, nearest }
 }
@@ -369,7 +369,7 @@ impl Device for Cpu {
         second: CodedMoment<'_, HostBuffer, Vec<u8>>,
         scalars: AdamWScalars,
     ) {
-        adamw::update_8bit(values, grads, ranges, (full_first, full_second), coded(first), coded(second), scalars);
+        adamw::update_8bit(values, grads, ranges, (full_first, full_second), [coded(first), coded(second)], scalars);
     }
 
     fn stream_layers<E>(

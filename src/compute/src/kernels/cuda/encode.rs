@@ -95,7 +95,7 @@ impl Cuda {
             alpha: 1.0,
             beta: if accumulate { 1.0 } else { 0.0 },
             epilogue: if bias.is_some() { Epilogue::Bias } else { Epilogue::None },
-            bias: bias.map_or(0, |b| b.pointer()),
+            bias: bias.map_or(0, Memory::pointer),
             pre: 0,
         };
         // SAFETY: lengths are checked above; x and y are buffers of their own.
@@ -178,7 +178,7 @@ impl Cuda {
         assert!(bias.is_none_or(|b| b.len() == heads * tokens * tokens && b.kind() == Kind::F32), "should be [heads, tokens, tokens]");
         let captions = qkv.len() / (3 * inner * tokens);
         let out = self.memory_of(qkv.len() / 3, qkv.kind());
-        let (to, from, bias) = (out.pointer(), qkv.pointer(), bias.map_or(0, |b| b.pointer()));
+        let (to, from, bias) = (out.pointer(), qkv.pointer(), bias.map_or(0, Memory::pointer));
         let (t, h, d, causal) = (tokens as i32, heads as i32, dim as i32, i32::from(causal));
         let shared = (QUERIES * dim + 2 * KEYS * (dim + 1)) * 4;
         let grid = (tokens.div_ceil(QUERIES), heads, captions);
