@@ -23,7 +23,7 @@ import torch
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 BUCKET = REPO / "examples/quickstart/bucket"
-ACCUMULATION = 4
+ACCUMULATION = 5
 PICTURES = 40
 
 
@@ -82,7 +82,7 @@ def dataset(folder):
         for i in range(PICTURES):
             pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 16, generator=generator), 1024, mode="bicubic").clamp(0, 1)
             Image.fromarray((pixels[0].permute(1, 2, 0) * 255).byte().numpy()).save(target / f"{i:02}.jpg", quality=92)
-            metadata.write(json.dumps({"file_name": f"{i:02}.jpg", "prompt": f"robi in picture number {i}"}) + "\n")
+            metadata.write(json.dumps({"file_name": f"{i:02}.jpg", "caption": f"robi in picture number {i}"}) + "\n")
 
 
 class Busy:
@@ -145,8 +145,8 @@ def run(binary, folder, shape, updates, cpus):
     if code:
         sys.exit(f"{shape}: finetune run ended with {code}")
     records = [json.loads(line) for line in open(folder / "loras" / name / "metrics.jsonl")]
-    records = [record for record in records if record.get("step_seconds")]
-    seconds = [record.get("step_seconds") for record in records]
+    records = [record for record in records if record.get("stepSeconds")]
+    seconds = [record["stepSeconds"] for record in records]
     first, last = records[3]["time"], records[-1]["time"]
     return {
         "shape": shape,

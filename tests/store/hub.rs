@@ -185,12 +185,12 @@ async fn answer_storage(State(hub): State<Arc<Hub>>, request: Request) -> Respon
     hub.stored_requests.lock().unwrap().push(seen.clone());
     let content = &hub.files[seen.path.strip_prefix("/blobs/").unwrap()];
     let mut behaviour = hub.behaviour.lock().unwrap();
-    let start = seen
-        .range
-        .as_deref()
-        .filter(|_| !behaviour.no_ranges)
-        .map_or(0, |range| range.strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap().parse().unwrap());
-    let rest = Bytes::from(content[start..].to_vec());
+    // `bytes=FIRST-` or `bytes=FIRST-LAST`.
+    let range = seen.range.as_deref().filter(|_| !behaviour.no_ranges).map(|range| range.strip_prefix("bytes=").unwrap().split_once('-').unwrap());
+    let start = range.map_or(0, |(first, _)| first.parse().unwrap());
+    let last = range.map_or("", |(_, last)| last);
+    let end = if last.is_empty() { content.len() } else { content.len().min(last.parse::<usize>().unwrap() + 1) };
+    let rest = Bytes::from(content[start..end].to_vec());
     let length = rest.len();
     let cut = if behaviour.cuts.is_empty() { length } else { behaviour.cuts.remove(0).min(length) };
     hub.served.fetch_add(cut, Ordering::SeqCst);
@@ -201,9 +201,9 @@ async fn answer_storage(State(hub): State<Arc<Hub>>, request: Request) -> Respon
     let mut headers = HeaderMap::new();
     headers.insert("content-length", length.into());
     let mut status = StatusCode::OK;
-    if start > 0 {
+    if start > 0 || end < content.len() {
         status = StatusCode::PARTIAL_CONTENT;
-        headers.insert("content-range", format!("bytes {start}-{}/{}", content.len() - 1, content.len()).parse().unwrap());
+        headers.insert("content-range", format!("bytes {start}-{}/{}", end - 1, content.len()).parse().unwrap());
     }
     (status, headers, Body::from_stream(futures::stream::iter(pieces))).into_response()
 }
