@@ -14,7 +14,7 @@ use finetune_compute::nn::{DropoutKey, Gradients};
 pub struct MmditInputs<'a> {
     /// Noisy latents [B, C, h, w].
     pub x: &'a HostTensor,
-    /// [B] in 0..=1000.
+    /// `[B]` in 0..=1000.
     pub timestep: &'a HostTensor,
     /// [B, S, J].
     pub prompt_embeds: &'a HostTensor,
