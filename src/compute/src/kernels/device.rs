@@ -32,7 +32,7 @@ pub trait LayerMatrix: Copy {
 /// Runs operations and keeps its memory for reuse. Cheap to clone.
 ///
 /// Operations return nothing that reports a device's failure: [`super::catch`] does.
-#[expect(clippy::too_many_arguments, reason = "operands, results and their sizes")]
+#[expect(clippy::too_many_arguments, clippy::type_complexity, reason = "operands, results and their sizes, in the device's types")]
 pub trait Device: Clone + fmt::Debug + Send + Sync + 'static {
     /// Values.
     type Buffer: DeviceBuffer;

@@ -47,11 +47,7 @@ impl Layout {
 
     /// Parameters of values at their places.
     pub(super) fn params(&self, values: &[f32]) -> Vec<Param> {
-        let param = |((name, shape), (_, span)): (&(String, Vec<usize>), (&str, Range<usize>))| Param {
-            name: name.clone(),
-            shape: shape.clone(),
-            value: values[span].to_vec(),
-        };
-        self.tensors.iter().zip(self.spans()).map(param).collect()
+        let shapes = self.tensors.iter().map(|(_, shape)| shape.clone());
+        self.spans().zip(shapes).map(|((name, span), shape)| Param { name: name.to_owned(), shape, value: values[span].to_vec() }).collect()
     }
 }

@@ -53,6 +53,9 @@ struct MlpSaved<D: Device> {
     y: Option<D::Buffer>,
 }
 
+/// Of the second attention: its norm's statistics, what it keeps, and its output if the gate's gradient is wanted.
+type SecondSaved<D> = (NormStats<<D as Device>::Buffer>, AttentionSaved<D>, Option<<D as Device>::Buffer>);
+
 /// # Saved for backward
 /// Inputs of the four LayerNorms with their statistics, what attention and feed-forward keep, and where modulation is
 /// trained the outputs of the branches.
@@ -65,7 +68,7 @@ pub(super) struct BlockSaved<D: Device> {
     attention: AttentionSaved<D>,
     attention_y: Option<D::Buffer>,
     attention_yc: Option<D::Buffer>,
-    second: Option<(NormStats<D::Buffer>, AttentionSaved<D>, Option<D::Buffer>)>,
+    second: Option<SecondSaved<D>>,
     mlp: MlpSaved<D>,
     context_mlp: Option<MlpSaved<D>>,
 }

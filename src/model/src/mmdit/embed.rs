@@ -77,12 +77,15 @@ pub(super) fn timestep_features(timesteps: &[f32]) -> Vec<f32> {
 /// The name of the table of position embeddings.
 pub(super) const POSITIONS: &str = "pos_embed.pos_embed";
 
+/// Rows and columns of a crop, and its values.
+type Crop<D> = (usize, usize, Arc<<D as Device>::Buffer>);
+
 /// The table of position embeddings, read where it is stored.
 #[derive(Debug)]
 pub(super) struct Positions<D: Device> {
     pub(super) weights: Arc<Weights>,
     /// The crop that was used last on a GPU, and its size.
-    pub(super) kept: Mutex<Option<(usize, usize, Arc<D::Buffer>)>>,
+    pub(super) kept: Mutex<Option<Crop<D>>>,
 }
 
 impl<D: Device> Positions<D> {

@@ -81,6 +81,7 @@ impl<D: Device> Mmdit<D> {
 
     /// Steps with smaller and smaller gradients until `take` takes them. It is given them, what they were multiplied with, and
     /// whether there will be no others.
+    #[expect(clippy::type_complexity, reason = "a callback, used here alone")]
     fn scaled_flow_step<T>(
         &self,
         inputs: MmditInputs<'_>,

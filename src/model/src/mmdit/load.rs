@@ -101,6 +101,7 @@ impl<D: Device> Loader<'_, D> {
     }
 
     /// RMSNorm weights of queries and keys.
+    #[expect(clippy::type_complexity, reason = "two buffers, where the model has them")]
     fn norms(&self, q: &str, k: &str) -> Result<Option<(D::Buffer, D::Buffer)>, MmditError> {
         let dim = self.config.attention_head_dim;
         let norm = |name: &str| self.vector(&format!("{name}.weight"), dim);

@@ -67,10 +67,11 @@ pub(crate) fn update_8bit(
     [first, second]: [Coded<'_>; 2],
     s: AdamWScalars,
 ) {
-    let tables = [(first.table, first.nearest), (second.table, second.nearest)];
+    let Coded { codes: first_codes, largest: first_largest, table: first_table, nearest: first_nearest } = first;
+    let Coded { codes: second_codes, largest: second_largest, table: second_table, nearest: second_nearest } = second;
     let (mut values, mut full_first, mut full_second) = (Cut::new(values), Cut::new(full_first), Cut::new(full_second));
-    let (mut first_codes, mut second_codes) = (Cut::new(first.codes), Cut::new(second.codes));
-    let (mut first_largest, mut second_largest) = (first.largest.iter_mut(), second.largest.iter_mut());
+    let (mut first_codes, mut second_codes) = (Cut::new(first_codes), Cut::new(second_codes));
+    let (mut first_largest, mut second_largest) = (first_largest.iter_mut(), second_largest.iter_mut());
     let mut tasks = Vec::with_capacity(ranges.len());
     for range in ranges {
         let (start, state, count) = (range.values as usize, range.state as usize, range.count as usize);
@@ -88,7 +89,6 @@ pub(crate) fn update_8bit(
         State::Codes((first_codes, first_largest), (second_codes, second_largest)) => {
             let (mut first, mut second) = ([0.0; BLOCK], [0.0; BLOCK]);
             let (first, second) = (&mut first[..values.len()], &mut second[..values.len()]);
-            let [(first_table, first_nearest), (second_table, second_nearest)] = tables;
             decode(first_codes, *first_largest, first_table, first);
             decode(second_codes, *second_largest, second_table, second);
             one(values, grads, first, second, s);
