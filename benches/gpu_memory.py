@@ -25,10 +25,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
+from finetune_run import BUCKET, command, entries
+
 GIB = 1 << 30
 BUDGET = 14.5
-REPO = pathlib.Path(__file__).resolve().parents[1]
-BUCKET = REPO / "examples/quickstart/bucket"
 
 
 def free():
@@ -91,22 +91,16 @@ def run(binary, folder, name, ballast=None, squeeze=0):
     watcher.start()
     output = f"s3://quickstart/loras/{name}/"
     process = subprocess.Popen(
-        [binary, "run", REPO / "examples/quickstart/job.yaml", "--device", "cuda", "--bucket", f"s3://quickstart={folder}", "--log-format", "json",
-         "--cache-dir", folder / "cache"] + [part for change in (
+        command(binary, folder, folder / "cache", (
             "training.maxSteps=4", "training.resolution=1024", "training.batchSize=4", "training.precision=BF16", f"output.uri={output}",
             "validation=null", "training.lora.rank=4", "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]",
-        ) for part in ("--set", change)],
+        )),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    log, taken = [], 0
-    for line in process.stderr:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            print(line.rstrip(), file=sys.stderr)
-            continue
-        log.append(entry)
-        if squeeze and entry.get("fields", entry).get("message") == "memory plan":
+    fields, taken = [], 0
+    for _, entry in entries(process.stderr):
+        fields.append(entry)
+        if squeeze and entry.get("message") == "memory plan":
             before = free()
             ballast.ask(0, squeeze)
             taken = before - free()
@@ -114,7 +108,6 @@ def run(binary, folder, name, ballast=None, squeeze=0):
     code = process.wait()
     done.set()
     watcher.join()
-    fields = [entry.get("fields", entry) for entry in log]
     for entry in fields:
         if entry.get("message") in ("memory plan", "out of GPU memory: the step is divided further and computed again") or code:
             print(name, json.dumps(entry), flush=True)

@@ -21,8 +21,8 @@ import time
 
 import torch
 
-REPO = pathlib.Path(__file__).resolve().parents[1]
-BUCKET = REPO / "examples/quickstart/bucket"
+from finetune_run import BUCKET, command, entries
+
 ACCUMULATION = 5
 PICTURES = 40
 
@@ -120,23 +120,16 @@ def run(binary, folder, shape, updates, cpus):
         "training.maxSequenceLength=77", "training.precision=BF16", "training.lora.rank=4", "training.lora.alpha=4",
         "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]", "training.optimizer.learningRate=1e-5", f"output.uri=s3://quickstart/loras/{name}/", "validation=null",
     )  # fmt: skip
-    command = [binary, "run", REPO / "examples/quickstart/job.yaml", "--device", "cuda", "--bucket", f"s3://quickstart={folder}", "--log-format", "json",
-               "--cache-dir", folder / "cache" / name] + [part for change in changes for part in ("--set", change)]  # fmt: skip
     allowed = sorted(os.sched_getaffinity(0))[: cpus or None]
     busy, begin = Busy(), time.time()
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=lambda: os.sched_setaffinity(0, allowed)
-    )
+        command(binary, folder, folder / "cache" / name, changes), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+    )  # fmt: skip
     stages, plan = [], {}
-    for line in process.stderr:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            print(line.rstrip(), file=sys.stderr)
-            continue
-        fields = entry.get("fields", entry)
-        if entry.get("level") in ("WARN", "ERROR"):
-            print(line.rstrip(), file=sys.stderr)
+    for level, fields in entries(process.stderr):
+        if level in ("WARN", "ERROR"):
+            print(level, json.dumps(fields), file=sys.stderr)
         if fields.get("message") == "memory plan":
             plan = {key: fields[key] for key in ("micro_batch", "recomputed_blocks", "bytes")}
         stages.append((round(time.time() - begin, 2), fields.get("message")))

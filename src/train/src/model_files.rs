@@ -37,7 +37,7 @@ pub async fn open(source: &ModelSource, files: Option<&ModelFiles>, options: &St
     }
     let paths: BTreeSet<String> = if named.files.is_empty() { candidates(&folder) } else { named.files.values().cloned().collect() };
     if paths.is_empty() || paths.len() > MOST_FILES {
-        // What the folder lacks is said where its files are selected.
+        // What the folder lacks is reported where its files are selected.
         return if paths.is_empty() { Ok(folder) } else { Err(unusable(&folder, vec![too_many(&paths)])) };
     }
     let (mut found, mut problems) = (Vec::new(), Vec::new());

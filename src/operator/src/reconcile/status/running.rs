@@ -58,7 +58,7 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
     } else if matches!(inputs.intent, super::Intent::Fail { .. }) || attempts.spent(job).is_some() {
         (Truth::False, RunningReason::Finished, String::new())
     } else if attempts.counts.started > 0 {
-        // Between a pod that succeeded and its Job's Complete nothing is to be told.
+        // Between a pod's success and its Job's Complete there is nothing to report.
         if attempts.history.last().is_some_and(|last| matches!(last.cause, None | Some(AttemptCause::Succeeded))) {
             list.keep(ConditionType::Running);
             return;

@@ -46,7 +46,7 @@ fn a_pod_that_vanishes_with_its_success_has_been_heard() {
     });
     let succeeded = pod("p1", "j1", &terminated(5, 90, 0, "Completed", &words.to_string()));
     let (_, waiting) = step(&job(|_| {}), &training(), &world(Some(child("j1", |_| {})), vec![succeeded.clone()]), at(91));
-    assert_eq!(waiting.attempt_history[0].cause, None, "its Job tells in a moment, in one write");
+    assert_eq!(waiting.attempt_history[0].cause, None, "its Job shows it in a moment, in one write");
 
     // Its node was lost and is back: the pod goes as soon as it has ended.
     let leaving = {

@@ -26,7 +26,7 @@ fn after_a_free_end_the_next_pod_does_not_wait_and_nothing_flickers() {
     assert_eq!(intent, Intent::Keep, "its end is written first");
     let (intent, stopping) = step(&job(|_| {}), &ended, &seen, at(101));
     assert_eq!(intent, Intent::Delete { uid: "j1".into(), resource_version: "7".into(), why: Stop::Renewal });
-    assert_eq!(stopping, ended, "nothing more is to be told");
+    assert_eq!(stopping, ended, "nothing more to report");
     let deleting = child("j1", |job| job["metadata"]["deletionTimestamp"] = json!(at(101).to_string()));
     let (intent, stopping) = step(&job(|_| {}), &ended, &world(Some(deleting), vec![]), at(102));
     assert_eq!((intent, &stopping), (Intent::Wait(Wait::JobDeleting), &ended));
@@ -37,7 +37,7 @@ fn after_a_free_end_the_next_pod_does_not_wait_and_nothing_flickers() {
     let message = |status: &FineTuneJobStatus| crate::reconcile::conditions::find(&status.conditions, C::Running).unwrap().message.clone();
     assert!(message(&ended).ends_with("the next one follows at once"), "{}", message(&ended));
 
-    // A queued Job would lose its quota, and a failure is waited for: when the next pod comes is told.
+    // A queued Job would lose its quota, and a failure has its delay: status shows when the next pod is due.
     let queued = job(|job| job["spec"]["queueName"] = json!("team-a"));
     let (_, ended) = step(&queued, &training(), &World { kueue_installed: true, ..seen }, at(101));
     assert!(message(&ended).ends_with("the Job controller starts the next one at 2026-08-24T10:01:50Z"), "{}", message(&ended));

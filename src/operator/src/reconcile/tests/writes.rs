@@ -47,7 +47,7 @@ fn progress_alone_is_no_step_of_the_jobs_life() {
     assert_eq!(after.progress.as_ref().map(|progress| progress.summary.as_str()), Some("60/100 (60%)"));
     assert!(after != before && !lifecycle_differs(&before, &after));
     let (_, publishing) = step(&job(|_| {}), &before, &at_step(Stage::Publishing, 100), at(60));
-    assert!(!lifecycle_differs(&before, &publishing), "its end is told in a moment");
+    assert!(!lifecycle_differs(&before, &publishing), "its end is reported in a moment");
     let (_, preparing) = step(&job(|_| {}), &FineTuneJobStatus::default(), &at_step(Stage::DownloadingModel, 0), at(60));
     let (_, restoring) = step(&job(|_| {}), &preparing, &at_step(Stage::RestoringCheckpoint, 0), at(61));
     assert!(!lifecycle_differs(&preparing, &restoring));
