@@ -47,7 +47,7 @@ async fn a_job_deleted_by_hand_is_created_again_and_its_attempt_is_not_forgotten
     stage.finish(&next, 0, "Completed", &success()).await;
     let done = stage.condition("mine", "Complete", "True", "TrainingSucceeded").await;
     assert_eq!(done["status"]["attempts"], json!({"started": 2, "disrupted": 1, "failed": 0}));
-    assert_eq!(done["status"]["attemptHistory"][0]["cause"], "Lost");
+    assert_eq!(done["status"]["attemptHistory"][0]["cause"], "Disrupted");
     operator.stop().await;
 }
 

@@ -20,6 +20,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, Resource, ResourceExt as _};
 use tokio::sync::mpsc;
 
+use crate::controller::departed::Departed;
 use crate::controller::pod_names::PodNames;
 use crate::controller::progress::{self, Changed};
 use crate::controller::queue::Urgency;
@@ -31,7 +32,7 @@ use crate::reconcile::kueue::{self, Workload};
 use crate::reconcile::nodes;
 use crate::reconcile::world;
 use crate::telemetry::metrics::Census;
-use finetune_api::{FineTuneJob, JOB_LABEL, JOB_UID_LABEL, job_name};
+use finetune_api::{FineTuneJob, FineTuneJobStatus, JOB_LABEL, JOB_UID_LABEL, job_name};
 
 /// A FineTuneJob, or why it cannot be read: one bad object must not stop the watch of all.
 pub type Guarded = DeserializeGuard<FineTuneJob>;
@@ -63,6 +64,8 @@ pub struct Caches {
     pub pods: Store<Pod>,
     /// Which of them belong to whom.
     pod_names: PodNames,
+    /// Those that are gone.
+    departed: Departed,
     /// Workloads by the UID of their Job.
     workloads: Arc<RwLock<HashMap<String, Workload>>>,
     kueue: Arc<AtomicBool>,
@@ -79,9 +82,17 @@ impl Debug for Caches {
 }
 
 impl Caches {
-    /// The pods with the label of the FineTuneJob `namespace/job`, also those of an earlier one of that name.
-    pub fn pods_of(&self, namespace: &str, job: &str) -> Vec<Arc<Pod>> {
-        self.pod_names.of(namespace, job).into_iter().filter_map(|name| self.pods.get(&ObjectRef::new(&name).within(namespace))).collect()
+    /// The pods with the label of the FineTuneJob `namespace/job`, also those of an earlier one of that name, and those that are gone and whose end is
+    /// not in `status`.
+    pub fn pods_of(&self, namespace: &str, job: &str, status: &FineTuneJobStatus) -> Vec<Arc<Pod>> {
+        let listed = self.pod_names.of(namespace, job).into_iter().filter_map(|name| self.pods.get(&ObjectRef::new(&name).within(namespace)));
+        let mut pods: Vec<_> = listed.collect();
+        // The watch reports a pod as gone shortly before the cache forgets it.
+        for gone in self.departed.take(namespace, job, status) {
+            pods.retain(|pod| pod.metadata.uid != gone.metadata.uid);
+            pods.push(gone);
+        }
+        pods
     }
 
     /// Running pods of the Jobs of known FineTuneJobs: those that may be asked for progress. A label alone proves nothing, since anybody may put it onto
@@ -168,6 +179,7 @@ pub fn start(
         children: child_writer.as_reader(),
         pods: pod_writer.as_reader(),
         pod_names: PodNames::default(),
+        departed: Departed::default(),
         workloads: Arc::default(),
         kueue: Arc::default(),
         kueue_seen,
@@ -192,10 +204,11 @@ pub fn start(
     let stream = watcher(scoped::<Job>(client, namespace), ours()).default_backoff().modify(strip_child);
     drivers.push(Box::pin(drive(health("jobs"), stream, child_writer, requests.clone(), |job: &Job| by_label(job.meta()), everyone.clone())));
 
-    let pod_names = caches.pod_names.clone();
+    let (pod_names, departed) = (caches.pod_names.clone(), caches.departed.clone());
     let stream = watcher(scoped::<Pod>(client, namespace), ours()).default_backoff().modify(strip_pod).inspect(move |event| {
         if let Ok(event) = event {
             pod_names.follow(event);
+            departed.follow(event);
         }
     });
     drivers.push(Box::pin(drive(health("pods"), stream, pod_writer, requests.clone(), |pod: &Pod| by_label(pod.meta()), everyone.clone())));
@@ -471,6 +484,7 @@ mod tests {
             children: children.as_reader(),
             pods: pod_writer.as_reader(),
             pod_names: PodNames::default(),
+            departed: Departed::default(),
             workloads: Arc::default(),
             kueue: Arc::default(),
             kueue_seen: tokio::sync::watch::channel(true).1,

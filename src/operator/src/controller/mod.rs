@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod caches;
 pub mod client;
 pub mod context;
+pub mod departed;
 pub mod drive;
 pub mod lease;
 pub mod pod_names;

@@ -9,8 +9,10 @@ use kube::runtime::watcher::Event;
 
 use finetune_api::JOB_LABEL;
 
-/// Names of pods by (namespace, FineTuneJob).
-type Names = HashMap<(String, String), BTreeSet<String>>;
+/// A FineTuneJob: its namespace and its name.
+pub type Key = (String, String);
+/// Names of pods by FineTuneJob.
+type Names = HashMap<Key, BTreeSet<String>>;
 
 /// Names of pods by the FineTuneJob in their label, kept by the events of their watch.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +54,8 @@ impl PodNames {
     }
 }
 
-fn key(pod: &Pod) -> Option<(String, String)> {
+/// The FineTuneJob in the pod's label.
+pub fn key(pod: &Pod) -> Option<Key> {
     Some((pod.namespace()?, pod.labels().get(JOB_LABEL)?.clone()))
 }
 

@@ -21,7 +21,8 @@ pub async fn dereference(job: &FineTuneJob, before: &FineTuneJobStatus, ctx: &Co
     let (name, namespace, uid) = (job.name_any(), job.namespace().unwrap_or_default(), job.uid().unwrap_or_default());
     let cached = caches.children.get(&ObjectRef::<Job>::new(&finetune_api::job_name(&name)).within(&namespace));
     let child = ctx.newest_job(&uid, cached);
-    let (mut pods, strangers): (Vec<_>, Vec<_>) = caches.pods_of(&namespace, &name).into_iter().partition(|pod| label(pod, JOB_UID_LABEL) == Some(&uid));
+    let (mut pods, strangers): (Vec<_>, Vec<_>) =
+        caches.pods_of(&namespace, &name, before).into_iter().partition(|pod| label(pod, JOB_UID_LABEL) == Some(&uid));
     pods.sort_by_key(|pod| (pod.metadata.creation_timestamp.as_ref().map(|time| time.0), pod.metadata.uid.clone()));
     let stranger_pod = strangers.iter().find(|pod| !world::has_ended(pod)).map(|pod| format!("pod {:?}", pod.name_any()));
     let stranger_job =
