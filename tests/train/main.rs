@@ -11,6 +11,7 @@ mod deletions;
 mod existing;
 mod failures;
 mod fencing;
+mod log;
 mod models;
 mod outputs;
 mod page;

@@ -14,8 +14,10 @@ use finetune_store::Buckets;
 use finetune_store::claims::{LEASE, Run};
 use finetune_train::environment::JobEnvironment;
 use finetune_train::error::TrainError;
+pub(super) use finetune_train::error::chain;
 use finetune_train::interrupt::Interrupt;
 use finetune_train::job::Outcome;
+use finetune_train::log::LogTail;
 use finetune_train::report::Reporter;
 use finetune_train::{server, shutdown};
 
@@ -31,6 +33,8 @@ pub(super) struct Place {
     pub(super) progress_address: Option<SocketAddr>,
     /// Called with the address in use.
     pub(super) serving: fn(SocketAddr),
+    /// The end of this process's log, which goes to the bucket.
+    pub(super) log: LogTail,
 }
 
 /// How a run ended.
@@ -57,6 +61,7 @@ pub(super) fn execute(config: &TrainConfig, place: Place) -> Result<Ended> {
         claim_lease: claim_lease(),
         interrupt: interrupt.clone(),
         reporter: reporter.clone(),
+        log: place.log,
     };
     let result = runtime.block_on(async {
         interrupt.on_signals().context("failed to listen to signals")?;
@@ -96,20 +101,6 @@ fn artifacts(config: &TrainConfig, result: &Result<Outcome, TrainError>) -> Vec<
         size_bytes: a.size_bytes,
     };
     outcome.result.artifacts.iter().map(report).collect()
-}
-
-/// An error and its causes in one line, each cause once.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// Prints the failure and returns its exit code.

@@ -5,6 +5,10 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+#[cfg(feature = "train")]
+use finetune_train::log::LogTail;
+#[cfg(feature = "train")]
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::telemetry::LogFormat;
 
@@ -120,7 +124,15 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
     };
-    telemetry::init(cli.log_format, cli.command.is_read_by_programs(), default_filter);
+    #[cfg(feature = "train")]
+    let log = LogTail::default();
+    #[cfg(feature = "train")]
+    let kept = matches!(cli.command, Command::Run(_) | Command::Train(_)).then(|| log.clone());
+    #[cfg(feature = "train")]
+    let kept = kept.map(|log| BoxMakeWriter::new(move || log.clone()));
+    #[cfg(not(feature = "train"))]
+    let kept = None;
+    telemetry::init(cli.log_format, cli.command.is_read_by_programs(), default_filter, kept);
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
@@ -131,11 +143,11 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Reference(args) => reference::run(&args),
         #[cfg(feature = "train")]
-        Command::Run(args) => run::run(args),
+        Command::Run(args) => run::run(args, log),
         #[cfg(feature = "train")]
         Command::Sample(args) => sample::run(&args),
         #[cfg(feature = "train")]
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(args, log),
         Command::Validate(args) => validate::run(&args),
         #[cfg(feature = "train")]
         Command::Verify(args) => verify::run(&args),

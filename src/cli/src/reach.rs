@@ -16,6 +16,7 @@ use finetune_train::division;
 use finetune_train::environment::JobEnvironment;
 use finetune_train::inspect::{self, Inspection};
 use finetune_train::interrupt::Interrupt;
+use finetune_train::log::LogTail;
 use finetune_train::look::LookError;
 use finetune_train::report::Reporter;
 
@@ -40,6 +41,7 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
             claim_lease: LEASE,
             interrupt: Interrupt::default(),
             reporter: Reporter::new(),
+            log: LogTail::default(),
         };
         let Inspection { dataset, held_out, model, truncation } = runtime.block_on(inspect::inspect(&config, &environment));
         let violation = |path: &str, message| Violation { document: index + 1, object: Some(name.clone()), path: path.to_owned(), message };

@@ -14,6 +14,7 @@ use finetune_api::{FineTuneJob, OutputFormat, Reason};
 use finetune_store::{Buckets, Store, StoreOptions};
 use finetune_train::device;
 use finetune_train::job::Outcome;
+use finetune_train::log::LogTail;
 use finetune_train::result::RunResult;
 
 /// Arguments of `finetune run`.
@@ -59,7 +60,7 @@ enum DeviceChoice {
 }
 
 /// Runs the job and returns its exit code.
-pub(super) fn run(args: Args) -> Result<ExitCode> {
+pub(super) fn run(args: Args, log: LogTail) -> Result<ExitCode> {
     let Args { manifest, bucket, device, name, set, cache_dir, progress_address } = args;
     let prepared = Buckets::parse(&bucket)
         .map_err(|error| job::chain(&error))
@@ -79,7 +80,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
         Err(message) => return Ok(job::fail(Reason::GPUUnavailable, &message)),
     };
     let output = local_output(&config, &buckets);
-    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, time_to_end: None, progress_address, serving })?;
+    let Ended { result, reporter: _ } = job::execute(&config, Place { buckets, cache_dir, time_to_end: None, progress_address, serving, log })?;
     Ok(match result {
         Ok(outcome) => {
             say(&summary(&outcome, &config, output.as_deref()));

@@ -13,6 +13,7 @@ use finetune_api::{FailureReport, Reason, TrainingResult};
 use finetune_common::yaml;
 use finetune_store::Buckets;
 use finetune_train::device;
+use finetune_train::log::LogTail;
 use finetune_train::report::Reporter;
 use finetune_train::shutdown;
 
@@ -52,7 +53,7 @@ pub(super) struct Args {
 }
 
 /// Runs the job and returns its exit code.
-pub(super) fn run(args: Args) -> Result<ExitCode> {
+pub(super) fn run(args: Args, log: LogTail) -> Result<ExitCode> {
     let buckets = match Buckets::parse(&args.bucket) {
         Ok(buckets) => buckets,
         Err(error) => return Ok(job::refuse(&job::chain(&error))),
@@ -71,7 +72,7 @@ pub(super) fn run(args: Args) -> Result<ExitCode> {
     let cache_dir = job::cache_dir(args.cache_dir, &config);
     let time_to_end = args.termination_grace_seconds.map(|seconds| shutdown::time_to_end(Duration::from_secs(seconds)));
     let Ended { result, reporter } =
-        job::execute(&config, Place { buckets, cache_dir, time_to_end, progress_address: Some(args.progress_address), serving: |_| {} })?;
+        job::execute(&config, Place { buckets, cache_dir, time_to_end, progress_address: Some(args.progress_address), serving: |_| {}, log })?;
     write_termination_message(args.termination_log, &reporter);
     Ok(match result {
         Ok(outcome) => {

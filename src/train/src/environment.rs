@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::interrupt::Interrupt;
+use super::log::LogTail;
 use super::report::Reporter;
 use finetune_api::ModelFiles;
 use finetune_api::plan::{ModelConfig, ModelSource, StorageConfig, TrainConfig};
@@ -26,6 +27,8 @@ pub struct JobEnvironment {
     pub interrupt: Interrupt,
     /// Somebody to tell.
     pub reporter: Reporter,
+    /// The end of the process's log.
+    pub log: LogTail,
 }
 
 impl JobEnvironment {

@@ -165,6 +165,20 @@ impl TrainError {
     }
 }
 
+/// An error and its causes in one line, each cause once.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
 fn device_reason(error: &DeviceError) -> Reason {
     if error.is_out_of_memory() { Reason::GPUOutOfMemory } else { Reason::GPUUnavailable }
 }

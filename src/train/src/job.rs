@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use tokio::task::block_in_place;
 
-use super::checkpoint::{CheckpointError, Checkpoints, Digests, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
+use super::checkpoint::{CheckpointError, Checkpoints, Digests, Due, ExecutionPlan, Identity, LeftAlone, PREPARED, Saved, Snapshot, log_folder};
 use super::comparison::{self, HeldOut};
 use super::environment::{self, JobEnvironment};
-use super::error::TrainError;
+use super::error::{self, TrainError};
 use super::folders;
+use super::log;
 use super::output;
 use super::page;
 use super::prepare::{self, PrepareError, Prepared};
@@ -24,8 +25,8 @@ use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
 use super::{device, division, look, model_files, start};
-use finetune_api::Stage;
 use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
+use finetune_api::{Reason, Stage};
 use finetune_common::digest;
 use finetune_compute::kernels::Engine;
 use finetune_compute::optim::Param;
@@ -40,12 +41,12 @@ use finetune_model::survey::Model;
 use finetune_model::weights::Weights;
 use finetune_store::claims::{self, Claim, KeptAlive, Owner};
 use finetune_store::model_source::{ModelFolder, Parts};
-use finetune_store::{Store, StoreErrorKind};
+use finetune_store::{Store, StoreError, StoreErrorKind};
 
-/// After a checkpoint could not be saved for lack of storage, the next attempt follows after this time.
-const CHECKPOINT_RETRY: Duration = Duration::from_secs(30);
-/// The same for the last one, where the time is limited.
+/// After the last checkpoint could not be saved for lack of storage, the next attempt follows after this time.
 const LAST_SAVE_RETRY: Duration = Duration::from_secs(1);
+/// How long an attempt that ends tries to put its log into the bucket.
+const LAST_LOG: Duration = Duration::from_secs(5);
 
 /// How a run ended well.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,9 +100,11 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
         };
         let held_out = held_out(config, environment).await?;
         let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints, base };
-        let (mut trainer, model) = run.load().await?;
-        run.train(&mut trainer, &model).await?;
-        run.publish(&output, &trainer, &model).await
+        let trained = run.whole(&output).await;
+        if let Err(error) = &trained {
+            run.keep_log(error).await;
+        }
+        trained
     };
     let ended: Result<_, TrainError> = attempt.await;
     alive.end().await;
@@ -248,6 +251,33 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// All of it.
+    async fn whole(&self, output: &Store) -> Result<(RunResult, LeftAlone), TrainError> {
+        let (mut trainer, model) = self.load().await?;
+        self.train(&mut trainer, &model).await?;
+        self.publish(output, &trainer, &model).await
+    }
+
+    /// Puts the log up to its end beside the checkpoints, where it can be read when the pod is gone. An attempt that has been superseded writes nothing.
+    async fn keep_log(&self, error: &TrainError) {
+        let reason = error.reason();
+        if matches!(reason, Reason::Superseded | Reason::OutputInUse) {
+            return;
+        }
+        self.environment.log.end(reason, &error::chain(error));
+        let put = async { self.logs()?.put(log::FILE_NAME, self.environment.log.text()).await };
+        match tokio::time::timeout(LAST_LOG, put).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = &error as &dyn std::error::Error, "failed to put the log into the bucket"),
+            Err(_) => tracing::warn!("no time to put the log into the bucket"),
+        }
+    }
+
+    /// Where this attempt's measurements and log go.
+    fn logs(&self) -> Result<Store, StoreError> {
+        self.checkpoints.store().child(&log_folder(self.checkpoints.attempt()))
+    }
+
     /// Prepares data, loads the transformer and restores the newest checkpoint.
     async fn load(&self) -> Result<(Trainer, ModelDir), TrainError> {
         let Self { config, environment, dataset, folder, held_out, checkpoints, .. } = self;
@@ -432,8 +462,8 @@ impl Run<'_> {
         let saved = self.checkpoints.save(&snapshot).await?;
         self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
         self.checkpoints.retain(self.config.checkpoint.keep_last).await?;
-        let logs = self.checkpoints.store().child(&log_folder(self.checkpoints.attempt())).map_err(CheckpointError::from)?;
-        output::put_logs(&logs, trainer.history(), self.page(trainer)).await.map_err(CheckpointError::from)?;
+        let logs = self.logs().map_err(CheckpointError::from)?;
+        output::put_logs(&logs, trainer.history(), self.page(trainer), &self.environment.log).await.map_err(CheckpointError::from)?;
         Ok(saved)
     }
 
@@ -490,6 +520,10 @@ impl Run<'_> {
             }
             None => result.warnings.push(format!("{} could not be made; the log says why", page::FILE_NAME)),
         }
+        let text = self.environment.log.text();
+        let name = format!("logs/{}", log::FILE_NAME);
+        result.files.insert(name.clone(), FileDigest::of(&text));
+        files.insert(name, text);
         let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
         if self.config.checkpoint.keep_after_success {
             return Ok((result, LeftAlone::default()));
@@ -500,38 +534,5 @@ impl Run<'_> {
             LeftAlone::default()
         });
         Ok((result, left))
-    }
-}
-
-/// When the next checkpoint is due.
-struct Due {
-    every_steps: Option<u64>,
-    every: Option<Duration>,
-    next: Option<Instant>,
-    retry: Option<Instant>,
-}
-
-impl Due {
-    fn new(config: &finetune_api::plan::CheckpointConfig) -> Self {
-        let every = config.every_seconds.map(Duration::from_secs);
-        Self { every_steps: config.every_steps, every, next: every.map(|e| Instant::now() + e), retry: None }
-    }
-
-    /// Whether to save after update `step`.
-    fn at(&self, step: u64) -> bool {
-        let now = Instant::now();
-        match self.retry {
-            Some(retry) => now >= retry,
-            None => self.every_steps.is_some_and(|n| step.is_multiple_of(n)) || self.next.is_some_and(|next| now >= next),
-        }
-    }
-
-    fn saved(&mut self) {
-        self.retry = None;
-        self.next = self.every.map(|e| Instant::now() + e);
-    }
-
-    fn failed(&mut self) {
-        self.retry = Some(Instant::now() + CHECKPOINT_RETRY);
     }
 }

@@ -15,6 +15,7 @@ pub mod history;
 pub mod inspect;
 pub mod interrupt;
 pub mod job;
+pub mod log;
 pub mod look;
 pub mod model_files;
 pub mod output;

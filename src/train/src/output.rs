@@ -10,6 +10,7 @@ use super::device;
 use super::error::TrainError;
 use super::evaluate;
 use super::history::{History, Picture};
+use super::log::{self, LogTail};
 use super::page;
 use super::result::{Artifact, Evaluation, FileDigest, LoraSummary, LossSummary, RunResult, VERSION};
 use super::tensor_file::{self, Entry};
@@ -160,11 +161,11 @@ fn logs(history: &History, pictures: &[Picture]) -> Result<[(String, Bytes); 2],
     Ok([(METRICS_FILE.to_owned(), Bytes::from(metrics)), (name, Bytes::from(history.to_events(pictures)))])
 }
 
-/// Lets people watch a run that lasts: metrics, events and the page so far, below `folder`.
+/// Lets people watch a run that lasts: metrics, events, the page and the log so far, below `folder`.
 ///
 /// # Errors
 /// If the store fails.
-pub async fn put_logs(folder: &Store, history: &History, page: Option<String>) -> Result<(), StoreError> {
+pub async fn put_logs(folder: &Store, history: &History, page: Option<String>, log: &LogTail) -> Result<(), StoreError> {
     // Metrics that cannot be written are reported when the results are made.
     for (name, bytes) in logs(history, &[]).into_iter().flatten() {
         folder.put(name.strip_prefix("logs/").unwrap_or(&name), bytes).await?;
@@ -172,5 +173,5 @@ pub async fn put_logs(folder: &Store, history: &History, page: Option<String>) -
     if let Some(page) = page {
         folder.put(page::FILE_NAME, Bytes::from(page)).await?;
     }
-    Ok(())
+    folder.put(log::FILE_NAME, log.text()).await
 }

@@ -7,6 +7,7 @@
 //! - Before each manifest and each deletion the claims are listed; an attempt that finds a newer one stops and deletes nothing.
 //! - Nothing is deleted but what this run has written: see `inventory`.
 
+mod due;
 mod identity;
 mod inventory;
 mod own;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+pub use due::Due;
 pub use identity::{Digests, Identity, IdentityError};
 pub use inventory::LeftAlone;
 pub(super) use inventory::some_of;

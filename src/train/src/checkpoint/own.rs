@@ -5,6 +5,7 @@ use super::snapshot::{LORA_FILE, METRICS_FILE, OPTIMIZER_FILE, STATE_FILE};
 use super::{PREPARED, identity};
 use crate::events;
 use crate::history::Picture;
+use crate::log;
 use crate::page;
 use crate::validation;
 use finetune_data::cache;
@@ -17,7 +18,7 @@ pub enum Key<'a> {
     Identity,
     /// `prepared/<digest>.safetensors`: named by its content.
     Prepared,
-    /// `logs/eN/metrics.jsonl`, `logs/eN/report.html` and `logs/eN/events.out.tfevents.<seconds>.finetune`.
+    /// `logs/eN/metrics.jsonl`, `logs/eN/report.html`, `logs/eN/trainer.log` and `logs/eN/events.out.tfevents.<seconds>.finetune`.
     Log,
     /// `pictures/validation/step-S/P.png`.
     Picture,
@@ -45,10 +46,10 @@ impl<'a> Key<'a> {
     }
 }
 
-/// Folder of the measurements of a run that lasts.
+/// Folder of the measurements and the log of a run that lasts.
 const LOGS: &str = "logs/";
 
-/// The folder of an attempt's measurements: `logs/eN`.
+/// The folder of an attempt's measurements and log: `logs/eN`.
 pub fn log_folder(attempt: u64) -> String {
     format!("{LOGS}e{attempt}")
 }
@@ -57,7 +58,7 @@ fn is_log(rest: &str) -> bool {
     let Some((folder, file)) = rest.split_once('/') else { return false };
     let attempt = folder.strip_prefix('e').and_then(|digits| digits.parse::<u64>().ok());
     attempt.is_some_and(|attempt| format!("e{attempt}") == folder)
-        && ([METRICS_FILE, page::FILE_NAME].contains(&file) || events::is_file_name(file, events::HOST))
+        && ([METRICS_FILE, page::FILE_NAME, log::FILE_NAME].contains(&file) || events::is_file_name(file, events::HOST))
 }
 
 #[cfg(test)]
@@ -72,6 +73,7 @@ mod tests {
             &pack,
             "logs/e2/metrics.jsonl",
             "logs/e2/report.html",
+            "logs/e2/trainer.log",
             "logs/e12/events.out.tfevents.1700000000.finetune",
             "pictures/validation/step-000500/0.png",
             "step-000200/e3/lora.safetensors",
@@ -100,6 +102,8 @@ mod tests {
             "logs/e2/train.log",
             "logs/report.html",
             "logs/e2/reports.html",
+            "logs/trainer.log",
+            "logs/e2/trainer.log.1",
             "logs/e2/sub/metrics.jsonl",
             "logs/e2/events.out.tfevents.1700000000.host",
             "logs/e2/events.out.tfevents.17x.finetune",
