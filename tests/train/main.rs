@@ -11,6 +11,7 @@ mod deletions;
 mod existing;
 mod failures;
 mod fencing;
+mod gc;
 mod log;
 mod models;
 mod outputs;

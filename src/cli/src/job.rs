@@ -136,7 +136,7 @@ fn run_id() -> String {
 }
 
 /// `FINETUNE_CLAIM_LEASE_SECONDS` changes how long another job at the same output may be silent before it is taken for dead.
-fn claim_lease() -> Duration {
+pub(super) fn claim_lease() -> Duration {
     std::env::var("FINETUNE_CLAIM_LEASE_SECONDS").ok().and_then(|text| text.parse().ok()).map_or(LEASE, Duration::from_secs)
 }
 

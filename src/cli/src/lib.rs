@@ -19,6 +19,8 @@ mod device;
 #[cfg(feature = "train")]
 mod estimate;
 #[cfg(feature = "train")]
+mod gc;
+#[cfg(feature = "train")]
 mod job;
 #[cfg(feature = "train")]
 mod model;
@@ -62,6 +64,9 @@ enum Command {
     Convert(convert::Args),
     /// Print the CustomResourceDefinition.
     Crd(crd::Args),
+    /// List what runs have left behind in a bucket and nobody needs any more; delete it with --delete.
+    #[cfg(feature = "train")]
+    Gc(gc::Args),
     /// Reconcile FineTuneJobs of a Kubernetes cluster into trainer pods.
     #[cfg(feature = "operator")]
     Operator(Box<operator::Args>),
@@ -122,7 +127,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Run(_) if !std::io::stderr().is_terminal() => "info",
         #[cfg(feature = "train")]
-        Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
+        Command::Gc(_) | Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
     };
     #[cfg(feature = "train")]
     let log = LogTail::default();
@@ -138,6 +143,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Convert(args) => convert::run(&args),
         Command::Crd(args) => crd::run(&args),
+        #[cfg(feature = "train")]
+        Command::Gc(args) => gc::run(&args),
         #[cfg(feature = "operator")]
         Command::Operator(args) => operator::run(*args),
         Command::Plan(args) => plan::run(&args),

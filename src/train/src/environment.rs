@@ -102,6 +102,11 @@ fn options(storage: &StorageConfig, environment: Environment, buckets: &Buckets)
     StoreOptions { endpoint, addressing_style, region, ca_bundle, buckets: buckets.clone(), environment, retry: retry() }
 }
 
+/// How storage is reached that belongs to no run, with the credentials of the process's variables.
+pub fn options_of(storage: &StorageConfig, buckets: &Buckets) -> StoreOptions {
+    options(storage, credentials(storage, storage, variables()), buckets)
+}
+
 /// The process's variables; those that are not UTF-8 are nobody's credentials.
 fn variables() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))

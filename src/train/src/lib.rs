@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod events;
 mod feed;
 pub mod folders;
+pub mod gc;
 pub mod history;
 pub mod inspect;
 pub mod interrupt;

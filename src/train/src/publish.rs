@@ -96,7 +96,7 @@ fn foreign(objects: &[ObjectInfo], checkpoints: Option<&str>) -> Vec<String> {
 }
 
 /// The attempt in whose folder `runs/eN/` a key lies.
-fn attempt_of(key: &str) -> Option<u64> {
+pub(super) fn attempt_of(key: &str) -> Option<u64> {
     let (folder, _) = key.strip_prefix("runs/e")?.split_once('/')?;
     folder.parse().ok().filter(|attempt: &u64| attempt.to_string() == folder)
 }

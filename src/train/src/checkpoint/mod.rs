@@ -28,9 +28,10 @@ pub use place::{Label, Place};
 pub use snapshot::{ExecutionPlan, LORA_FILE, METRICS_FILE, Snapshot, SnapshotError, State};
 
 use self::inventory::{Inventory, Ownership};
+use super::result::RunResult;
 use finetune_store::claims::Claim;
 use finetune_store::manifest::{self, Content, Verified};
-use finetune_store::{Store, StoreError};
+use finetune_store::{ObjectInfo, Store, StoreError};
 
 /// Where prepared embeddings and latents lie below the checkpoint prefix.
 pub const PREPARED: &str = "prepared/";
@@ -259,14 +260,9 @@ impl Checkpoints {
         Ok(self.ownership.inventory(&self.store).await?)
     }
 
-    /// Manifests first: a folder that is only half deleted must not look complete. The claims are listed before each of them. The identity
-    /// last: as long as there is something of this run, it says whose that is.
+    /// In the order of [`Key::deletion_rank`]; the claims are listed before each manifest.
     async fn delete(&self, mut keys: Vec<&String>) -> Result<(), CheckpointError> {
-        let rank = |key: &str| match Key::parse(key) {
-            Some(Key::Checkpoint(_, manifest::FILE_NAME)) => 0,
-            Some(Key::Identity) => 2,
-            _ => 1,
-        };
+        let rank = |key: &str| Key::parse(key).map_or(1, Key::deletion_rank);
         keys.sort_by_key(|key| (rank(key), key.as_str()));
         for (i, key) in keys.into_iter().enumerate() {
             if i == 0 || rank(key) == 0 {
@@ -297,6 +293,42 @@ fn stale(keys: &[String], keep: u32, attempt: u64) -> Vec<&String> {
 pub async fn newest(store: &Store) -> Result<Option<Vec<(String, Bytes)>>, StoreError> {
     let folders: Vec<String> = places(store).await?.into_iter().rev().map(Place::folder).collect();
     Ok(manifest::first_that_verifies(store, &folders).await?.map(|verified| verified.files))
+}
+
+/// What a run has written below a checkpoint prefix, by its `identity.json`.
+#[derive(Debug)]
+pub struct Owned {
+    identity: Identity,
+    /// What it has written.
+    pub objects: Vec<ObjectInfo>,
+    /// How many objects besides are not its own.
+    pub others: usize,
+}
+
+impl Owned {
+    /// Where its results go.
+    pub fn output(&self) -> &str {
+        &self.identity.output
+    }
+
+    /// Whether `result` is of this very run, as far as both say.
+    pub fn has_published(&self, result: &RunResult) -> bool {
+        let Identity { spec_hash, dataset_digest, model_digest, run, .. } = &self.identity;
+        let agree = |one: &Option<String>, other: &Option<String>| one.is_none() || other.is_none() || one == other;
+        result.spec_hash == *spec_hash && result.dataset_digest == *dataset_digest && agree(&result.model_digest, model_digest) && agree(&result.job_uid, run)
+    }
+}
+
+/// What the run of the prefix's `identity.json` has written there; `None` where there is no such file.
+///
+/// # Errors
+/// If the store fails, or the file cannot be understood.
+pub async fn owned(store: &Store) -> Result<Option<Owned>, CheckpointError> {
+    let Some(identity) = Identity::read(store).await? else { return Ok(None) };
+    let Inventory { own, foreign } = Ownership::of(store, &identity).inventory(store).await?;
+    let own: BTreeSet<String> = own.into_iter().collect();
+    let objects = store.list("").await?.into_iter().filter(|object| own.contains(&object.key)).collect();
+    Ok(Some(Owned { identity, objects, others: foreign.len() }))
 }
 
 /// All places with a manifest, oldest first.

@@ -44,6 +44,16 @@ impl<'a> Key<'a> {
         let (place, file) = Place::parse(key)?;
         [LORA_FILE, OPTIMIZER_FILE, STATE_FILE, METRICS_FILE, manifest::FILE_NAME].contains(&file).then_some(Self::Checkpoint(place, file))
     }
+
+    /// In which order keys are deleted: manifests first, for a folder that is only half deleted must not look complete; the identity last, for as long as
+    /// there is something of a run, it says whose that is.
+    pub fn deletion_rank(self) -> u8 {
+        match self {
+            Self::Checkpoint(_, manifest::FILE_NAME) => 0,
+            Self::Identity => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// Folder of the measurements and the log of a run that lasts.
