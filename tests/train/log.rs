@@ -25,7 +25,8 @@ fn an_attempt_that_is_stopped_leaves_its_log_and_the_one_that_publishes_its_own(
     let after = log_of(&bench, 1).unwrap();
     assert!(after.starts_with(&before), "{after}");
     let last = after.lines().next_back().unwrap();
-    assert!(last.contains("the attempt ends: stopped on request after saving a checkpoint") && last.ends_with("(Interrupted, exit code 75)"), "{last}");
+    // Whether there was anything to save depends on where the signal met it.
+    assert!(last.contains("the attempt ends: stopped on request") && last.ends_with("(Interrupted, exit code 75)"), "{last}");
 
     let other = Bench::new();
     other.complete(&json!({"checkpoint": {"keepAfterSuccess": true}}));

@@ -311,11 +311,13 @@ impl Owned {
         &self.identity.output
     }
 
-    /// Whether `result` is of this very run, as far as both say.
+    /// Whether `result` is what the attempts here have led to: of the same spec, dataset and model, and by none before the newest checkpoint here (a later
+    /// run of the same spec, say, that is to replace it).
     pub fn has_published(&self, result: &RunResult) -> bool {
-        let Identity { spec_hash, dataset_digest, model_digest, run, .. } = &self.identity;
-        let agree = |one: &Option<String>, other: &Option<String>| one.is_none() || other.is_none() || one == other;
-        result.spec_hash == *spec_hash && result.dataset_digest == *dataset_digest && agree(&result.model_digest, model_digest) && agree(&result.job_uid, run)
+        let Identity { spec_hash, dataset_digest, model_digest, .. } = &self.identity;
+        let same_model = model_digest.is_none() || result.model_digest.is_none() || *model_digest == result.model_digest;
+        let later = self.objects.iter().filter_map(|object| Place::parse(&object.key)).any(|(place, _)| place.attempt > result.attempt);
+        result.spec_hash == *spec_hash && result.dataset_digest == *dataset_digest && same_model && !later
     }
 }
 
