@@ -136,13 +136,17 @@ fn is_unfinished(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).and_then(|name| name.rsplit_once('#')).is_some_and(|(_, number)| number.parse::<u32>().is_ok())
 }
 
+/// A running job may delete what has just been listed.
 fn collect(dir: &Path, files: &mut Vec<(PathBuf, Vec<u8>)>) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() {
             collect(&path, files);
         } else if !is_unfinished(&path) {
-            files.push((path.clone(), fs::read(&path).unwrap()));
+            match fs::read(&path) {
+                Ok(bytes) => files.push((path, bytes)),
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{}", path.display()),
+            }
         }
     }
 }
