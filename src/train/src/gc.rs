@@ -15,6 +15,7 @@ use super::comparison;
 use super::history::Picture;
 use super::log;
 use super::output::{DIFFUSERS_FILE, METRICS_FILE, kohya_file};
+use super::page;
 use super::publish::attempt_of;
 use super::result::{self, RunResult};
 use finetune_api::plan::default_checkpoint_uri;
@@ -221,7 +222,7 @@ fn in_default_checkpoints(key: &str) -> Option<(&str, Key<'_>)> {
 /// Whether an attempt publishes a file of this name: by the list that it has left, or by the exact form of the names.
 fn is_published(name: &str, list: Option<&RunResult>) -> bool {
     let event = |name: &str| name.strip_prefix("logs/").is_some_and(|file| file == log::FILE_NAME || super::events::is_file_name(file, super::events::HOST));
-    [result::FILE_NAME, METRICS_FILE, DIFFUSERS_FILE, comparison::FILE_NAME].contains(&name)
+    [result::FILE_NAME, METRICS_FILE, DIFFUSERS_FILE, comparison::FILE_NAME, page::FILE_NAME].contains(&name)
         || event(name)
         || Picture::parse(name).is_some()
         || list.is_some_and(|list| list.files.contains_key(name) || name == kohya_file(&list.job))
@@ -313,6 +314,7 @@ mod tests {
             "claims/000003.json",
             "runs/e1/metrics.jsonl",
             "runs/e1/other.safetensors",
+            "runs/e1/report.html",
             &format!("{FINISHED}identity.json"),
             &format!("{FINISHED}prepared/{}.safetensors", "0a".repeat(32)),
             &format!("{FINISHED}step-000010/e1/manifest.json"),
@@ -323,7 +325,12 @@ mod tests {
         let unfinished = format!("{FINISHED}step-000020/e2/state.json");
         assert_eq!(
             names(&found),
-            [(unfinished.as_str(), Kind::UnfinishedCheckpoint), ("claims/000001.json", Kind::SupersededClaim), ("runs/e1/metrics.jsonl", Kind::LosingAttempt)]
+            [
+                (unfinished.as_str(), Kind::UnfinishedCheckpoint),
+                ("claims/000001.json", Kind::SupersededClaim),
+                ("runs/e1/metrics.jsonl", Kind::LosingAttempt),
+                ("runs/e1/report.html", Kind::LosingAttempt),
+            ]
         );
         let listed = in_output(&objects(&keys), None, None, &[(1, result("runs/e1/", &["other.safetensors"]))].into(), 3);
         assert!(names(&listed).contains(&("runs/e1/other.safetensors", Kind::LosingAttempt)), "by the attempt's own list");
