@@ -38,7 +38,7 @@ const FOREIGN: [&str; 26] = [
 ];
 
 /// Every call that deletes a file or an object, or puts one in another's place, in code that is not a test: what it can take.
-const DELETIONS: [(&str, &str, &str); 19] = [
+const DELETIONS: [(&str, &str, &str); 20] = [
     ("src/compute/build.rs", "remove_file", "an image that this build has made"),
     ("src/data/src/cache.rs", "remove_file", "a pack of the cache whose content is not what its name promises"),
     ("src/data/src/cache.rs", "remove_file", "as above, when the cache is opened"),
@@ -58,6 +58,7 @@ const DELETIONS: [(&str, &str, &str); 19] = [
     ("src/train/src/checkpoint/mod.rs", "store.delete(", "keys of this run alone: the tests below"),
     ("src/train/src/gc.rs", ".delete(", "what its own tests list, by exact form or by a list that a run has left, under a claim"),
     ("src/train/src/publish.rs", ".delete(", "a result.json of this program: the tests below"),
+    ("src/train/src/publish.rs", ".delete(", "a README.md whose digest the replaced result.json has: the tests below"),
 ];
 
 /// A new place that deletes must be entered above, with what keeps it from taking what is somebody else's.
@@ -225,6 +226,43 @@ fn a_result_json_of_another_program_is_never_replaced() {
         assert!(text(&output).contains("result.json was not written by finetune"), "{}", text(&output));
         assert_eq!(bench.read("result.json"), b"{\"accuracy\": 0.5}");
     }
+}
+
+/// A card that a run has written is replaced with its result; one that somebody has changed, or written, never is.
+#[test]
+fn a_model_card_that_somebody_has_changed_stays() {
+    let job = |steps: u64, existing: &str| json!({"training": {"maxSteps": steps}, "output": {"existing": existing}});
+    let bench = Bench::new();
+    bench.complete(&job(1, "Fail"));
+    let first = bench.read("README.md");
+    bench.complete(&job(2, "Overwrite"));
+    assert!(bench.read("README.md") != first && bench.read("README.md") == bench.read("runs/e2/README.md"));
+
+    std::fs::write(bench.output("README.md"), b"my own words").unwrap();
+    for (steps, existing, kept) in [(2, "ReuseIfComplete", "runs/e2/README.md"), (3, "Overwrite", "runs/e3/README.md")] {
+        let output = bench.run(&job(steps, existing));
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(bench.read("README.md"), b"my own words");
+        assert!(text(&output).contains("README.md is not as this run has written it") && text(&output).contains(kept), "{}", text(&output));
+    }
+    // One that is gone comes back.
+    std::fs::remove_file(bench.output("README.md")).unwrap();
+    bench.complete(&job(3, "ReuseIfComplete"));
+    assert_eq!(bench.read("README.md"), bench.read("runs/e3/README.md"));
+
+    // Without a result it is a file of another origin, as any other; one that appears meanwhile stays, and the run's work with it.
+    let other = Bench::new();
+    std::fs::create_dir_all(other.output("")).unwrap();
+    std::fs::write(other.output("README.md"), b"precious").unwrap();
+    let output = other.run(&job(1, "ReuseIfComplete"));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("files of another origin (README.md)"), "{}", text(&output));
+    std::fs::remove_file(other.output("README.md")).unwrap();
+    let mut running = other.start(&json!({}), &[]);
+    running.await_log("saved a checkpoint");
+    std::fs::write(other.output("README.md"), b"precious").unwrap();
+    assert_eq!(running.wait(), Some(0), "{}", running.log());
+    assert_eq!(other.read("README.md"), b"precious");
 }
 
 /// Somebody puts a file of the LoRA's name into the output while the run lasts.

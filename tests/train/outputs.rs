@@ -60,6 +60,87 @@ fn the_default_alpha_needs_no_adapter_metadata() {
     assert_eq!(metadata.keys().collect::<Vec<_>>(), ["format"]);
 }
 
+/// The number format is that of the files alone: the training is the same, and so is the run that finds its own result again.
+#[test]
+fn lora_files_have_the_number_format_that_is_asked_for() {
+    let run = |dtype: Option<&str>| {
+        let bench = Bench::new();
+        bench.complete(&json!({"training": {"maxSteps": 3}, "output": {"dtype": dtype}}));
+        bench
+    };
+    let types = |bytes: &[u8]| -> std::collections::BTreeSet<String> {
+        let file = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        file.tensors().iter().filter(|(name, _)| !name.ends_with(".alpha")).map(|(_, view)| format!("{:?}", view.dtype())).collect()
+    };
+    let (default, short) = (run(None), run(Some("F16")));
+    for (bench, dtype) in [(&default, "F32"), (&short, "F16"), (&run(Some("BF16")), "BF16")] {
+        for file in [LORA, "micro.safetensors"] {
+            assert_eq!(types(&bench.read(file)), [dtype.to_owned()].into(), "{file}");
+        }
+        assert_eq!(bench.result()["artifacts"][0]["dtype"], dtype);
+    }
+    assert_eq!(default.result()["specHash"], short.result()["specHash"]);
+    assert_eq!(default.result()["loss"], short.result()["loss"]);
+    assert!(default.read(LORA).len() > short.read(LORA).len() * 3 / 2);
+    // Every value is that of the f32 file, rounded.
+    let values = |bytes: &[u8]| -> Vec<f32> {
+        let file = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        let mut tensors = file.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        let read = |data: &[u8], dtype| match dtype {
+            safetensors::Dtype::F16 => data.chunks(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect::<Vec<_>>(),
+            _ => data.chunks(4).map(|b| half::f16::from_f32(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_f32()).collect(),
+        };
+        tensors.iter().flat_map(|(_, view)| read(view.data(), view.dtype())).collect()
+    };
+    assert_eq!(values(&default.read(LORA)), values(&short.read(LORA)));
+
+    // A result in the format that is asked for, or where none is asked for, is the run's own.
+    let again = |bench: &Bench, dtype: Option<&str>| bench.run(&json!({"training": {"maxSteps": 3}, "output": {"dtype": dtype}}));
+    for dtype in [None, Some("F16")] {
+        let output = again(&short, dtype);
+        assert!(output.status.success() && text(&output).contains("was trained already"), "{}", text(&output));
+    }
+    let output = again(&short, Some("F32"));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
+    assert!(text(&output).contains("another number format than F32 (output.dtype)"), "{}", text(&output));
+    // One of a version that knew no other format is in F32.
+    let mut result = default.result();
+    for artifact in result["artifacts"].as_array_mut().unwrap() {
+        artifact.as_object_mut().unwrap().remove("dtype");
+    }
+    std::fs::write(default.output("result.json"), result.to_string()).unwrap();
+    for (dtype, code) in [(None, 0), (Some("F32"), 0), (Some("F16"), 78)] {
+        let output = again(&default, dtype);
+        assert_eq!(output.status.code(), Some(code), "{dtype:?}: {}", text(&output));
+    }
+}
+
+/// The card is the hub's and people's: it says what was trained, shows the pictures that are there, and names files that are there.
+#[test]
+fn the_model_card_shows_the_run() {
+    let bench = Bench::new();
+    bench.complete(&json!({
+        "training": {"maxSteps": 2, "lora": {"alpha": 8}},
+        "validation": {"prompts": ["a red circle"], "steps": 2, "everySteps": 1},
+    }));
+    let card = String::from_utf8(bench.read("README.md")).unwrap();
+    let (_, rest) = card.split_once("---\n").unwrap();
+    let front: Value = finetune_common::yaml::from_str(rest.split_once("\n---\n").unwrap().0).unwrap();
+    assert_eq!((&front["library_name"], &front["pipeline_tag"]), (&json!("diffusers"), &json!("text-to-image")));
+    assert_eq!(front["widget"], json!([{"text": "a red circle", "output": {"url": "validation/step-000002/0.png"}}]));
+    assert!(bench.read("validation/step-000002/0.png").starts_with(b"\x89PNG"));
+    assert!(card.contains("![a red circle](validation/step-000002/0.png)"), "{card}");
+    for word in [LORA, "micro.safetensors", "| rank, alpha, dropout | 4, 8, 0.1 |", bench.result()["modelDigest"].as_str().unwrap()] {
+        assert!(card.contains(word), "{word}: {card}");
+    }
+    assert!(!card.contains("s3://"), "places are nobody else's business: {card}");
+    let (header, _) = tensors(&bench.read("micro.safetensors"));
+    assert_eq!((&*header["modelspec.title"], &*header["ss_output_name"], &*header["ss_steps"]), ("micro", "micro", "2"));
+    assert_eq!(header["finetune.base_model_digest"], bench.result()["modelDigest"].as_str().unwrap());
+    assert_eq!(bench.read("README.md"), bench.read("runs/e1/README.md"));
+}
+
 /// Order of lines, names of files, and copies of pictures under other names do not pair a caption with another picture: each
 /// variant of the dataset that is the same set of (picture, caption) pairs in the same order of names trains the same LoRA,
 /// and exchanging two captions does not.

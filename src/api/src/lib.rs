@@ -41,7 +41,7 @@ pub use dataset::{DatasetSpec, OnBadSample};
 pub use decimal::{Decimal, DecimalError};
 pub use model::{CacheClaim, HuggingFaceSource, ModelCache, ModelFiles, ModelSource, ModelSpec, ObjectStoreSource, PersistentVolumeClaimSource, SecretKeyRef};
 pub use names::*;
-pub use output::{ExistingOutput, OutputFormat, OutputSpec};
+pub use output::{ExistingOutput, OutputDtype, OutputFormat, OutputSpec};
 pub use policy::{FailurePolicy, TtlScope};
 pub use progress::{
     FailureReport, MemoryReport, PROGRESS_MAX_BYTES, Progress, ProgressError, ReportedArtifact, ReportedCheckpoint, Stage, TERMINATION_MESSAGE_MAX_BYTES,

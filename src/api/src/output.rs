@@ -19,6 +19,10 @@ pub struct OutputSpec {
     #[serde(default = "formats")]
     #[schemars(length(min = 1, max = 2), extend("x-kubernetes-list-type" = "set"))]
     pub formats: Vec<OutputFormat>,
+    /// Number format of the values in the files: F16 after training in half precision, otherwise F32. It is what is written, not what is trained, which
+    /// is F32 always.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<OutputDtype>,
     /// What to do where the folder already holds a result.
     #[serde(default)]
     pub existing: ExistingOutput,
@@ -31,6 +35,23 @@ pub enum OutputFormat {
     Diffusers,
     /// A file with kohya's names, as ComfyUI reads it.
     Kohya,
+}
+
+/// Number format of the values in the LoRA's files; unless it is set, F16 after training in half precision, otherwise F32.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum OutputDtype {
+    /// 32 bits, as trained.
+    F32,
+    /// 16 bits with 11 bits of precision.
+    F16,
+    /// 16 bits with the range of F32 and 8 bits of precision.
+    BF16,
+}
+
+impl std::fmt::Display for OutputDtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
 }
 
 /// What to do where the output folder already holds a result.

@@ -10,11 +10,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::card;
 use super::checkpoint::{self, CheckpointError, Key, Place};
 use super::comparison;
 use super::history::Picture;
 use super::log;
-use super::output::{DIFFUSERS_FILE, METRICS_FILE, kohya_file};
+use super::lora_files::{DIFFUSERS_FILE, kohya_file};
+use super::output::METRICS_FILE;
 use super::page;
 use super::publish::attempt_of;
 use super::result::{self, RunResult};
@@ -222,7 +224,7 @@ fn in_default_checkpoints(key: &str) -> Option<(&str, Key<'_>)> {
 /// Whether an attempt publishes a file of this name: by the list that it has left, or by the exact form of the names.
 fn is_published(name: &str, list: Option<&RunResult>) -> bool {
     let event = |name: &str| name.strip_prefix("logs/").is_some_and(|file| file == log::FILE_NAME || super::events::is_file_name(file, super::events::HOST));
-    [result::FILE_NAME, METRICS_FILE, DIFFUSERS_FILE, comparison::FILE_NAME, page::FILE_NAME].contains(&name)
+    [result::FILE_NAME, METRICS_FILE, DIFFUSERS_FILE, comparison::FILE_NAME, page::FILE_NAME, card::FILE_NAME].contains(&name)
         || event(name)
         || Picture::parse(name).is_some()
         || list.is_some_and(|list| list.files.contains_key(name) || name == kohya_file(&list.job))
@@ -312,6 +314,7 @@ mod tests {
         let keys = [
             "claims/000001.json",
             "claims/000003.json",
+            "runs/e1/README.md",
             "runs/e1/metrics.jsonl",
             "runs/e1/other.safetensors",
             "runs/e1/report.html",
@@ -328,6 +331,7 @@ mod tests {
             [
                 (unfinished.as_str(), Kind::UnfinishedCheckpoint),
                 ("claims/000001.json", Kind::SupersededClaim),
+                ("runs/e1/README.md", Kind::LosingAttempt),
                 ("runs/e1/metrics.jsonl", Kind::LosingAttempt),
                 ("runs/e1/report.html", Kind::LosingAttempt),
             ]

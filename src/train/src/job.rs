@@ -18,7 +18,7 @@ use super::log;
 use super::output;
 use super::page;
 use super::prepare::{self, PrepareError, Prepared};
-use super::publish::{self, Decision};
+use super::publish::{self, Decision, Published};
 use super::result::{FileDigest, RunResult};
 use super::setup;
 use super::step::Objective;
@@ -73,7 +73,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let output = environment.open(&config.output.uri, config)?;
     let store = environment.open(&config.checkpoint.uri, config)?;
 
-    let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
+    let found = publish::look(&output, store.uri(), config.into()).await?;
     let decide = |found: &publish::Found, digests: Option<&Digests>| publish::decide(output.uri(), config.output.existing, found, &environment.run_id, digests);
     if let (Decision::Compare, publish::Found::SameSpec(result)) = (decide(&found, None)?, &found) {
         return reuse(config, environment, &output, store, &found, result).await;
@@ -87,11 +87,11 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let (claim, alive) = claim(config, environment, &output).await?;
     let attempt = async {
         // Whoever was at work there has finished meanwhile.
-        let found = publish::look(&output, store.uri(), &config.spec_hash).await?;
+        let found = publish::look(&output, store.uri(), config.into()).await?;
         if let (Decision::Compare, publish::Found::SameSpec(result)) = (decide(&found, None)?, &found) {
             decide(&found, Some(&digests))?;
-            publish::repair(&output, result).await?;
-            return Ok(((**result).clone(), LeftAlone::default()));
+            let note = publish::repair(&output, result).await?;
+            return Ok(((**result).clone(), note.into_iter().collect()));
         }
         let identity = identity(config, environment, &output, digests);
         let checkpoints = match config.resume.policy {
@@ -106,10 +106,10 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
         }
         trained
     };
-    let ended: Result<_, TrainError> = attempt.await;
+    let ended: Result<(RunResult, Vec<String>), TrainError> = attempt.await;
     alive.end().await;
     let (result, left) = ended?;
-    let notes = result.warnings.iter().cloned().chain(notes(&left)).collect();
+    let notes = result.warnings.iter().cloned().chain(left).collect();
     Ok(Outcome { result, already_completed: false, notes })
 }
 
@@ -124,12 +124,12 @@ async fn reuse(
 ) -> Result<Outcome, TrainError> {
     let Sources { digests, .. } = sources(config, environment, &open_model(config, environment).await?).await?;
     publish::decide(output.uri(), config.output.existing, found, &environment.run_id, Some(&digests))?;
-    publish::repair(output, result).await?;
+    let note = publish::repair(output, result).await?;
     let left = delete_leftovers(config, environment, output, store, digests).await.unwrap_or_else(|error| {
         tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints of the completed run");
         LeftAlone::default()
     });
-    let notes = result.warnings.iter().cloned().chain(notes(&left)).collect();
+    let notes = result.warnings.iter().cloned().chain(note).chain(notes(&left)).collect();
     Ok(Outcome { result: result.clone(), already_completed: true, notes })
 }
 
@@ -252,7 +252,7 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// All of it.
-    async fn whole(&self, output: &Store) -> Result<(RunResult, LeftAlone), TrainError> {
+    async fn whole(&self, output: &Store) -> Result<(RunResult, Vec<String>), TrainError> {
         let (mut trainer, model) = self.load().await?;
         self.train(&mut trainer, &model).await?;
         self.publish(output, &trainer, &model).await
@@ -497,7 +497,7 @@ impl Run<'_> {
     }
 
     /// Writes the results and cleans up.
-    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<(RunResult, LeftAlone), TrainError> {
+    async fn publish(&self, output: &Store, trainer: &Trainer, model: &ModelDir) -> Result<(RunResult, Vec<String>), TrainError> {
         self.environment.reporter.stage(Stage::Publishing, "publishing", 0);
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
         let encoders: &[&str] = if self.folder.is_without_t5() { &["CLIP-L", "CLIP-G"] } else { &["CLIP-L", "CLIP-G", "T5"] };
@@ -524,15 +524,15 @@ impl Run<'_> {
         let name = format!("logs/{}", log::FILE_NAME);
         result.files.insert(name.clone(), FileDigest::of(&text));
         files.insert(name, text);
-        let result = publish::publish(output, &self.checkpoints, self.config.output.existing, files, &result).await?;
+        let Published { result, note } = publish::publish(output, &self.checkpoints, &self.config.output, files, &result).await?;
         if self.config.checkpoint.keep_after_success {
-            return Ok((result, LeftAlone::default()));
+            return Ok((result, note.into_iter().collect()));
         }
         let left = self.checkpoints.delete_all().await.unwrap_or_else(|error| {
             // The result stands. Whoever has taken over finds it and cleans up.
             tracing::warn!(error = &error as &dyn std::error::Error, "failed to delete the checkpoints");
             LeftAlone::default()
         });
-        Ok((result, left))
+        Ok((result, note.into_iter().chain(notes(&left)).collect()))
     }
 }

@@ -1,6 +1,8 @@
 //! The training job: prepare, step, checkpoint, publish.
 
+pub mod about;
 pub mod captions;
+pub mod card;
 pub mod checkpoint;
 pub mod comparison;
 pub mod device;
@@ -18,6 +20,7 @@ pub mod interrupt;
 pub mod job;
 pub mod log;
 pub mod look;
+pub mod lora_files;
 pub mod model_files;
 pub mod output;
 pub mod page;

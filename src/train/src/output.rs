@@ -1,67 +1,30 @@
-//! What a run publishes: LoRA files, metrics, pictures and `result.json`.
+//! What a run publishes: LoRA files, the model card, metrics, pictures and `result.json`.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use super::about::{self, About};
+use super::card;
 use super::checkpoint::Checkpoints;
 use super::device;
 use super::error::TrainError;
 use super::evaluate;
 use super::history::{History, Picture};
 use super::log::{self, LogTail};
+use super::lora_files::{self, LoraFile};
 use super::page;
 use super::result::{Artifact, Evaluation, FileDigest, LoraSummary, LossSummary, RunResult, VERSION};
-use super::tensor_file::{self, Entry};
 use super::trainer::Trainer;
-use finetune_api::plan::{LoraConfig, OutputFormat, TrainConfig};
+use finetune_api::plan::TrainConfig;
 use finetune_compute::kernels::Engine;
-use finetune_compute::optim::Param;
 use finetune_data::dataset::Dataset;
-use finetune_model::lora::{LoraLayout, kohya, metadata_json};
+use finetune_model::survey;
 use finetune_store::{Store, StoreError};
 
-/// The LoRA as diffusers' `load_lora_weights` takes it.
-pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
 /// What was measured.
 pub const METRICS_FILE: &str = "metrics.jsonl";
-
-/// The name of the kohya and ComfyUI file: `<job>.safetensors`, so that it keeps its name among other LoRA files.
-pub fn kohya_file(job: &str) -> String {
-    format!("{}.safetensors", job_name(job))
-}
-
-/// `name` of `namespace/name`.
-fn job_name(job: &str) -> &str {
-    job.rsplit('/').next().unwrap_or(job)
-}
-
-/// `pytorch_lora_weights.safetensors`: diffusers' keys, f32. The adapter's configuration is added where alpha is not the
-/// rank, which readers would assume.
-pub fn diffusers(params: &[Param], lora: &LoraConfig) -> Vec<u8> {
-    let mut metadata: BTreeMap<String, String> = [("format".to_owned(), "pt".to_owned())].into();
-    if (lora.alpha - f64::from(lora.rank)).abs() > f64::EPSILON {
-        metadata.insert(finetune_model::lora::METADATA_KEY.to_owned(), metadata_json(lora.rank as usize, lora.alpha, lora.dropout, &lora.target_modules));
-    }
-    tensor_file::write(tensor_file::param_entries(params), &metadata)
-}
-
-/// The kohya and ComfyUI file.
-fn kohya(params: &[Param], layout: &LoraLayout, lora: &LoraConfig, blocks: usize) -> Result<Vec<u8>, TrainError> {
-    let tensors = kohya::convert(layout, params, blocks)?;
-    let entries: Vec<Entry> = tensor_file::param_entries(&tensors);
-    let metadata = [
-        ("format", "pt".to_owned()),
-        ("ss_network_module", "networks.lora_sd3".to_owned()),
-        ("ss_network_dim", lora.rank.to_string()),
-        ("ss_network_alpha", lora.alpha.to_string()),
-        ("ss_base_model_version", "sd3".to_owned()),
-        ("modelspec.sai_model_spec", "1.0.0".to_owned()),
-        ("modelspec.architecture", "stable-diffusion-3-medium/lora".to_owned()),
-    ];
-    Ok(tensor_file::write(entries, &metadata.map(|(k, v)| (k.to_owned(), v)).into()))
-}
 
 /// All files of a finished run and its result.
 ///
@@ -79,18 +42,26 @@ pub fn make(
     compute: &Engine,
 ) -> Result<(RunResult, BTreeMap<String, Bytes>), TrainError> {
     let lora = &config.training.lora;
-    let params = trainer.params()?;
+    let transformer = trainer.learner().config();
+    let about = About {
+        config,
+        published: survey::published(transformer),
+        base_digest: &checkpoints.digests().model,
+        trigger: about::common_caption(&dataset.samples),
+        pictures: dataset.samples.len(),
+        steps: trainer.step(),
+        epochs: trainer.epochs(),
+        precision: compute.precision(),
+    };
     let mut files = BTreeMap::new();
     let mut artifacts = Vec::new();
-    for format in &config.output.formats {
-        let (file, bytes) = match format {
-            OutputFormat::Diffusers => (DIFFUSERS_FILE.to_owned(), diffusers(&params, lora)),
-            OutputFormat::Kohya => (kohya_file(&config.job), kohya(&params, trainer.layout(), lora, trainer.learner().config().num_layers)?),
-        };
+    let written = lora_files::make(&about, &trainer.params()?, trainer.layout(), transformer.num_layers)?;
+    for LoraFile { format, name, bytes } in written.files {
         let FileDigest { size, sha256 } = FileDigest::of(&bytes);
-        artifacts.push(Artifact { format: *format, file: file.clone(), sha256, size_bytes: size });
-        files.insert(file, Bytes::from(bytes));
+        artifacts.push(Artifact { format, file: name.clone(), dtype: written.dtype, sha256, size_bytes: size });
+        files.insert(name, Bytes::from(bytes));
     }
+    files.insert(card::FILE_NAME.to_owned(), Bytes::from(card::make(&about, pictures, written.dtype)));
     for (name, bytes) in logs(trainer.history(), pictures)? {
         files.insert(name, bytes);
     }
@@ -116,7 +87,7 @@ pub fn make(
         skipped_samples: dataset.skipped.len(),
         truncated_captions: trainer.prepared().truncation().map_or(0, |truncation| truncation.captions),
         text_encoders: text_encoders.iter().map(|&name| name.to_owned()).collect(),
-        warnings,
+        warnings: warnings.into_iter().chain(written.warning).collect(),
         loss: LossSummary {
             first: history.losses().next().unwrap_or_default(),
             last: history.losses().next_back().unwrap_or_default(),
@@ -143,6 +114,7 @@ pub fn make(
         completed: Timestamp::now().to_string(),
         training_seconds: trainer.training_seconds(),
         artifacts,
+        output_dtype: config.output.dtype,
         files: files.iter().map(|(name, bytes)| (name.clone(), FileDigest::of(bytes))).collect(),
         versions: [("finetune".to_owned(), env!("CARGO_PKG_VERSION").to_owned())].into(),
     };

@@ -6,14 +6,17 @@
 //! 3. The fixed names are copied from the winner's folder, by whoever comes by: the winner, a loser, or a later run.
 //!
 //! A crash between any two leaves either no `result.json` (the run is continued) or a complete one (the copies are repaired).
+//!
+//! People edit model cards: a `README.md` that is not exactly what a run has written there is left alone, with a note.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
+use super::card;
 use super::checkpoint::{Checkpoints, Digests, read_optional, some_of};
 use super::result::{self, Difference, FileDigest, RunResult};
-use finetune_api::plan::ExistingOutput;
+use finetune_api::plan::{ExistingOutput, OutputConfig, OutputDtype, TrainConfig};
 use finetune_store::{Created, ObjectInfo, Store, StoreError, claims, fault, is_placeholder};
 
 /// Why results cannot be published or reused.
@@ -62,15 +65,33 @@ pub enum Found {
     Foreign,
 }
 
+/// What a run would find its own result by.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// `sha256:<hex>` of what determines the weights.
+    pub spec_hash: &'a str,
+    /// The files' number format, where the job names one.
+    pub dtype: Option<OutputDtype>,
+}
+
+impl<'a> From<&'a TrainConfig> for Wanted<'a> {
+    fn from(config: &'a TrainConfig) -> Self {
+        Self { spec_hash: &config.spec_hash, dtype: config.output.dtype }
+    }
+}
+
 /// Looks at the output prefix. Claims, runs without a result, checkpoints (below `.checkpoints/`, and those of this run at `checkpoints`, if that
 /// is below the output) and placeholders do not matter.
 ///
 /// # Errors
 /// If the store fails.
-pub async fn look(output: &Store, checkpoints: &str, spec_hash: &str) -> Result<Found, PublishError> {
+pub async fn look(output: &Store, checkpoints: &str, wanted: Wanted<'_>) -> Result<Found, PublishError> {
     if let Some(bytes) = read_optional(output, result::FILE_NAME).await? {
         return Ok(match serde_json::from_slice::<RunResult>(&bytes) {
-            Ok(found) if found.spec_hash == spec_hash => Found::SameSpec(Box::new(found)),
+            Ok(found) if found.spec_hash == wanted.spec_hash => match wanted.dtype.filter(|&dtype| !found.is_written_as(dtype)) {
+                Some(dtype) => Found::Other(format!("the result of the same spec in another number format than {dtype} (output.dtype)")),
+                None => Found::SameSpec(Box::new(found)),
+            },
             Ok(found) => Found::Other(format!("the result of another spec (job {:?}, {})", found.job, found.spec_hash)),
             Err(_) => Found::Foreign,
         });
@@ -141,6 +162,15 @@ pub enum Decision {
     Reuse,
 }
 
+/// What stands in the output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    /// The result.
+    pub result: RunResult,
+    /// What a person should know of the output besides.
+    pub note: Option<String>,
+}
+
 /// Publishes `files` as this attempt's run; returns the result that stands, which is another attempt's if that one was first.
 ///
 /// # Errors
@@ -148,10 +178,12 @@ pub enum Decision {
 pub async fn publish(
     output: &Store,
     checkpoints: &Checkpoints,
-    policy: ExistingOutput,
+    config: &OutputConfig,
     files: BTreeMap<String, Bytes>,
     result: &RunResult,
-) -> Result<RunResult, PublishError> {
+) -> Result<Published, PublishError> {
+    let policy = config.existing;
+    let wanted = Wanted { spec_hash: &result.spec_hash, dtype: config.dtype };
     let run = output.child(&result.run)?;
     for (name, bytes) in &files {
         run.put(name, bytes.clone()).await?;
@@ -165,10 +197,10 @@ pub async fn publish(
     fault::pause("before-result").await;
     loop {
         if matches!(output.create(result::FILE_NAME, text.clone()).await?, Created::Yes) {
-            repair(output, result).await?;
-            return Ok(result.clone());
+            let note = repair(output, result).await?;
+            return Ok(Published { result: result.clone(), note });
         }
-        let found = look(output, checkpoints.store().uri(), &result.spec_hash).await?;
+        let found = look(output, checkpoints.store().uri(), wanted).await?;
         let same = match &found {
             Found::SameSpec(theirs) if theirs.differs_in(checkpoints.digests()).is_none() => Some(theirs),
             _ => None,
@@ -177,11 +209,12 @@ pub async fn publish(
             _ if found == Found::Foreign => return Err(PublishError::ForeignResult { uri: output.uri().to_owned() }),
             // Another attempt of this very run was first.
             (_, Some(theirs)) if policy != ExistingOutput::Overwrite || result.job_uid.as_ref().is_some_and(|own| theirs.is_of(own)) => {
-                repair(output, theirs).await?;
-                return Ok((**theirs).clone());
+                let note = repair(output, theirs).await?;
+                return Ok(Published { result: (**theirs).clone(), note });
             }
             (ExistingOutput::Overwrite, _) => {
                 checkpoints.ensure_newest().await?;
+                withdraw_card(output).await?;
                 output.delete(result::FILE_NAME).await?;
             }
             (_, _) => {
@@ -192,12 +225,23 @@ pub async fn publish(
     }
 }
 
+/// The card of a result that is about to be replaced goes with it, unless somebody has changed it: its digest is in the result.
+async fn withdraw_card(output: &Store) -> Result<(), PublishError> {
+    let Some(bytes) = read_optional(output, result::FILE_NAME).await? else { return Ok(()) };
+    let Ok(old) = serde_json::from_slice::<RunResult>(&bytes) else { return Ok(()) };
+    let Some(expected) = old.files.get(card::FILE_NAME) else { return Ok(()) };
+    if read_matching(output, card::FILE_NAME, expected).await?.is_some() {
+        output.delete(card::FILE_NAME).await?;
+    }
+    Ok(())
+}
+
 /// Somebody may have put files of these names there while the run lasted: they are not lost either. With a `result.json` they are copies.
 async fn refuse_to_replace(output: &Store, result: &RunResult) -> Result<(), PublishError> {
     if output.head(result::FILE_NAME).await?.is_some() {
         return Ok(());
     }
-    for (name, expected) in &result.files {
+    for (name, expected) in result.files.iter().filter(|(name, _)| *name != card::FILE_NAME) {
         let Some(found) = output.head(name).await?.filter(|found| !is_placeholder(found)) else { continue };
         if found.size != expected.size || read_matching(output, name, expected).await?.is_none() {
             return Err(PublishError::OutputExists { uri: output.uri().to_owned(), what: format!("{name} of another origin") });
@@ -206,13 +250,20 @@ async fn refuse_to_replace(output: &Store, result: &RunResult) -> Result<(), Pub
     Ok(())
 }
 
-/// Makes the fixed names equal to the files of the run that `result` names.
+/// Makes the fixed names equal to the files of the run that `result` names; a card that is there and differs stays, and is mentioned.
 ///
 /// # Errors
 /// [`PublishError::Damaged`] if a file has to be repaired and the winner's own is not what it was.
-pub async fn repair(output: &Store, result: &RunResult) -> Result<(), PublishError> {
+pub async fn repair(output: &Store, result: &RunResult) -> Result<Option<String>, PublishError> {
+    let mut note = None;
     for (name, expected) in &result.files {
         if read_matching(output, name, expected).await?.is_some() {
+            continue;
+        }
+        if name == card::FILE_NAME && output.head(name).await?.is_some_and(|found| !is_placeholder(&found)) {
+            let text = format!("left alone: {}{name} is not as this run has written it; the run's own is {}{name}", output.uri(), result.run);
+            tracing::warn!("{text}");
+            note = Some(text);
             continue;
         }
         let source = format!("{}{name}", result.run);
@@ -221,7 +272,7 @@ pub async fn repair(output: &Store, result: &RunResult) -> Result<(), PublishErr
             None => return Err(PublishError::Damaged { uri: output.uri().to_owned(), file: source }),
         }
     }
-    Ok(())
+    Ok(note)
 }
 
 async fn read_matching(store: &Store, key: &str, expected: &FileDigest) -> Result<Option<Bytes>, StoreError> {

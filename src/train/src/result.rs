@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Digests;
-use finetune_api::OutputFormat;
+use finetune_api::{OutputDtype, OutputFormat};
 use finetune_common::digest;
 
 /// The name below the output prefix.
@@ -77,6 +77,9 @@ pub struct RunResult {
     pub training_seconds: f64,
     /// LoRA files.
     pub artifacts: Vec<Artifact>,
+    /// Their number format as the job has asked for it; absent where it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_dtype: Option<OutputDtype>,
     /// Every published file by name, LoRA files included.
     pub files: BTreeMap<String, FileDigest>,
     /// Programs by name.
@@ -98,6 +101,11 @@ impl RunResult {
     /// Whether an attempt of the run with this id has made it.
     pub fn is_of(&self, run: &str) -> bool {
         self.job_uid.as_deref() == Some(run)
+    }
+
+    /// Whether the LoRA files are what a job with `output.dtype` asks for: in that format, or as near to it as their values allowed.
+    pub fn is_written_as(&self, dtype: OutputDtype) -> bool {
+        self.output_dtype == Some(dtype) || self.artifacts.iter().all(|artifact| artifact.dtype == dtype)
     }
 
     /// What differs between dataset and model of this result and those of now. A result that does not tell its model is taken to be of this one.
@@ -164,6 +172,10 @@ pub struct LoraSummary {
     pub parameters: u64,
 }
 
+const fn f32() -> OutputDtype {
+    OutputDtype::F32
+}
+
 /// A LoRA file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -172,6 +184,9 @@ pub struct Artifact {
     pub format: OutputFormat,
     /// Name below the output prefix.
     pub file: String,
+    /// Number format of its values; results of versions that wrote no other do not report it.
+    #[serde(default = "f32")]
+    pub dtype: OutputDtype,
     /// `sha256:<hex>`.
     pub sha256: String,
     /// Bytes.

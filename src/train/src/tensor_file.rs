@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 
 use safetensors::{Dtype, SafeTensors};
 
+use finetune_api::OutputDtype;
 use finetune_compute::optim::{Param, StateError, StateTensor};
 
 /// Why a tensor file cannot be read.
@@ -94,6 +95,29 @@ pub fn param_entries(params: &[Param]) -> Vec<Entry> {
     params.iter().map(|p| Entry { name: p.name.clone(), dtype: Dtype::F32, shape: p.shape.clone(), bytes: bytes(p) }).collect()
 }
 
+impl Entry {
+    /// The same f32 values in a shorter format, each rounded to nearest, ties to even; another type, and f32 itself, stays as it is.
+    /// `None` where a finite value is larger than the format's largest.
+    #[must_use]
+    pub fn rounded(self, dtype: OutputDtype) -> Option<Self> {
+        let convert: fn(f32) -> Option<[u8; 2]> = match dtype {
+            OutputDtype::F32 => return Some(self),
+            OutputDtype::F16 => |x| Some(half::f16::from_f32(x)).filter(|y| y.is_finite() || !x.is_finite()).map(half::f16::to_le_bytes),
+            OutputDtype::BF16 => |x| Some(half::bf16::from_f32(x)).filter(|y| y.is_finite() || !x.is_finite()).map(half::bf16::to_le_bytes),
+        };
+        if self.dtype != Dtype::F32 {
+            return Some(self);
+        }
+        let (values, _) = self.bytes.as_chunks::<4>();
+        let mut bytes = Vec::with_capacity(2 * values.len());
+        for value in values {
+            bytes.extend_from_slice(&convert(f32::from_le_bytes(*value))?);
+        }
+        let dtype = if dtype == OutputDtype::F16 { Dtype::F16 } else { Dtype::BF16 };
+        Some(Self { dtype, bytes, ..self })
+    }
+}
+
 /// Optimizer state as entries.
 pub fn state_entries(state: &[StateTensor]) -> Vec<Entry> {
     state.iter().map(|t| Entry { name: t.name.clone(), dtype: t.dtype(), shape: t.shape.clone(), bytes: t.to_bytes() }).collect()
@@ -139,6 +163,25 @@ mod tests {
         assert_eq!(read_params(&bytes, "test").unwrap().into_values().collect::<Vec<_>>(), [params[1].clone(), params[0].clone()]);
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!(header.metadata().as_ref().unwrap()["alpha"], "{\"x\": 1}");
+    }
+
+    #[test]
+    fn values_are_rounded_and_none_becomes_infinite() {
+        let entry = |value: &[f32]| param_entries(&[Param { name: "a".into(), shape: vec![value.len()], value: value.to_vec() }]).pop().unwrap();
+        let read = |entry: Entry| -> Vec<u16> { entry.bytes.chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect() };
+        // 1 + 2^-11 lies between two values of f16: the even one is 1.
+        let values = [1.0, -2.5, 1.0 + 2f32.powi(-11), 65504.0, 1e-9];
+        let short = entry(&values).rounded(OutputDtype::F16).unwrap();
+        assert_eq!((short.dtype, short.shape.clone(), read(short)), (Dtype::F16, vec![5], vec![0x3c00, 0xc100, 0x3c00, 0x7bff, 0]));
+        let brain = entry(&values).rounded(OutputDtype::BF16).unwrap();
+        assert_eq!((brain.dtype, read(brain)[..3].to_vec()), (Dtype::BF16, vec![0x3f80, 0xc020, 0x3f80]));
+        assert_eq!(entry(&values).rounded(OutputDtype::F32).unwrap().bytes, entry(&values).bytes);
+        assert!(entry(&[65520.0]).rounded(OutputDtype::F16).is_none() && entry(&[65520.0]).rounded(OutputDtype::BF16).is_some());
+        assert!(entry(&[f32::MAX]).rounded(OutputDtype::BF16).is_none());
+        // What is broken already stays visible.
+        assert_eq!(read(entry(&[f32::INFINITY]).rounded(OutputDtype::F16).unwrap()), [0x7c00]);
+        let other = Entry { dtype: Dtype::U8, bytes: vec![7], ..entry(&[0.0]) };
+        assert_eq!(other.rounded(OutputDtype::F16).unwrap().bytes, [7]);
     }
 
     #[test]

@@ -343,6 +343,7 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.training.lora.targetModules", json!(["attn.to_q", "attn.to_q"])),
         ("spec.dataset.expectedDigest", json!("sha256:short")),
         ("spec.output.formats", json!([])),
+        ("spec.output.dtype", json!("FP16")),
         ("spec.scheduling.gpu.perReplica", json!(2)),
         ("spec.failurePolicy.maxRetries", json!(-1)),
         ("spec.activeDeadlineSeconds", json!(0)),

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind,
-    WeightingScheme,
+    AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
+    ScheduleKind, WeightingScheme,
 };
 
 /// Version of the configuration. Higher where a trainer that knows only the one before must not run it: where something that it would leave out changes what
@@ -329,6 +329,9 @@ pub struct OutputConfig {
     pub uri: String,
     /// Formats, sorted, each once.
     pub formats: Vec<OutputFormat>,
+    /// Number format of the files; by the precision of the training where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<OutputDtype>,
     /// What to do where there is a result already.
     pub existing: ExistingOutput,
 }

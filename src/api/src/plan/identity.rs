@@ -12,7 +12,7 @@ const IDENTITY_VERSION: u32 = 2;
 /// What determines the weights, after resolution: a default written out and a default left out are the same.
 ///
 /// Not in it: name, namespace, suspension, queue, storage access, image, resources, scheduling, retries, deadlines, TTL, checkpoint policy,
-/// what to do with an existing output, and gradient checkpointing, which changes memory and speed alone.
+/// what to do with an existing output, its number format, and gradient checkpointing, which changes memory and speed alone.
 pub(super) struct Identity<'a> {
     pub(super) model: &'a crate::ModelSource,
     pub(super) dataset: &'a DatasetConfig,

@@ -15,8 +15,8 @@ mod steps;
 mod warnings;
 
 pub use crate::{
-    AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputFormat, Precision, ResumePolicy, ScheduleKind,
-    WeightingScheme,
+    AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
+    ScheduleKind, WeightingScheme,
 };
 pub use canonical::canonical_json;
 pub use config::{

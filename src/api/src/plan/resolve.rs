@@ -174,7 +174,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
             keep_after_success: spec.checkpoint.keep_after_success,
         },
         resume: ResumeConfig { policy: spec.resume.policy, from_checkpoint: spec.resume.from_checkpoint.clone() },
-        output: OutputConfig { uri: spec.output.uri.clone(), formats, existing: spec.output.existing },
+        output: OutputConfig { uri: spec.output.uri.clone(), formats, dtype: spec.output.dtype, existing: spec.output.existing },
         storage,
         device: if spec.scheduling.gpu.per_replica == 0 { DeviceRequest::Cpu } else { DeviceRequest::Gpu },
     };

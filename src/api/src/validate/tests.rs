@@ -169,6 +169,7 @@ fn each_bound_and_each_rule_of_one_field_holds_both_ways() {
         ("spec.resume.policy", json!("Maybe"), json!("Required")),
         ("spec.output.formats", json!([]), json!(["Kohya"])),
         ("spec.output.formats", json!(["Kohya", "Kohya"]), json!(["Kohya", "Diffusers"])),
+        ("spec.output.dtype", json!("FP16"), json!("F16")),
         ("spec.output.existing", json!("Keep"), json!("Overwrite")),
         ("spec.storage.endpoint", json!("minio:9000"), json!("http://minio:9000")),
         ("spec.storage.endpoint", json!("https://user:pw@minio"), json!("https://[fd00::1]:9000")),

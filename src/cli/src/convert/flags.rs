@@ -124,7 +124,7 @@ pub(super) const FLAGS: &[Flag] = &[
     dropped("adam_weight_decay_text_encoder", FROZEN),
     dropped("dataloader_num_workers", "prepared data is read from memory-mapped files: there is nothing to parallelise"),
     dropped_switch("cache_latents", "latents are always cached, with their variance"),
-    dropped_switch("upcast_before_saving", "the LoRA is kept and saved in 32 bits"),
+    switch("upcast_before_saving", "output.dtype", "F32; the LoRA is trained in 32 bits in any case"),
     dropped("image_interpolation_mode", "pictures are resized as in the article: bilinear with antialiasing"),
     dropped_switch("allow_tf32", "matrix products are in the training precision"),
     dropped("logging_dir", "metrics are written below output.uri"),

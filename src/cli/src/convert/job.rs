@@ -244,6 +244,9 @@ impl Job {
                 self.set(&format!("training.{path}"), true);
             }
         }
+        if self.has("upcast_before_saving") {
+            self.set("output.dtype", "F32");
+        }
         if self.has("gradient_checkpointing") {
             self.set("training.gradientCheckpointing", "Auto");
         }

@@ -82,6 +82,8 @@ fn flags_that_depend_on_others_do() {
     let prior =
         "--with_prior_preservation --class_prompt dog --num_class_images 7 --prior_loss_weight 0.5 --prior_generation_precision fp16 --sample_batch_size 2";
     assert_eq!(training(prior)["priorPreservation"], json!({"classPrompt": "dog", "images": 7, "weight": "0.5", "precision": "FP16", "sampleBatchSize": 2}));
+    assert_eq!(spec(&format!("{NEEDED} --upcast_before_saving"))["output"]["dtype"], "F32");
+    assert!(spec(NEEDED)["output"].get("dtype").is_none());
     let hub = spec(&format!("--dataset_name d --pretrained_model_name_or_path a/b --revision {}", "0".repeat(40)));
     assert_eq!(hub["model"]["source"], json!({"huggingFace": {"repo": "a/b", "revision": "0".repeat(40)}}));
 }

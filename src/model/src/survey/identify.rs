@@ -47,15 +47,61 @@ pub(super) fn other_transformer(class: &str) -> Option<String> {
         .then(|| format!("transformer/config.json describes a {class}; this program trains SD3Transformer2DModel (Stable Diffusion 3 Medium and 3.5 Medium)"))
 }
 
-/// A transformer's name among those that are published.
-pub fn name(config: &MmditConfig) -> &'static str {
+/// A published model, and what others call it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Published {
+    /// Its name in prose.
+    pub name: &'static str,
+    /// ModelSpec's identifier of the architecture, as the headers of the published single files have it.
+    pub architecture: &'static str,
+    /// kohya's `ss_base_model_version`.
+    pub version: &'static str,
+    /// Its repository in diffusers' layout.
+    pub repository: &'static str,
+    /// The hub's tags for LoRAs of it, as diffusers' training script sets them.
+    pub tags: &'static [&'static str],
+}
+
+/// Every model of this kind that Stability AI has published and that differs in shape from the others.
+pub const PUBLISHED: [&Published; 3] = [
+    &Published {
+        name: "Stable Diffusion 3 Medium",
+        architecture: "stable-diffusion-v3-medium",
+        version: "sd3_medium",
+        repository: "stabilityai/stable-diffusion-3-medium-diffusers",
+        tags: &["sd3", "sd3-diffusers"],
+    },
+    &Published {
+        name: "Stable Diffusion 3.5 Medium",
+        architecture: "stable-diffusion-v3.5-medium",
+        version: "sd3.5_medium",
+        repository: "stabilityai/stable-diffusion-3.5-medium",
+        tags: &["sd3.5-medium", "sd3.5", "sd3.5-diffusers"],
+    },
+    &Published {
+        name: "Stable Diffusion 3.5 Large",
+        architecture: "stable-diffusion-v3.5-large",
+        version: "sd3.5_large",
+        repository: "stabilityai/stable-diffusion-3.5-large",
+        tags: &["sd3.5-large", "sd3.5", "sd3.5-diffusers"],
+    },
+];
+
+/// The published model that has a transformer of this shape; fine-tuned ones have the shape of theirs.
+pub fn published(config: &MmditConfig) -> Option<&'static Published> {
+    let [medium, medium_35, large_35] = PUBLISHED;
     let dual: Vec<usize> = (0..config.num_layers).filter(|layer| config.is_dual(*layer)).collect();
     match (config.num_layers, config.width(), config.qk_norm.is_some(), &dual[..]) {
-        (24, 1536, false, []) => "Stable Diffusion 3 Medium",
-        (24, 1536, true, [0, .., 12]) if dual.len() == 13 => "Stable Diffusion 3.5 Medium",
-        (38, 2432, true, []) => "Stable Diffusion 3.5 Large",
-        _ => "a Stable Diffusion 3 model of its own size",
+        (24, 1536, false, []) => Some(medium),
+        (24, 1536, true, [0, .., 12]) if dual.len() == 13 => Some(medium_35),
+        (38, 2432, true, []) => Some(large_35),
+        _ => None,
     }
+}
+
+/// A transformer's name among those that are published.
+pub fn name(config: &MmditConfig) -> &'static str {
+    published(config).map_or("a Stable Diffusion 3 model of its own size", |published| published.name)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 pub use header::{Header, TensorInfo, Tensors, header};
-pub use identify::name;
+pub use identify::{PUBLISHED, Published, name, published};
 
 use super::layout::{ComponentConfig, ModelDir, Part};
 use super::mmdit::MmditConfig;

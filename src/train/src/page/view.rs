@@ -7,7 +7,6 @@ use serde_json::Value;
 
 use super::{Curves, Embedded, Page, Run, TrainingPicture};
 use crate::comparison;
-use crate::output;
 use crate::result::RunResult;
 use finetune_api::plan::Stage as MemoryStage;
 use finetune_api::{OutputFormat, Stage};
@@ -270,7 +269,7 @@ fn loads(result: &RunResult, run: &Run) -> Vec<Load> {
             let text = format!(
                 "# download {uri}{file}, then:\npipeline.load_lora_weights(\"FOLDER\", weight_name=\"{file}\")",
                 uri = run.config.output.uri,
-                file = output::DIFFUSERS_FILE
+                file = artifact.file
             );
             Load { reader: "diffusers", text }
         }
