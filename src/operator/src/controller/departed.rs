@@ -15,11 +15,16 @@ use crate::reconcile::{attempts, world};
 use finetune_api::FineTuneJobStatus;
 
 /// How long a pod is kept whose end nobody writes down: its FineTuneJob is gone, too.
-const KEPT: Duration = Duration::from_secs(3600);
+const KEPT: Duration = Duration::from_hours(1);
+
+/// A pod, and when it was seen to be gone.
+type Gone = (Instant, Arc<Pod>);
+/// Pods by FineTuneJob.
+type Pods = HashMap<Key, Vec<Gone>>;
 
 /// Pods that had started and are gone, by their FineTuneJob, until its status holds their end.
 #[derive(Debug, Clone, Default)]
-pub struct Departed(Arc<Mutex<HashMap<Key, Vec<(Instant, Arc<Pod>)>>>>);
+pub struct Departed(Arc<Mutex<Pods>>);
 
 impl Departed {
     /// Follows the watch of pods.
@@ -52,7 +57,7 @@ impl Departed {
         left
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Vec<(Instant, Arc<Pod>)>>> {
+    fn lock(&self) -> MutexGuard<'_, Pods> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
