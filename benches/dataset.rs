@@ -26,6 +26,7 @@ fn main() {
     let config = DatasetConfig {
         uri: String::new(),
         caption: None,
+        captions: None,
         metadata_file: None,
         image_column: None,
         caption_column: "caption".into(),

@@ -83,3 +83,81 @@ fn several_captions_are_drawn_anew_each_epoch_and_exactly_after_a_kill() {
     first.complete(&changes);
     assert!(whole.read(LORA) != first.read(LORA), "the other captions are trained too");
 }
+
+#[test]
+fn a_trigger_word_trains_as_if_it_stood_in_every_caption() {
+    let (plain, _) = lora(&json!({}), |_| {});
+    for position in ["Front", "Behind"] {
+        let written = |caption: &str| if position == "Front" { format!("sks, {caption}") } else { format!("{caption}, sks") };
+        let (lines, _) = lora(&json!({}), |bench| {
+            write_rows(bench, rows(bench).iter().map(|(name, caption)| json!({"file_name": name, "caption": written(caption)})));
+        });
+        let (setting, log) = lora(&json!({"dataset": {"captions": {"triggerWord": "sks", "triggerPosition": position}}}), |_| {});
+        assert!(lines == setting && lines != plain, "{position}");
+        assert!(log.contains("captions are changed: \\\"sks\\\""), "{log}");
+    }
+}
+
+/// A folder cannot have empty captions, so that of all of them stands for what every other caption would be: `feed.rs` compares with empty ones.
+#[test]
+fn with_all_captions_dropped_it_does_not_matter_what_they_are() {
+    let dropped = |share: &str| json!({"dataset": {"captions": {"dropout": share}}});
+    let exchanged = |bench: &Bench| {
+        let rows = rows(bench);
+        let captions = rows.iter().map(|(_, caption)| caption).rev();
+        write_rows(bench, rows.iter().zip(captions).map(|((name, _), caption)| json!({"file_name": name, "caption": caption})));
+    };
+    let (always, _) = lora(&dropped("1"), |_| {});
+    let (always_one, _) = lora(&dropped("1"), |bench| {
+        write_rows(bench, rows(bench).iter().map(|(name, _)| json!({"file_name": name, "caption": "one caption for all"})));
+    });
+    let (never, plain) = (lora(&dropped("0"), |_| {}).0, lora(&json!({}), |_| {}).0);
+    let (sometimes, _) = lora(&dropped("0.5"), |_| {});
+    assert!(always == lora(&dropped("1"), exchanged).0 && always == always_one);
+    assert!(never == plain && plain != lora(&json!({}), exchanged).0, "without dropout it does matter");
+    assert!(sometimes != always && sometimes != never);
+}
+
+/// Orders and dropout follow from the place in the run: a killed run, prepared anew, ends with the same LoRA.
+#[test]
+fn shuffled_and_dropped_captions_are_the_same_after_a_kill() {
+    let tags =
+        |bench: &Bench| write_rows(bench, rows(bench).iter().map(|(name, caption)| json!({"file_name": name, "caption": format!("{caption}, a, b, c, d")})));
+    let changes = |captions: Value| json!({"checkpoint": {"everySteps": 2}, "training": {"maxSteps": 14}, "dataset": {"captions": captions}});
+    let settings = changes(json!({"triggerWord": "sks", "tagOrders": 4, "keepTags": 1, "dropout": "0.4"}));
+    let uninterrupted = |changes: &Value| {
+        let bench = Bench::new();
+        tags(&bench);
+        bench.complete(changes);
+        bench.read(LORA)
+    };
+    let whole = uninterrupted(&settings);
+    let killed = Bench::new();
+    tags(&killed);
+    let mut running = killed.start(&settings, &[]);
+    running.await_log("saved a checkpoint");
+    running.signal("KILL");
+    running.wait();
+    killed.wipe_cache();
+    killed.complete(&settings);
+    assert!(killed.claims() > 1, "it was killed before its end");
+    assert!(whole == killed.read(LORA));
+    for other in [
+        json!({"triggerWord": "sks", "dropout": "0.4"}),
+        json!({"triggerWord": "sks", "tagOrders": 4, "dropout": "0.4"}),
+        json!({"triggerWord": "sks", "tagOrders": 4, "keepTags": 1}),
+    ] {
+        assert!(whole != uninterrupted(&changes(other.clone())), "{other}: each setting counts");
+    }
+}
+
+/// What has no effect, or happens twice, is named.
+#[test]
+fn settings_that_change_nothing_or_too_much_are_named() {
+    let (_, log) = lora(&json!({"dataset": {"captions": {"tagOrders": 2, "keepTags": 1, "triggerWord": "sks"}}}), |bench| {
+        write_rows(bench, rows(bench).iter().map(|(name, _)| json!({"file_name": name, "caption": "a sks shape, red"})));
+    });
+    for part in ["dataset.captions.tagOrders has no effect", "6 pictures have the trigger word in a caption already"] {
+        assert!(log.contains(part), "{part}: {log}");
+    }
+}

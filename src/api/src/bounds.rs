@@ -125,6 +125,8 @@ pub(crate) const SHIFT: Bounds = Bounds::positive_to(100.0);
 pub(crate) const LEARNING_RATE: Bounds = Bounds::positive_to(1.0);
 /// Decays of running means: `beta1`, `beta2`, `beta3`; the share of a dropout.
 pub(crate) const FRACTION: Bounds = Bounds { low: End::Included(0.0), high: End::Excluded(1.0), note: None };
+/// `dataset.captions.dropout`.
+pub(crate) const CAPTION_DROPOUT: Bounds = Bounds::between(0.0, 1.0);
 /// `training.optimizer.weightDecay`.
 pub(crate) const WEIGHT_DECAY: Bounds = Bounds::between(0.0, 1.0);
 /// `training.optimizer.epsilon`.
@@ -163,6 +165,7 @@ mod tests {
             ("training.flowMatching.logitMean", LOGIT_MEAN, json!({})),
             ("training.flowMatching.logitStd", LOGIT_STD, json!({})),
             ("training.flowMatching.modeScale", MODE_SCALE, json!({})),
+            ("dataset.captions.dropout", CAPTION_DROPOUT, json!({})),
             ("training.optimizer.learningRate", LEARNING_RATE, json!({})),
             ("training.optimizer.beta1", FRACTION, json!({})),
             ("training.optimizer.beta2", FRACTION, json!({})),

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::defaults::default_values;
+use super::{Decimal, bounds};
 
 /// The dataset: a folder with pictures and their captions.
 ///
@@ -36,6 +37,9 @@ pub struct DatasetSpec {
     #[schemars(length(min = 1, max = 128))]
     #[x_kube(validation = Rule::new("self != 'file_name'").message("is the picture's name and cannot be the caption"))]
     pub caption_column: String,
+    /// What is done to the captions before they are trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captions: Option<CaptionsSpec>,
     /// How often each picture occurs in an epoch; each occurrence has its own crop and flip.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 100_000))]
@@ -47,6 +51,44 @@ pub struct DatasetSpec {
     /// What to do with a line or picture that cannot be used.
     #[serde(default)]
     pub on_bad_sample: OnBadSample,
+}
+
+/// What is done to the captions before they are trained. Held-out captions get the trigger word, and nothing else.
+#[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.triggerPosition == 'Front' || has(self.triggerWord)").message("triggerPosition Behind needs triggerWord"))]
+#[x_kube(validation = Rule::new("self.keepTags == 0 || self.tagOrders > 1").message("keepTags needs tagOrders of 2 or more"))]
+pub struct CaptionsSpec {
+    /// A word (or a few) that every caption gets, with ", " between it and the caption. It stays where it is when tags are shuffled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256), regex(pattern = r"^\S(.*\S)?$"))]
+    pub trigger_word: Option<String>,
+    /// Where the trigger word goes.
+    #[serde(default)]
+    pub trigger_position: TriggerPosition,
+    /// Orders in which each caption's tags, which are what stands between its commas, are trained: the order as written, and shuffled ones. Each epoch
+    /// draws one of them. Every order is encoded and kept beside the checkpoints, with 2.5 MB at 77 tokens.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 16))]
+    pub tag_orders: u32,
+    /// Number of first tags that are not shuffled.
+    #[serde(default)]
+    #[schemars(range(max = 64))]
+    pub keep_tags: u32,
+    /// Share of the draws that are trained with the empty caption, which guidance compares with. Each draw is decided by itself.
+    #[serde(default = "no_dropout")]
+    #[x_kube(validation = bounds::CAPTION_DROPOUT.rule())]
+    pub dropout: Decimal,
+}
+
+/// Where the trigger word goes.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum TriggerPosition {
+    /// Before the caption.
+    #[default]
+    Front,
+    /// After the caption.
+    Behind,
 }
 
 /// What to do with a line or picture that cannot be used.
@@ -62,4 +104,5 @@ pub enum OnBadSample {
 default_values! {
     caption_column: String = "caption".to_owned();
     one: u32 = 1;
+    no_dropout: Decimal = Decimal::new("0");
 }

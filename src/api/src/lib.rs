@@ -37,7 +37,7 @@ pub use condition::{
     SuspendedReason, ValidatedReason,
 };
 pub use crd::{crd, schema, with_integers};
-pub use dataset::{DatasetSpec, OnBadSample};
+pub use dataset::{CaptionsSpec, DatasetSpec, OnBadSample, TriggerPosition};
 pub use decimal::{Decimal, DecimalError};
 pub use model::{CacheClaim, HuggingFaceSource, ModelCache, ModelFiles, ModelSource, ModelSpec, ObjectStoreSource, PersistentVolumeClaimSource, SecretKeyRef};
 pub use names::*;

@@ -117,6 +117,10 @@ fn text(plan: &Plan, shape: &ModelShape) -> String {
         let PriorPreservationConfig { images, sample_batch_size, weight, .. } = prior;
         row("class pictures", format!("{images}, drawn {sample_batch_size} at once; as many per update as pictures, with weight {weight}"));
     }
+    if let Some(captions) = &config.dataset.captions {
+        let mib = (shape.caption_bytes(training.max_sequence_length) * u64::from(captions.tag_orders)) as f64 / f64::from(1 << 20);
+        row("captions", format!("{captions}; up to {mib:.1} MiB for each, prepared"));
+    }
     row("checkpoints", config.checkpoint.uri.clone());
     row("model assumed", plan.memory.model.clone());
     let division = if plan.memory.micro_batch == training.batch_size {
@@ -157,5 +161,13 @@ mod tests {
         {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+        assert!(!text.contains("  captions "), "{text}");
+        let manifest = manifest.replace("data/'}", "data/', captions: {triggerWord: ohwx, tagOrders: 4, keepTags: 1, dropout: '0.1'}}");
+        let job = validate::check(&manifest).unwrap().remove(0);
+        let text = self::text(&resolve(&job, shape, Some(25)).unwrap(), &shape);
+        // (154 tokens of 4096 and 2048) of 4 bytes, four times.
+        let row =
+            "captions                \"ohwx\" in front, 4 orders of the tags after the first, left out in 0.1 of the draws; up to 9.7 MiB for each, prepared";
+        assert!(text.contains(row), "{text}");
     }
 }

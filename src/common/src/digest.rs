@@ -54,6 +54,11 @@ pub fn from_text(text: &str) -> Option<Sha256Digest> {
     Some(digest)
 }
 
+/// The first 64 bits of a digest: for names of streams of random numbers.
+pub fn leading_u64(digest: &Sha256Digest) -> u64 {
+    digest.iter().take(8).fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -39,6 +39,10 @@ pub enum Purpose {
     Jitter = 13,
     /// Which of several captions of a picture.
     Caption = 14,
+    /// The orders of a caption's tags.
+    TagOrder = 15,
+    /// Whether a picture is trained with the empty caption.
+    CaptionDropout = 16,
 }
 
 const M0: u32 = 0xD251_1F53;

@@ -90,6 +90,10 @@ pub enum Notice {
     OtherSplits(BTreeMap<String, u64>),
     /// Pictures with transparent parts.
     Transparent(Names),
+    /// Pictures whose captions have the trigger word that is added to them.
+    TriggerTwice(Names),
+    /// `dataset.captions.tagOrders` where no caption has tags to shuffle.
+    NothingToShuffle,
 }
 
 /// Names of files, the first of them and their number.
@@ -156,6 +160,12 @@ impl fmt::Display for Notice {
                  flatten them onto a background if that is not meant: {names}",
                 count(names.total, "picture has", "pictures have")
             ),
+            Self::TriggerTwice(names) => {
+                write!(f, "{} the trigger word in a caption already and get it again: {names}", count(names.total, "picture has", "pictures have"))
+            }
+            Self::NothingToShuffle => {
+                f.write_str("dataset.captions.tagOrders has no effect: no caption has two tags, between commas, after the first keepTags")
+            }
         }
     }
 }

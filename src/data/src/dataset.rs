@@ -22,7 +22,7 @@ use finetune_store::{Store, StoreError, StoreErrorKind};
 pub struct Sample {
     /// Path relative to the dataset.
     pub file_name: String,
-    /// The captions, at least one; where there are several, each epoch trains with one of them.
+    /// The captions as they are trained, at least one; where there are several, each epoch trains with one of them. See [`Dataset::tag_orders`].
     pub captions: Vec<String>,
     /// Digest of the file's bytes.
     pub image_digest: Sha256Digest,
@@ -35,6 +35,8 @@ pub struct Sample {
 pub struct Dataset {
     /// The usable samples, sorted by file name; at least one.
     pub samples: Vec<Sample>,
+    /// So many entries of [`Sample::captions`] follow each other that are one caption, with its tags in different orders; the first as it is written.
+    pub tag_orders: usize,
     /// `sha256:<hex>` of the metadata files, of (name, content) of every picture, and of (name, caption) of every caption file.
     pub digest: String,
     /// `sha256:<hex>` of the metadata file alone, where there is exactly one.
@@ -152,6 +154,11 @@ impl Dataset {
     /// Every caption with the file that it belongs to, in the order of the samples.
     pub fn captions(&self) -> impl Iterator<Item = (&str, &str)> {
         self.samples.iter().flat_map(|sample| sample.captions.iter().map(|caption| (sample.file_name.as_str(), caption.as_str())))
+    }
+
+    /// The captions of a sample, each once, with the trigger word and with its tags as they are written.
+    pub fn captions_of<'a>(&self, sample: &'a Sample) -> impl Iterator<Item = &'a String> {
+        sample.captions.iter().step_by(self.tag_orders.max(1))
     }
 
     /// Reads and decodes a sample's picture again.

@@ -15,6 +15,7 @@ fn png(width: u32, height: u32, seed: u8) -> Vec<u8> {
 
 fn config(on_bad_sample: OnBadSample) -> DatasetConfig {
     DatasetConfig {
+        captions: None,
         uri: String::new(),
         caption: None,
         metadata_file: None,

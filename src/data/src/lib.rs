@@ -1,6 +1,7 @@
 //! Datasets, image transforms, the sampler and the content-addressed cache.
 
 pub mod cache;
+mod caption_rules;
 pub mod captions;
 pub mod dataset;
 pub mod image;

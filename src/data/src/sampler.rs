@@ -88,6 +88,11 @@ impl Item {
     pub fn caption(&self, seed: u64, epoch: u64, captions: usize) -> usize {
         if captions < 2 { 0 } else { Stream::new(seed, Purpose::Caption, epoch, self.ordinal).below(captions as u64) as usize }
     }
+
+    /// Whether it is trained with the empty caption in this epoch, as this share of all is.
+    pub fn drops_caption(&self, seed: u64, epoch: u64, share: f64) -> bool {
+        share > 0.0 && Stream::new(seed, Purpose::CaptionDropout, epoch, self.ordinal).uniform_f64() < share
+    }
 }
 
 /// A class picture of a batch.
@@ -364,6 +369,28 @@ mod tests {
             Sampler::new(config).unwrap().next_batch().items.iter().map(|i| (i.sample, i.ordinal)).collect::<Vec<_>>()
         };
         assert_eq!(of(0), of(4));
+    }
+
+    /// Whether a caption is dropped follows from seed, epoch and ordinal alone: as often as asked for, whatever was drawn before.
+    #[test]
+    fn captions_are_dropped_as_often_as_asked_for_and_always_the_same_ones() {
+        let items: Vec<Item> = sampler(1000, 1, 1000, 1, 42).next_batch().items;
+        let dropped = |seed, epoch, share| items.iter().filter(|item| item.drops_caption(seed, epoch, share)).map(|item| item.ordinal).collect::<Vec<_>>();
+        assert_eq!((dropped(42, 0, 0.0).len(), dropped(42, 0, 1.0).len()), (0, 1000));
+        let tenth = dropped(42, 0, 0.1);
+        // Known answers: a resumed run, and one of another version, drop the same.
+        assert_eq!((tenth.len(), &tenth[..4]), (97, &[4, 30, 31, 44][..]));
+        let backwards: BTreeSet<u64> = items.iter().rev().filter(|item| item.drops_caption(42, 0, 0.1)).map(|item| item.ordinal).collect();
+        assert_eq!(backwards.into_iter().collect::<Vec<_>>(), tenth);
+        assert!(dropped(42, 1, 0.1) != tenth && dropped(43, 0, 0.1) != tenth, "each epoch and each seed drops others");
+        let kept: BTreeSet<u64> = dropped(42, 0, 0.2).into_iter().collect();
+        assert!(tenth.iter().all(|ordinal| kept.contains(ordinal)), "a larger share drops more, and those as well");
+        let all: usize = (0..100).map(|epoch| dropped(42, epoch, 0.1).len()).sum();
+        // Of 100,000 draws: 10,000, with a standard deviation of 95.
+        assert!(all.abs_diff(10_000) < 380, "{all}");
+        // The choice of a caption is independent of it.
+        let first = items.iter().filter(|item| item.drops_caption(42, 0, 0.5) && item.caption(42, 0, 2) == 0).count();
+        assert!(first.abs_diff(250) < 60, "{first}");
     }
 
     #[test]

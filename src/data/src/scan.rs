@@ -6,6 +6,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Semaphore;
 
+use super::caption_rules;
 use super::captions::{self, Captioned, Names, Notice, Origin, Resolved, Sources};
 use super::dataset::{Dataset, DatasetError, Sample, ScanOptions};
 use super::image;
@@ -69,6 +70,9 @@ impl Dataset {
         let digest = digest::to_text(&content(&metadata_digests, &checked));
         let (mut bad_pictures, mut samples) = (Problems::default(), Vec::new());
         let (mut sources, mut transparent) = (Sources::default(), Names::default());
+        let rules = config.captions.as_ref();
+        let tag_orders = rules.map_or(1, |rules| rules.tag_orders as usize);
+        let (mut triggered, mut shuffled) = (Names::default(), false);
         for Checked { picture, digest, seen } in checked {
             match (digest, seen) {
                 (Some(image_digest), Ok(seen)) => {
@@ -76,7 +80,12 @@ impl Dataset {
                     if seen.transparent {
                         transparent.add(&picture.file_name);
                     }
-                    samples.push(Sample { file_name: picture.file_name, captions: picture.captions, image_digest, size: seen.size });
+                    if caption_rules::has_trigger(rules, &picture.captions) {
+                        triggered.add(&picture.file_name);
+                    }
+                    shuffled |= caption_rules::has_orders(rules, &picture.captions);
+                    let captions = caption_rules::apply(rules, &picture.captions);
+                    samples.push(Sample { file_name: picture.file_name, captions, image_digest, size: seen.size });
                 }
                 (_, Err(kind)) => {
                     let source = picture.row.as_ref().filter(|_| layout.metadata.len() > 1).map(|(source, _)| Arc::clone(source));
@@ -93,11 +102,13 @@ impl Dataset {
             return Err(DatasetError::NoSamples { uri: uri(), skipped: problems });
         }
         notices.extend(transparent.notice(Notice::Transparent));
+        notices.extend(triggered.notice(Notice::TriggerTwice));
+        notices.extend((tag_orders > 1 && !shuffled).then_some(Notice::NothingToShuffle));
         let metadata_digest = match metadata_digests.as_slice() {
             [(_, only)] => Some(digest::to_text(only)),
             _ => None,
         };
-        Ok(Self { samples, digest, metadata_digest, skipped: problems, sources, notices })
+        Ok(Self { samples, tag_orders, digest, metadata_digest, skipped: problems, sources, notices })
     }
 
     /// Logs where the captions come from and what was left out or is noteworthy.

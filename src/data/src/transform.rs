@@ -2,7 +2,7 @@
 
 use super::image::RgbImage;
 use super::resample;
-use finetune_common::digest::{Sha256Digest, sha256_parts};
+use finetune_common::digest::{Sha256Digest, leading_u64, sha256_parts};
 use finetune_common::rng::{Purpose, Stream};
 
 /// What is done to one picture. Two equal values on equal bytes give equal pixels, so this is part of the cache's key.
@@ -71,10 +71,6 @@ impl Augmentation {
 fn round_half_even(n: u32) -> u32 {
     let half = n / 2;
     if n % 2 == 1 && half % 2 == 1 { half + 1 } else { half }
-}
-
-fn leading_u64(digest: &Sha256Digest) -> u64 {
-    digest.iter().take(8).fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 impl Transform {

@@ -28,22 +28,24 @@ pub struct Truncation {
 }
 
 impl Truncation {
-    /// Of the captions of `dataset`, whose `lengths` are in the same order; none if every caption is read to its end. `limit` is
+    /// Of the captions of `dataset`, whose `lengths` are in the same order, those of a caption's tags in other orders among them; none if every caption is read to its end. `limit` is
     /// `training.maxSequenceLength`, `clip_limit` what CLIP reads; without T5 that is all.
     pub fn of(dataset: &Dataset, lengths: &[CaptionLength], limit: u32, clip_limit: u32, with_t5: bool) -> Option<Self> {
         let limit = if with_t5 { limit } else { clip_limit };
+        // The orders of a caption's tags are one caption; they differ by a token or two.
+        let orders = dataset.tag_orders.max(1);
+        let tokens = |lengths: &[CaptionLength]| lengths.iter().map(|length| if with_t5 { length.t5 } else { length.clip }).max();
         let mut cut: Vec<(String, u32)> = dataset
             .captions()
-            .zip(lengths)
-            .map(|((name, _), length)| (name, if with_t5 { length.t5 } else { length.clip }))
-            .filter(|(_, tokens)| *tokens > limit)
-            .map(|(name, tokens)| (name.to_owned(), tokens))
+            .step_by(orders)
+            .zip(lengths.chunks(orders))
+            .filter_map(|((name, _), lengths)| Some((name.to_owned(), tokens(lengths).filter(|tokens| *tokens > limit)?)))
             .collect();
         cut.sort_by(|(a, long), (b, longer)| longer.cmp(long).then_with(|| a.cmp(b)));
         let longest = cut.first()?.1;
         let captions = cut.len() as u64;
         cut.truncate(NAMED);
-        Some(Self { captions, of: lengths.len() as u64, longest, limit, with_t5, examples: cut })
+        Some(Self { captions, of: (lengths.len() / orders) as u64, longest, limit, with_t5, examples: cut })
     }
 }
 
@@ -79,6 +81,7 @@ mod tests {
         let sample = |i| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [0; 32], size: (1, 1) };
         Dataset {
             samples: (0..pictures).map(sample).collect(),
+            tag_orders: 1,
             digest: String::new(),
             metadata_digest: None,
             skipped: Problems::default(),
@@ -109,5 +112,16 @@ mod tests {
         let text = of(&[100, 10, 10, 10, 10], false).unwrap().to_string();
         assert!(text.contains("CLIP reads (the longest has 97)") && text.contains("no T5"), "{text}");
         assert_eq!(of(&[80, 10, 10, 10, 10], false), None);
+    }
+
+    #[test]
+    fn the_orders_of_a_captions_tags_are_counted_as_one_caption() {
+        let mut dataset = dataset(2);
+        dataset.tag_orders = 3;
+        dataset.samples.iter_mut().for_each(|sample| sample.captions = vec![String::new(); 6]);
+        // Two captions for each of two pictures, in three orders each.
+        let found = Truncation::of(&dataset, &lengths(&[10, 10, 10, 77, 78, 77, 10, 10, 10, 90, 91, 90]), 77, 77, true).unwrap();
+        assert_eq!((found.captions, found.of, found.longest), (2, 4, 91));
+        assert!(found.to_string().ends_with(". 1.png (91), 0.png (78)"), "{found}");
     }
 }

@@ -40,8 +40,7 @@ impl HeldOut {
     /// # Errors
     /// If the folder is not a dataset; every problem is listed.
     pub async fn load(store: &Store, dataset: &DatasetConfig, resolution: u32) -> Result<Self, DatasetError> {
-        let config = DatasetConfig { uri: store.uri().to_owned(), repeats: 1, expected_digest: None, ..dataset.clone() };
-        let found = Dataset::scan(store, &config).await?;
+        let found = Dataset::scan(store, &dataset.held_out(store.uri())).await?;
         found.log();
         let mut samples = found.samples;
         samples.truncate(MAX_PICTURES);

@@ -42,6 +42,8 @@ pub(super) struct Source {
     pub(super) accumulation: u32,
     /// What the mean loss of the class pictures counts.
     pub(super) prior_weight: Option<f64>,
+    /// Share of the draws that are trained with the empty caption.
+    pub(super) caption_dropout: f64,
     /// Samples of a micro-batch at most, at least 1.
     pub(super) micro_batch: usize,
 }
@@ -135,9 +137,119 @@ impl Source {
 
     /// The data of items, after them that of their class pictures, and the names of their random numbers.
     fn examples(&self, epoch: u64, items: &[Item]) -> Result<(Vec<Example>, Vec<u64>), PreparedError> {
-        let caption = |item: &Item| item.caption(self.objective.seed, epoch, self.prepared.captions(item.sample));
-        let own = items.iter().map(|item| Ok((self.prepared.example(item.sample, item.copy, caption(item))?, item.ordinal)));
+        let seed = self.objective.seed;
+        let example = |item: &Item| {
+            if item.drops_caption(seed, epoch, self.caption_dropout) {
+                self.prepared.example_without_caption(item.sample, item.copy)
+            } else {
+                self.prepared.example(item.sample, item.copy, item.caption(seed, epoch, self.prepared.captions(item.sample)))
+            }
+        };
+        let own = items.iter().map(|item| Ok((example(item)?, item.ordinal)));
         let class = items.iter().filter_map(|item| item.class).map(|class| Ok((self.prepared.class_example(class.index)?, class.ordinal)));
         own.chain(class).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::prepare::{Fingerprints, Keys};
+    use crate::step::LatentScaling;
+    use finetune_api::plan::{Facts, TrainConfig, resolve};
+    use finetune_common::digest::sha256;
+    use finetune_common::rng::{Purpose, Stream};
+    use finetune_common::tensor::HostTensor;
+    use finetune_compute::kernels::Precision;
+    use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
+    use finetune_data::cache::{CachedTensor, TensorCache};
+    use finetune_data::captions::Sources;
+    use finetune_data::dataset::{Dataset, Sample};
+    use finetune_data::problems::Problems;
+    use finetune_data::sampler::SamplerConfig;
+
+    const SEED: u64 = 42;
+
+    fn config() -> TrainConfig {
+        let spec = serde_json::json!({
+            "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/"}, "output": {"uri": "s3://o/"},
+        });
+        resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &Facts::default()).unwrap().config
+    }
+
+    /// Three pictures with these captions each. A folder cannot have empty captions, a dataset can.
+    fn dataset(captions: &[&str]) -> Dataset {
+        let sample = |i: u8| Sample {
+            file_name: format!("{i}.png"),
+            captions: captions.iter().map(|caption| if caption.is_empty() { String::new() } else { format!("{caption} {i}") }).collect(),
+            image_digest: [i; 32],
+            size: (32, 32),
+        };
+        Dataset {
+            samples: (0..3).map(sample).collect(),
+            tag_orders: 1,
+            digest: String::new(),
+            metadata_digest: None,
+            skipped: Problems::default(),
+            sources: Sources::default(),
+            notices: Vec::new(),
+        }
+    }
+
+    /// A feed of numbers that depend on picture or caption alone.
+    async fn source(folder: &Path, dataset: &Dataset, dropout: f64) -> Source {
+        let keys = Keys::new(&config(), &Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 });
+        let mut cache = TensorCache::open(folder, None).await.unwrap();
+        let values = |name: &[u8], shape: &[usize]| {
+            let mut stream = Stream::new(u64::from(sha256(name)[0]), Purpose::Noise, u64::from(sha256(name)[1]), 0);
+            let values = (0..shape.iter().product()).map(|_| stream.normal_f64() as f32).collect();
+            CachedTensor::f32(&HostTensor::new(values, shape.to_vec()).unwrap())
+        };
+        for caption in dataset.captions().map(|(_, caption)| caption).chain([""]) {
+            let name = caption.as_bytes();
+            cache.put(keys.prompt(caption), &[("embeds", values(name, &[5, 4])), ("pooled", values(name, &[3]))]).unwrap();
+        }
+        for sample in 0..dataset.samples.len() {
+            let name = [sample as u8];
+            cache.put(keys.latents(dataset, sample, 0), &[("mean", values(&name, &[2, 4, 4])), ("logvar", values(&name, &[2, 4, 4]))]).unwrap();
+        }
+        let scaling = LatentScaling { scale: 1.5, shift: 0.1 };
+        let objective = Objective {
+            table: SigmaTable::default(),
+            density: TimestepDensity::default(),
+            kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
+            latents: scaling,
+            seed: SEED,
+            dropout: false,
+        };
+        let prepared = Arc::new(Prepared::new(cache, &keys, dataset, 1, None, scaling, None));
+        Source { prepared, objective, accumulation: 1, prior_weight: None, caption_dropout: dropout, micro_batch: 2 }
+    }
+
+    /// What the first batches of a feed that starts at `position` are made of, in full.
+    async fn fed(dataset: &Dataset, dropout: f64, position: Position, count: usize) -> Vec<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let samples = dataset.samples.iter().map(|sample| sample.image_digest).collect();
+        let mut sampler = Sampler::new(SamplerConfig { samples, repeats: 1, class_pictures: 0, batch_size: 3, accumulation: 1, seed: SEED }).unwrap();
+        sampler.seek(position).unwrap();
+        let mut feed = Feed::start(source(folder.path(), dataset, dropout).await, sampler).unwrap();
+        (0..count).map(|_| format!("{:?}", feed.next().unwrap())).collect()
+    }
+
+    #[tokio::test]
+    async fn dropped_captions_are_the_empty_one_and_a_draw_does_not_depend_on_what_came_before() {
+        let (captioned, empty) = (dataset(&["a dog", "a cat, red"]), dataset(&[""]));
+        let start = Position::default();
+        let all = fed(&captioned, 1.0, start, 12).await;
+        assert_eq!(all, fed(&empty, 0.0, start, 12).await, "all dropped: as if no picture had a caption");
+        let none = fed(&captioned, 0.0, start, 12).await;
+        assert!(none.iter().zip(&all).all(|(kept, dropped)| kept != dropped));
+        // Two micro-batches an epoch: of two pictures and of one.
+        let some = fed(&captioned, 0.5, start, 12).await;
+        assert!(some.iter().zip(&all).any(|(a, b)| a == b) && some.iter().zip(&none).any(|(a, b)| a == b), "some whole micro-batches of each kind");
+        assert!(some != all && some != none);
+        assert_eq!(fed(&captioned, 0.5, Position { epoch: 3, batch: 0 }, 6).await, some[6..], "a feed that starts later draws the same");
     }
 }

@@ -7,7 +7,7 @@ use super::environment::{self, JobEnvironment};
 use super::look::{self, LookError};
 use super::model_files;
 use super::prepare::{PrepareError, captions};
-use finetune_api::plan::TrainConfig;
+use finetune_api::plan::{DatasetConfig, TrainConfig};
 use finetune_data::dataset::{Dataset, DatasetError};
 use finetune_model::survey::Model;
 use finetune_store::model_source::{ModelFolder, Parts};
@@ -32,10 +32,10 @@ pub struct Inspection {
 /// Looks at the dataset and the model of `config`. Nothing is written but, in the cache folder, a list of the model's files and the small ones.
 pub async fn inspect(config: &TrainConfig, environment: &JobEnvironment) -> Inspection {
     let held_out = match config.validation.as_ref().and_then(|validation| validation.dataset_uri.as_ref()) {
-        Some(uri) => Some(dataset(config, uri, environment).await),
+        Some(uri) => Some(dataset(config, &config.dataset.held_out(uri), environment).await),
         None => None,
     };
-    let dataset = dataset(config, &config.dataset.uri, environment).await;
+    let dataset = dataset(config, &config.dataset, environment).await;
     let folder = model(config, environment).await;
     let truncation = match (&dataset, &folder) {
         (Ok(dataset), Ok((folder, _))) => Some(truncation(config, dataset, folder, environment).await),
@@ -55,10 +55,10 @@ fn impatient(policy: &RetryPolicy) -> RetryPolicy {
     RetryPolicy { max_retries: 1, total: policy.total.min(PATIENCE), connect_timeout: policy.connect_timeout.min(PATIENCE), ..policy.clone() }
 }
 
-async fn dataset(config: &TrainConfig, uri: &str, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
+async fn dataset(config: &TrainConfig, dataset: &DatasetConfig, environment: &JobEnvironment) -> Result<Dataset, DatasetError> {
     let mut options = environment.store_options(config);
     options.retry = impatient(&options.retry);
-    Dataset::scan(&Store::open(uri, &options)?, &config.dataset).await
+    Dataset::scan(&Store::open(&dataset.uri, &options)?, dataset).await
 }
 
 async fn model(config: &TrainConfig, environment: &JobEnvironment) -> Result<(ModelFolder, Model), LookError> {

@@ -212,6 +212,9 @@ async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Data
     let store = environment.open(&config.dataset.uri, config)?;
     let dataset = unless_interrupted(environment, async { Ok(Dataset::scan(&store, &config.dataset).await?) }).await?;
     dataset.log();
+    if let Some(captions) = &config.dataset.captions {
+        tracing::info!("captions are changed: {captions}");
+    }
     match &config.dataset.expected_digest {
         Some(expected) if *expected != dataset.digest && Some(expected) != dataset.metadata_digest.as_ref() => {
             Err(TrainError::DatasetChanged { expected: expected.clone(), found: dataset.digest })
@@ -355,6 +358,7 @@ impl Run<'_> {
         let settings = Settings {
             objective: Objective { table, density, kind, latents: prepared.scaling(), seed: training.seed, dropout: training.lora.dropout > 0.0 },
             accumulation: training.gradient_accumulation_steps,
+            caption_dropout: self.config.dataset.captions.as_ref().map_or(0.0, |captions| captions.dropout),
             prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
             max_grad_norm: training.max_grad_norm,
             schedule: setup::schedule(&training.learning_rate_schedule, training.optimizer.learning_rate, total_steps),

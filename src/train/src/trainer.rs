@@ -86,6 +86,8 @@ pub struct Settings {
     pub objective: Objective,
     /// Batches per update.
     pub accumulation: u32,
+    /// Share of the draws that are trained with the empty caption.
+    pub caption_dropout: f64,
     /// What the mean loss of the class pictures counts.
     pub prior_weight: Option<f64>,
     /// Clipping threshold; 0: none.
@@ -275,12 +277,13 @@ impl Trainer {
         let feed = if let Some(feed) = self.feed.take() {
             feed
         } else {
-            let Settings { objective, accumulation, prior_weight, plan, .. } = &self.settings;
+            let Settings { objective, accumulation, prior_weight, caption_dropout, plan, .. } = &self.settings;
             let source = Source {
                 prepared: Arc::clone(&self.prepared),
                 objective: objective.clone(),
                 accumulation: *accumulation,
                 prior_weight: *prior_weight,
+                caption_dropout: *caption_dropout,
                 micro_batch: plan.micro_batch.max(1) as usize,
             };
             Feed::start(source, self.sampler.clone())?

@@ -1,12 +1,13 @@
 //! The resolved configuration of a training run: what `train` consumes. It holds no secrets.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
-    ScheduleKind, WeightingScheme,
+    ScheduleKind, TriggerPosition, WeightingScheme,
 };
 
 /// Version of the configuration. Higher where a trainer that knows only the one before must not run it: where something that it would leave out changes what
@@ -98,6 +99,9 @@ pub struct DatasetConfig {
     /// Caption of pictures without one of their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caption: Option<String>,
+    /// What is done to the captions; nothing where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub captions: Option<CaptionsConfig>,
     /// Name of the metadata file; none: those that are usual.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata_file: Option<String>,
@@ -113,6 +117,47 @@ pub struct DatasetConfig {
     pub expected_digest: Option<String>,
     /// What to do with unusable samples.
     pub on_bad_sample: OnBadSample,
+}
+
+/// What is done to the captions.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CaptionsConfig {
+    /// A word that every caption gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trigger_word: Option<String>,
+    /// Where it goes.
+    pub trigger_position: TriggerPosition,
+    /// Orders of the tags.
+    pub tag_orders: u32,
+    /// The first tags that stay.
+    pub keep_tags: u32,
+    /// Share of the draws with the empty caption.
+    pub dropout: f64,
+}
+
+impl fmt::Display for CaptionsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = if self.trigger_position == TriggerPosition::Front { "in front" } else { "behind" };
+        let trigger = self.trigger_word.as_ref().map(|word| format!("{word:?} {place}"));
+        let kept = match self.keep_tags {
+            0 => String::new(),
+            1 => " after the first".to_owned(),
+            tags => format!(" after the first {tags}"),
+        };
+        let orders = (self.tag_orders > 1).then(|| format!("{} orders of the tags{kept}", self.tag_orders));
+        let dropout = (self.dropout > 0.0).then(|| format!("left out in {} of the draws", self.dropout));
+        f.write_str(&[trigger, orders, dropout].into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
+}
+
+impl DatasetConfig {
+    /// The configuration of held-out pictures in the same form at `uri`: their captions get the trigger word, and nothing else.
+    #[must_use]
+    pub fn held_out(&self, uri: &str) -> Self {
+        let captions = self.captions.clone().map(|captions| CaptionsConfig { tag_orders: 1, keep_tags: 0, dropout: 0.0, ..captions });
+        Self { uri: uri.to_owned(), repeats: 1, expected_digest: None, captions, ..self.clone() }
+    }
 }
 
 /// How to train.

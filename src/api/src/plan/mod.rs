@@ -16,12 +16,13 @@ mod warnings;
 
 pub use crate::{
     AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
-    ScheduleKind, WeightingScheme,
+    ScheduleKind, TriggerPosition, WeightingScheme,
 };
 pub use canonical::canonical_json;
 pub use config::{
-    CONFIG_VERSION, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
-    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+    CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig,
+    OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig,
+    ValidationConfig,
 };
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};

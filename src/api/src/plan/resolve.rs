@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::config::{
-    CONFIG_VERSION, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig, OutputConfig,
-    PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig, ValidationConfig,
+    CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig,
+    OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig,
+    ValidationConfig,
 };
 use super::folders::{Folder, Use, default_checkpoint_uri, overlaps};
 use super::identity::Identity;
@@ -114,6 +115,7 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let dataset = DatasetConfig {
         uri: spec.dataset.uri.clone(),
         caption: spec.dataset.caption.clone(),
+        captions: spec.dataset.captions.as_ref().and_then(|captions| self::captions(captions, &mut reader)),
         metadata_file: spec.dataset.metadata_file.clone(),
         image_column: spec.dataset.image_column.clone(),
         caption_column: spec.dataset.caption_column.clone(),
@@ -236,6 +238,18 @@ impl Reader {
             self.problem(path, "must end with \"/\", as it is a folder");
         }
     }
+}
+
+/// None where nothing is done: what is written out and does nothing is as good as absent.
+fn captions(spec: &crate::CaptionsSpec, reader: &mut Reader) -> Option<CaptionsConfig> {
+    let config = CaptionsConfig {
+        trigger_word: spec.trigger_word.clone(),
+        trigger_position: spec.trigger_position,
+        tag_orders: spec.tag_orders,
+        keep_tags: spec.keep_tags,
+        dropout: reader.number("spec.dataset.captions.dropout", &spec.dropout, bounds::CAPTION_DROPOUT),
+    };
+    (config.trigger_word.is_some() || config.tag_orders > 1 || config.dropout > 0.0).then_some(config)
 }
 
 fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
@@ -440,6 +454,8 @@ mod tests {
         for same in [
             json!({"training": {"maxSteps": 2000, "lora": {"alpha": 4}, "optimizer": {"learningRate": "0.0001", "type": "AdamW8bit"}}}),
             json!({"training": {"learningRateSchedule": {"power": "1"}, "gradientCheckpointing": "Always"}}),
+            json!({"dataset": {"captions": {}}}),
+            json!({"dataset": {"captions": {"tagOrders": 1, "triggerPosition": "Front", "keepTags": 0, "dropout": "0.0"}}}),
             json!({"suspend": true, "queueName": "q", "image": "x", "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 5}),
             json!({"scheduling": {"gpu": {"perReplica": 0}}, "resources": {"limits": {"memory": "30Gi"}}, "storage": {"endpoint": "http://x"}}),
             json!({"checkpoint": {"everySteps": 7, "uri": "s3://elsewhere/"}, "resume": {"policy": "Never"}}),
@@ -458,6 +474,10 @@ mod tests {
             json!({"training": {"flowMatching": {"shift": "ByResolution"}}}),
             json!({"training": {"optimizer": {"type": "Prodigy"}}}),
             json!({"dataset": {"repeats": 2}}),
+            json!({"dataset": {"captions": {"triggerWord": "ohwx"}}}),
+            json!({"dataset": {"captions": {"tagOrders": 2}}}),
+            json!({"dataset": {"captions": {"tagOrders": 2, "keepTags": 1}}}),
+            json!({"dataset": {"captions": {"dropout": "0.1"}}}),
             json!({"dataset": {"uri": "s3://data/cats/"}}),
             json!({"validation": {"prompts": ["x"]}}),
             json!({"resume": {"fromCheckpoint": "s3://x/"}}),

@@ -128,6 +128,11 @@ impl ModelShape {
         self.picture_tokens(resolution) + 77 + u64::from(max_sequence_length)
     }
 
+    /// Bytes of a caption's embeddings as they are prepared, in 32 bits: 77 tokens of CLIP and `max_sequence_length` of T5, and the pooled one.
+    pub fn caption_bytes(&self, max_sequence_length: u32) -> u64 {
+        ((77 + u64::from(max_sequence_length)) * self.joint + self.pooled) * 4
+    }
+
     /// Parameters of a LoRA of `rank` on the modules whose names end in one of `targets`.
     pub fn lora_parameters(&self, rank: u64, targets: &[String]) -> u64 {
         let d = self.hidden;

@@ -1,4 +1,4 @@
-//! The flags of the article's script and of diffusers' `train_dreambooth_lora_sd3.py`, and what becomes of each.
+//! The flags of the article's script, of diffusers' `train_dreambooth_lora_sd3.py`, and those of kohya's scripts on captions; and what becomes of each.
 
 /// What follows a flag.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -132,6 +132,14 @@ pub(super) const FLAGS: &[Flag] = &[
     dropped("hub_token", "tokens belong into a Secret: model.source.huggingFace.tokenSecretRef"),
     dropped("hub_model_id", BUCKET),
     dropped("local_rank", "one GPU per job"),
+    field("caption_dropout_rate", "dataset.captions.dropout", "of kohya's scripts, as the flags below"),
+    switch("shuffle_caption", "dataset.captions.tagOrders", "16: so many orders of each caption's tags are encoded, where the script shuffles at each draw"),
+    field("keep_tokens", "dataset.captions.keepTags", "only with --shuffle_caption; the script counts the tags of --caption_prefix as well"),
+    field("caption_prefix", "dataset.captions.triggerWord", "with a comma and a space behind it; it is not shuffled"),
+    field("caption_suffix", "dataset.captions.triggerWord", "only without --caption_prefix; with a comma and a space before it; it is not shuffled"),
+    dropped("caption_separator", "tags stand between commas"),
+    dropped("caption_dropout_every_n_epochs", "--caption_dropout_rate decides for each draw"),
+    dropped("caption_tag_dropout_rate", "captions are left out as a whole, with --caption_dropout_rate"),
 ];
 
 /// The flag of that name.

@@ -1,5 +1,7 @@
 //! From flags to a FineTuneJob.
 
+mod captions;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail, ensure};
@@ -92,7 +94,7 @@ fn parse(args: &[String], remarks: &mut Vec<String>) -> anyhow::Result<Given> {
         };
         let (name, inline) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
         let Some(flag) = find(name) else {
-            problems.push(format!("--{name} is not a flag of the article's script or of diffusers'"));
+            problems.push(format!("--{name} is not a flag of the article's script or of diffusers', nor one of kohya's on captions"));
             if inline.is_none() && args.peek().is_some_and(|next| !next.starts_with("--")) {
                 args.next();
             }
@@ -396,6 +398,7 @@ impl Job {
                 );
             }
         }
+        self.captions()?;
         self.set_whole("repeats", "dataset.repeats")?;
         let pictures = self.whole("num_validation_images")?;
         if let Some(prompt) = self.text("validation_prompt").map(str::to_owned) {

@@ -97,6 +97,57 @@ fn a_prompt_for_all_pictures_is_their_caption() {
     assert!(found.remarks.iter().any(|remark| remark == "copy the folder \"dog\" to s3://team-a/datasets/dog/"), "{:?}", found.remarks);
 }
 
+/// As kohya's `process_caption`; what is not exact is named.
+#[test]
+fn kohyas_flags_on_captions_become_settings_and_notes() {
+    let found = |flags: &[&str]| {
+        let args: Vec<String> = NEEDED.split_whitespace().chain(flags.iter().copied()).map(str::to_owned).collect();
+        let found = convert(&args, &Place { name: None, namespace: None, bucket: "s3://team-a".to_owned() }).unwrap();
+        validate::check(&yaml::to_string(&found.manifest).unwrap()).unwrap();
+        let notes = found.remarks.iter().filter(|remark| ["--caption", "--shuffle", "--keep"].iter().any(|flag| remark.starts_with(flag))).cloned().collect();
+        (found.manifest["spec"]["dataset"]["captions"].clone(), notes)
+    };
+    let none = Vec::<String>::new();
+    assert_eq!(found(&["--caption_dropout_rate", "0.05"]), (json!({"dropout": "0.05"}), none.clone()));
+    assert_eq!(found(&["--caption_prefix", "ohwx,"]), (json!({"triggerWord": "ohwx"}), none));
+    for (flags, captions, notes) in [
+        (&["--caption_prefix", "a photo of ohwx"][..], json!({"triggerWord": "a photo of ohwx"}), &["--caption_prefix: a comma"][..]),
+        (&["--caption_suffix", ", ohwx"], json!({"triggerWord": "ohwx", "triggerPosition": "Behind"}), &["--caption_suffix: a comma"]),
+        (
+            &["--caption_prefix", "ohwx, corgi,", "--caption_suffix", "best"],
+            json!({"triggerWord": "ohwx, corgi"}),
+            &["--caption_suffix has no counterpart beside"],
+        ),
+        (&["--shuffle_caption", "--keep_tokens", "2"], json!({"tagOrders": 16, "keepTags": 2}), &["--shuffle_caption: 16 orders"]),
+        (
+            &["--shuffle_caption", "--keep_tokens", "2", "--caption_prefix", "ohwx,"],
+            json!({"tagOrders": 16, "keepTags": 1, "triggerWord": "ohwx"}),
+            &["--shuffle_caption"],
+        ),
+        (
+            &["--shuffle_caption", "--keep_tokens", "2", "--caption_prefix", "ohwx"],
+            json!({"tagOrders": 16, "keepTags": 2, "triggerWord": "ohwx"}),
+            &["--caption_prefix: a comma", "--shuffle_caption"],
+        ),
+        (
+            &["--shuffle_caption", "--caption_prefix", "ohwx,"],
+            json!({"tagOrders": 16, "triggerWord": "ohwx"}),
+            &["--shuffle_caption", "--caption_prefix stays in front"],
+        ),
+        (
+            &["--shuffle_caption", "--caption_suffix", "ohwx"],
+            json!({"tagOrders": 16, "triggerWord": "ohwx", "triggerPosition": "Behind"}),
+            &["--caption_suffix: a comma", "--caption_suffix stays behind", "--shuffle_caption"],
+        ),
+        (&["--keep_tokens", "2"], Value::Null, &["--keep_tokens is without effect"]),
+        (&["--caption_tag_dropout_rate", "0.1"], Value::Null, &["--caption_tag_dropout_rate has no counterpart"]),
+    ] {
+        let (found, remarks) = found(flags);
+        assert_eq!(found, captions, "{flags:?}");
+        assert!(remarks.len() == notes.len() && remarks.iter().zip(notes).all(|(remark, note)| remark.starts_with(note)), "{flags:?}: {remarks:?}");
+    }
+}
+
 #[test]
 fn diffusers_own_script_has_eight_projections() {
     let script = "accelerate launch --num_processes 2 --mixed_precision=fp16 examples/dreambooth/train_dreambooth_lora_sd3.py";
@@ -165,6 +216,7 @@ fn every_flag_of_the_table_is_handled() {
             "pretrained_model_name_or_path" => "--dataset_name d",
             "revision" => "--dataset_name d --pretrained_model_name_or_path a/b",
             name if name.starts_with("prodigy") => "--dataset_name d --pretrained_model_name_or_path m --optimizer prodigy",
+            "keep_tokens" => "--dataset_name d --pretrained_model_name_or_path m --shuffle_caption",
             "num_validation_images" => "--dataset_name d --pretrained_model_name_or_path m --validation_prompt p",
             "class_prompt" => "--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation",
             "lr_num_cycles" => "--dataset_name d --pretrained_model_name_or_path m --lr_scheduler cosine_with_restarts",

@@ -73,7 +73,7 @@ impl Run<'_> {
                 Ok(picture) => (Some(picture), None),
                 Err(problem) => (None, Some(problem)),
             };
-            pictures.push(TrainingPicture { file: sample.file_name.clone(), captions: sample.captions.clone(), picture, problem });
+            pictures.push(TrainingPicture { file: sample.file_name.clone(), captions: self.dataset.captions_of(sample).cloned().collect(), picture, problem });
         }
         pictures
     }

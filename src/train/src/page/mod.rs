@@ -152,7 +152,7 @@ mod tests {
     fn what_people_write_cannot_become_part_of_the_page() {
         let evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>";
         let spec = serde_json::json!({
-            "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/", "caption": evil}, "output": {"uri": "s3://o/"},
+            "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/", "caption": evil, "captions": {"triggerWord": evil}}, "output": {"uri": "s3://o/"},
             "validation": {"prompts": [evil]},
         });
         let config = finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config;

@@ -45,6 +45,8 @@ pub(super) struct View<'a> {
     comparison_file: &'static str,
     training: &'a [TrainingPicture],
     samples: usize,
+    /// What is done to the captions.
+    captions: Option<String>,
     memory: Vec<MemoryRow>,
     measured: Vec<(&'static str, String)>,
     stages: Vec<(&'static str, String, u32)>,
@@ -129,6 +131,7 @@ impl<'a> View<'a> {
             comparison_file: comparison::FILE_NAME,
             training: &page.training,
             samples: run.map_or(0, |run| run.samples),
+            captions: run.and_then(|run| run.config.dataset.captions.as_ref()).map(ToString::to_string),
             memory: memory(page),
             measured: measured(page),
             stages: stages(page),

@@ -170,12 +170,20 @@ impl Preparation<'_> {
         if self.environment.interrupt.requested() { Err(PrepareError::Stopped) } else { Ok(()) }
     }
 
-    /// Every caption that the run needs, each once: those of the dataset, of validation and of the class pictures, with the empty
-    /// negative prompt where pictures are drawn.
+    /// Every caption that the run needs, each once: those of the dataset, with the empty one where captions are dropped, of validation and of the class
+    /// pictures, with the empty negative prompt where pictures are drawn.
     fn captions(&self) -> BTreeSet<String> {
         let validation = self.config.validation.iter().flat_map(|v| v.prompts.iter().cloned().chain([String::new()]));
         let class = self.config.training.prior_preservation.iter().flat_map(|prior| [prior.class_prompt.clone(), String::new()]);
-        self.dataset.captions().map(|(_, caption)| caption.to_owned()).chain(self.held_out.iter().cloned()).chain(validation).chain(class).collect()
+        let dropped = self.config.dataset.captions.iter().filter(|captions| captions.dropout > 0.0).map(|_| String::new());
+        self.dataset
+            .captions()
+            .map(|(_, caption)| caption.to_owned())
+            .chain(dropped)
+            .chain(self.held_out.iter().cloned())
+            .chain(validation)
+            .chain(class)
+            .collect()
     }
 
     async fn prompts(&self, cache: &mut TensorCache) -> Result<(), PrepareError> {

@@ -26,7 +26,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    pub(super) fn new(
+    pub(crate) fn new(
         cache: TensorCache,
         keys: &Keys,
         dataset: &Dataset,
@@ -80,6 +80,15 @@ impl Prepared {
     pub fn example(&self, sample: usize, copy: u32, caption: usize) -> Result<Example, PreparedError> {
         let latents = self.latents.get(sample * self.repeats as usize + copy as usize);
         self.find(latents, self.prompts.get(sample).and_then(|prompts| prompts.get(caption)), "the latents or caption of sample", sample)
+    }
+
+    /// The data of one copy of a sample with the embedding of the empty caption.
+    ///
+    /// # Errors
+    /// If the cache has lost or damaged it.
+    pub fn example_without_caption(&self, sample: usize, copy: u32) -> Result<Example, PreparedError> {
+        let latents = self.latents.get(sample * self.repeats as usize + copy as usize);
+        self.find(latents, Some(&self.keys.prompt("")), "the latents of sample or the empty caption,", sample)
     }
 
     /// The data of a class picture: its latents and the embedding of the class prompt.
