@@ -115,7 +115,7 @@ async fn reconcile_job(job: &FineTuneJob, scope: &Scope) -> Result<Next, Error> 
     let attempts = Attempts::update(job, &before, &world, now);
     let intent = decide::decide(job, &before, validated.as_ref().ok(), &world, &attempts, now);
     tracing::debug!(?intent, "decided");
-    let applied = apply::apply(job, validated.as_ref().ok(), &intent, &mut world, ctx).await;
+    let applied = Box::pin(apply::apply(job, validated.as_ref().ok(), &intent, &mut world, ctx)).await;
     let (outcome, failed) = match applied {
         Ok(Applied::World(outcome)) => (outcome, None),
         Ok(Applied::Stale) => return Ok(Next::After(SOON)),
