@@ -16,7 +16,7 @@ pub struct About<'a> {
     /// `sha256:<hex>` of the base model's files.
     pub base_digest: &'a str,
     /// The one caption that every picture has, if they share one.
-    pub trigger: Option<&'a str>,
+    pub common_caption: Option<&'a str>,
     /// Pictures in the dataset.
     pub pictures: usize,
     /// Optimizer updates.
@@ -31,6 +31,16 @@ impl About<'_> {
     /// `name` of the job `namespace/name`.
     pub fn title(&self) -> &str {
         job_name(&self.config.job)
+    }
+
+    /// The word that every caption got.
+    pub fn trigger_word(&self) -> Option<&str> {
+        self.config.dataset.captions.as_ref()?.trigger_word.as_deref()
+    }
+
+    /// What calls what was learned: the trigger word, else the caption of all pictures.
+    pub fn trigger_phrase(&self) -> Option<&str> {
+        self.trigger_word().or(self.common_caption)
     }
 
     /// The base model's name in prose: its repository, or its shape's name.
@@ -91,7 +101,7 @@ pub(super) mod tests {
 
     /// A run of `config`.
     pub(crate) fn about(config: &TrainConfig) -> About<'_> {
-        About { config, published: None, base_digest: "sha256:00", trigger: None, pictures: 12, steps: 500, epochs: 41.5, precision: Precision::Bf16 }
+        About { config, published: None, base_digest: "sha256:00", common_caption: None, pictures: 12, steps: 500, epochs: 41.5, precision: Precision::Bf16 }
     }
 
     #[test]
@@ -125,5 +135,22 @@ pub(super) mod tests {
         assert_eq!(common_caption(&[sample(&["a sks dog"]), sample(&["a dog"])]), None);
         assert_eq!(common_caption(&[sample(&["a", "b"])]), None);
         assert_eq!(common_caption(&[]), None);
+    }
+
+    #[test]
+    fn the_trigger_word_calls_what_was_learned_even_where_all_captions_are_the_same() {
+        let config = config(|config| {
+            config.dataset.captions = Some(
+                serde_json::from_value(serde_json::json!({
+                    "triggerWord": "ohwx corgi", "triggerPosition": "Front", "tagOrders": 1, "keepTags": 0, "dropout": 0.0,
+                }))
+                .unwrap(),
+            );
+        });
+        let about = About { common_caption: Some("ohwx corgi, a dog"), ..about(&config) };
+        assert_eq!(about.trigger_phrase(), Some("ohwx corgi"));
+        let config = super::tests::config(|_| {});
+        assert_eq!(About { common_caption: Some("a dog"), ..super::tests::about(&config) }.trigger_phrase(), Some("a dog"));
+        assert_eq!(super::tests::about(&config).trigger_phrase(), None);
     }
 }

@@ -28,8 +28,13 @@ pub fn make(about: &About<'_>, pictures: &[Picture], dtype: OutputDtype) -> Stri
     for picture in &shown {
         let _infallible = write!(card, "\n![{}]({})\n", alternative(prompt(about, picture)), picture.file_name());
     }
-    if let Some(trigger) = about.trigger {
-        let _infallible = write!(card, "\n## Trigger phrase\n\nEvery picture had the caption {}: use it, or its rare words, in the prompt.\n", code(trigger));
+    let trigger = match (about.trigger_word(), about.common_caption) {
+        (Some(word), _) => format!("Every caption had the words {}: put them into the prompt.", code(word)),
+        (None, Some(caption)) => format!("Every picture had the caption {}: use it, or its rare words, in the prompt.", code(caption)),
+        (None, None) => String::new(),
+    };
+    if !trigger.is_empty() {
+        let _infallible = write!(card, "\n## Trigger phrase\n\n{trigger}\n");
     }
     card.push_str(&diffusers(about));
     card.push_str(&comfyui(about));
@@ -77,7 +82,7 @@ fn front_matter(about: &About<'_>, shown: &[&Picture]) -> String {
         lines.extend(["license: other".to_owned(), "license_name: stabilityai-ai-community".to_owned(), format!("license_link: {}", text(&licence))]);
     }
     lines.extend(["library_name: diffusers".to_owned(), "pipeline_tag: text-to-image".to_owned()]);
-    if let Some(trigger) = about.trigger {
+    if let Some(trigger) = about.trigger_phrase() {
         lines.push(format!("instance_prompt: {}", text(trigger)));
     }
     lines.push("tags:".to_owned());
@@ -125,7 +130,11 @@ fn diffusers(about: &About<'_>) -> String {
         return part;
     }
     let model = repository(about).unwrap_or("PATH/TO/THE/MODEL");
-    let prompt = about.trigger.or(about.config.validation.as_ref().and_then(|v| v.prompts.first()).map(String::as_str)).unwrap_or("your prompt");
+    let prompt = about
+        .common_caption
+        .or(about.config.validation.as_ref().and_then(|v| v.prompts.first()).map(String::as_str))
+        .or(about.trigger_word())
+        .unwrap_or("your prompt");
     let sampling = about
         .config
         .validation
@@ -205,7 +214,7 @@ mod tests {
     fn the_front_matter_is_yaml_whatever_the_captions_hold() {
         let odd = "a \"corgi\": #1 [x](y) | `z`\n---\n- 'é' \\n";
         let config = config(prompts(&["first", odd]));
-        let about = About { trigger: Some(odd), ..about(&config) };
+        let about = About { common_caption: Some(odd), ..about(&config) };
         let card = make(&about, &[picture(250, 0), picture(500, 0), picture(500, 1)], OutputDtype::F16);
         let front = yaml(&card);
         assert_eq!(front["instance_prompt"], odd);

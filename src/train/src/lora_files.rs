@@ -143,7 +143,7 @@ fn kohya_header(about: &About<'_>, content: &str) -> BTreeMap<String, String> {
         ("finetune.spec_hash", config.spec_hash.clone()),
     ]
     .into();
-    if let Some(trigger) = about.trigger {
+    if let Some(trigger) = about.trigger_phrase() {
         header.insert("modelspec.trigger_phrase", trigger.to_owned());
     }
     header.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
@@ -255,7 +255,7 @@ mod tests {
             ),
             ("{}".to_owned(), "stable-diffusion-v3/lora", "sd3"),
         ] {
-            let about = About { published: survey::published(&transformer(&shape)), trigger: Some("a \"sks\" dog"), ..about(&config) };
+            let about = About { published: survey::published(&transformer(&shape)), common_caption: Some("a \"sks\" dog"), ..about(&config) };
             let made = make(&about, &params, &layout, 2).unwrap();
             let header = header(&made.files[0].bytes);
             let values =

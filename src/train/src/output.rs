@@ -47,7 +47,7 @@ pub fn make(
         config,
         published: survey::published(transformer),
         base_digest: &checkpoints.digests().model,
-        trigger: about::common_caption(&dataset.samples),
+        common_caption: about::common_caption(&dataset.samples),
         pictures: dataset.samples.len(),
         steps: trainer.step(),
         epochs: trainer.epochs(),
