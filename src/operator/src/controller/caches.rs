@@ -1,10 +1,8 @@
 //! Caches of what is watched, and who is to be reconciled when something changes.
 
-use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::Hash;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
@@ -12,7 +10,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Api, DynamicObject, ListParams};
+use kube::api::{Api, ListParams};
 use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -24,11 +22,12 @@ use crate::controller::departed::Departed;
 use crate::controller::pod_names::PodNames;
 use crate::controller::progress::{self, Changed};
 use crate::controller::queue::Urgency;
-use crate::controller::readiness::{Problem, Readiness, Scope, Trouble, until};
+use crate::controller::readiness::{Problem, Readiness, Scope, Trouble};
 use crate::controller::strip::{strip_child, strip_job, strip_pod};
+use crate::controller::workloads::{self, Workloads};
 use crate::reconcile::conditions;
 use crate::reconcile::dereference::is_ours;
-use crate::reconcile::kueue::{self, Workload};
+use crate::reconcile::kueue::Workload;
 use crate::reconcile::nodes;
 use crate::reconcile::world;
 use crate::telemetry::metrics::Census;
@@ -48,8 +47,6 @@ pub struct Request {
     pub urgency: Urgency,
 }
 
-/// How often Kueue is looked for.
-const KUEUE_CHECK: Duration = Duration::from_secs(30);
 /// How often something that could not be watched is asked for: a watch that goes on where it was has nothing to show for it.
 const TROUBLE_CHECK: Duration = Duration::from_secs(5);
 
@@ -66,11 +63,8 @@ pub struct Caches {
     pod_names: PodNames,
     /// Those that are gone.
     departed: Departed,
-    /// Workloads by the UID of their Job.
-    workloads: Arc<RwLock<HashMap<String, Workload>>>,
-    kueue: Arc<AtomicBool>,
-    /// Whether it is known if there is Kueue, and its Workloads with it.
-    kueue_seen: tokio::sync::watch::Receiver<bool>,
+    /// Kueue's.
+    workloads: Workloads,
     /// Nodes, where they may be watched.
     nodes: Option<Store<PartialObjectMeta<Node>>>,
 }
@@ -114,12 +108,12 @@ impl Caches {
 
     /// The Workload of a Job.
     pub fn workload(&self, job_uid: &str) -> Option<Workload> {
-        self.workloads.read().unwrap_or_else(PoisonError::into_inner).get(job_uid).cloned()
+        self.workloads.of(job_uid)
     }
 
     /// Whether the cluster has Kueue.
     pub fn kueue_installed(&self) -> bool {
-        self.kueue.load(Ordering::Relaxed)
+        self.workloads.installed()
     }
 
     /// Whether any node's labels satisfy the pod; `None` where nodes are not watched.
@@ -150,11 +144,8 @@ impl Caches {
                 None => true,
             }
         };
-        // Without its Workloads every queued job would look as if it had lost its quota.
-        let mut kueue_seen = self.kueue_seen.clone();
-        let kueue = until(&mut kueue_seen);
-        let (jobs, children, pods, nodes, kueue) =
-            futures::join!(self.jobs.wait_until_ready(), self.children.wait_until_ready(), self.pods.wait_until_ready(), nodes, kueue);
+        let (jobs, children, pods) = (self.jobs.wait_until_ready(), self.children.wait_until_ready(), self.pods.wait_until_ready());
+        let (jobs, children, pods, nodes, kueue) = futures::join!(jobs, children, pods, nodes, self.workloads.ready());
         jobs.is_ok() && children.is_ok() && pods.is_ok() && nodes && kueue
     }
 }
@@ -172,7 +163,6 @@ pub fn start(
     let (job_writer, child_writer, pod_writer) = (Writer::<Guarded>::default(), Writer::<Job>::default(), Writer::<Pod>::default());
     let jobs = job_writer.as_reader();
     let node_writer = watch_nodes.then(Writer::<PartialObjectMeta<Node>>::default);
-    let (kueue_known, kueue_seen) = tokio::sync::watch::channel(false);
     let health = |kind| Health { readiness: Arc::clone(readiness), namespace: namespace.unwrap_or_default().to_owned(), kind };
     let caches = Caches {
         jobs: jobs.clone(),
@@ -180,9 +170,7 @@ pub fn start(
         pods: pod_writer.as_reader(),
         pod_names: PodNames::default(),
         departed: Departed::default(),
-        workloads: Arc::default(),
-        kueue: Arc::default(),
-        kueue_seen,
+        workloads: Workloads::default(),
         nodes: node_writer.as_ref().map(Writer::as_reader),
     };
     let everyone = {
@@ -222,7 +210,7 @@ pub fn start(
         // A node alone changes nothing for a job: the scheduler tells the pod.
         drivers.push(Box::pin(drive(health("nodes"), stream, writer, requests.clone(), |_: &PartialObjectMeta<Node>| None, Vec::new)));
     }
-    drivers.push(Box::pin(watch_kueue(client.clone(), namespace.map(str::to_owned), caches.clone(), requests.clone(), kueue_known, everyone)));
+    drivers.push(Box::pin(workloads::follow(client.clone(), namespace.map(str::to_owned), caches.workloads.clone(), requests.clone(), everyone)));
     drivers.push(Box::pin(recover(client.clone(), namespace.map(str::to_owned), Arc::clone(readiness))));
     (caches, drivers)
 }
@@ -332,131 +320,6 @@ fn by_label(metadata: &ObjectMeta) -> Option<JobRef> {
     Some(ObjectRef::new(name).within(metadata.namespace.as_deref()?))
 }
 
-/// Looks for Kueue again and again; while it is there, watches its Workloads. Only the API server's word that it is not there means so: what cannot be
-/// known in an outage stays as it was.
-async fn watch_kueue(
-    client: Client,
-    namespace: Option<String>,
-    caches: Caches,
-    requests: mpsc::UnboundedSender<Request>,
-    seen: tokio::sync::watch::Sender<bool>,
-    everyone: impl Fn() -> Vec<JobRef>,
-) {
-    let ask_everyone = || {
-        for job in everyone() {
-            let _ended = requests.send(Request { job, urgency: Urgency::Routine });
-        }
-    };
-    loop {
-        match find_kueue(&client).await {
-            Some(Some(resource)) => {
-                tracing::info!(version = %resource.api_version, "found Kueue");
-                caches.kueue.store(true, Ordering::Relaxed);
-                ask_everyone();
-                let api: Api<DynamicObject> = match &namespace {
-                    Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
-                    None => Api::all_with(client.clone(), &resource),
-                };
-                if watch_workloads(api, &resource.api_version, &client, &caches, &requests, &seen).await == Ended::OtherVersion {
-                    continue;
-                }
-                tracing::info!("Kueue is gone");
-                caches.kueue.store(false, Ordering::Relaxed);
-                caches.workloads.write().unwrap_or_else(PoisonError::into_inner).clear();
-                ask_everyone();
-            }
-            Some(None) => {
-                seen.send_replace(true);
-            }
-            None => {}
-        }
-        tokio::time::sleep(KUEUE_CHECK).await;
-    }
-}
-
-/// Kueue's Workload, or `Some(None)` where the cluster has none; `None` where the API server does not say.
-async fn find_kueue(client: &Client) -> Option<Option<kube::api::ApiResource>> {
-    match tokio::time::timeout(KUEUE_CHECK, kube::discovery::group(client, kueue::GROUP)).await {
-        Ok(Ok(group)) => Some(group.recommended_kind("Workload").map(|(resource, _)| resource)),
-        Ok(Err(kube::Error::Discovery(kube::error::DiscoveryError::MissingApiGroup(_)))) => Some(None),
-        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Some(None),
-        Ok(Err(error)) => {
-            tracing::warn!(error = &error as &dyn std::error::Error, "failed to look for Kueue; trying again");
-            None
-        }
-        Err(_elapsed) => None,
-    }
-}
-
-/// Why Workloads are not watched any more.
-#[derive(Debug, PartialEq, Eq)]
-enum Ended {
-    /// The API server does not know them.
-    Gone,
-    /// The API server serves them in another version.
-    OtherVersion,
-}
-
-/// Keeps the Workloads until the API server says that it does not know them, or not in this version.
-async fn watch_workloads(
-    api: Api<DynamicObject>,
-    version: &str,
-    client: &Client,
-    caches: &Caches,
-    requests: &mpsc::UnboundedSender<Request>,
-    seen: &tokio::sync::watch::Sender<bool>,
-) -> Ended {
-    let mut stream = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
-    let mut listed = HashMap::new();
-    let request = |object: &DynamicObject| {
-        let job = object.metadata.owner_references.iter().flatten().find(|owner| owner.kind == "Job")?;
-        // Children are named after their FineTuneJob; a Job of others asks for a FineTuneJob that does not exist, which is nothing.
-        Some(ObjectRef::new(job.name.strip_suffix(finetune_api::JOB_SUFFIX)?).within(object.metadata.namespace.as_deref()?))
-    };
-    let write = || caches.workloads.write().unwrap_or_else(PoisonError::into_inner);
-    while let Some(event) = stream.next().await {
-        let concerned = match event {
-            Ok(watcher::Event::Init) => {
-                listed.clear();
-                None
-            }
-            Ok(watcher::Event::InitApply(object)) => {
-                listed.extend(Workload::read(&object).map(|workload| (workload.job_uid.clone(), workload)));
-                request(&object)
-            }
-            Ok(watcher::Event::InitDone) => {
-                *write() = std::mem::take(&mut listed);
-                seen.send_replace(true);
-                None
-            }
-            Ok(watcher::Event::Apply(object)) => {
-                write().extend(Workload::read(&object).map(|workload| (workload.job_uid.clone(), workload)));
-                request(&object)
-            }
-            Ok(watcher::Event::Delete(object)) => {
-                if let Some(workload) = Workload::read(&object) {
-                    write().remove(&workload.job_uid);
-                }
-                request(&object)
-            }
-            Err(error) => {
-                tracing::warn!(watch = "workloads", error = &error as &dyn std::error::Error, "failed to watch; trying again");
-                match find_kueue(client).await {
-                    Some(None) => return Ended::Gone,
-                    Some(Some(found)) if found.api_version != version => return Ended::OtherVersion,
-                    // Jobs without a queue must not wait for a Kueue that cannot be read.
-                    _ => seen.send_replace(true),
-                };
-                None
-            }
-        };
-        if let Some(job) = concerned {
-            let _ended = requests.send(Request { job, urgency: Urgency::Change });
-        }
-    }
-    Ended::Gone
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -485,9 +348,7 @@ mod tests {
             pods: pod_writer.as_reader(),
             pod_names: PodNames::default(),
             departed: Departed::default(),
-            workloads: Arc::default(),
-            kueue: Arc::default(),
-            kueue_seen: tokio::sync::watch::channel(true).1,
+            workloads: Workloads::default(),
             nodes: None,
         }
     }

@@ -12,3 +12,4 @@ pub mod progress;
 pub mod queue;
 pub mod readiness;
 mod strip;
+pub mod workloads;
