@@ -28,7 +28,7 @@ fn a_complete_output_is_reused_and_repaired() {
     assert!(bench.output("micro.safetensors").exists());
     assert_eq!(bench.claims(), 1, "nothing was claimed");
 
-    // What cannot be repaired is said, not guessed.
+    // What cannot be repaired is reported, not guessed.
     std::fs::write(bench.output(LORA), b"damaged").unwrap();
     std::fs::write(bench.output(&format!("runs/e1/{LORA}")), b"damaged too").unwrap();
     let output = bench.run(&short());

@@ -1,4 +1,4 @@
-//! What the trainer tells the operator: `GET /progress` while it runs, the termination message when it ends.
+//! What the trainer reports to the operator: `GET /progress` while it runs, the termination message when it ends.
 //!
 //! The operator treats it as untrusted: numbers are checked, control characters are taken out. And as the word of a neighbouring version: fields and
 //! names that it does not know are left out, for the rest is still true.

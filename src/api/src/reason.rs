@@ -96,7 +96,7 @@ impl Reason {
 
     /// The reason that an exit code stands for where the trainer left no message; `None` for 0, which is success.
     ///
-    /// 137 is a crash here: the kernel's kill for lack of memory is told apart by the container's `OOMKilled`, not by the code.
+    /// 137 is a crash here: the kernel's kill for lack of memory is recognised by the container's `OOMKilled`, not by the code.
     pub const fn from_exit_code(code: i32) -> Option<Self> {
         Some(match code {
             0 => return None,

@@ -130,7 +130,7 @@ pub(super) fn users_cache() -> PathBuf {
     cache.unwrap_or_else(std::env::temp_dir).join("finetune")
 }
 
-/// Which run this is an attempt of: the FineTuneJob's, as the operator tells its pods, else one of this process.
+/// Which run this is an attempt of: the FineTuneJob's, which the operator passes to its pods, else one of this process.
 fn run_id() -> String {
     std::env::var(JOB_UID_VARIABLE).ok().filter(|uid| !uid.is_empty()).unwrap_or_else(Run::local_id)
 }

@@ -123,7 +123,7 @@ pub fn main() -> ExitCode {
         Command::Operator(_) => "info",
         #[cfg(feature = "train")]
         Command::Train(_) => "info",
-        // On a terminal the progress bar tells; elsewhere log lines do.
+        // On a terminal the progress bar shows it, elsewhere log lines.
         #[cfg(feature = "train")]
         Command::Run(_) if !std::io::stderr().is_terminal() => "info",
         #[cfg(feature = "train")]

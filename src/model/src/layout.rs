@@ -182,7 +182,7 @@ impl ModelDir {
 
 /// A `config.json` that can be checked against what this program does.
 pub trait ComponentConfig: DeserializeOwned {
-    /// `Err` tells what is not supported or contradictory, for a person.
+    /// `Err` names what is not supported or contradictory, for a person.
     fn check(&self) -> Result<(), String>;
 }
 

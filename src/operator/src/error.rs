@@ -33,7 +33,7 @@ pub enum Error {
     /// The object in the API server is not a FineTuneJob that this version can read.
     #[error("failed to read the FineTuneJob: {message}")]
     Unreadable {
-        /// Cause, as the deserialiser tells it.
+        /// Cause, in the deserialiser's words.
         message: String,
     },
 }

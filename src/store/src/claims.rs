@@ -85,7 +85,7 @@ pub struct Owner {
 pub struct ClaimRecord {
     /// The number in the claim's name.
     pub epoch: u64,
-    /// Random; tells apart attempts that race for one number.
+    /// Random; distinguishes attempts that race for one number.
     pub nonce: String,
     /// The pod or the host: whatever the caller knows of itself.
     pub owner: String,

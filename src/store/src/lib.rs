@@ -3,7 +3,7 @@
 //! # Guarantees
 //! - [`Store::put`], [`Store::put_file`] and [`Store::create`] are atomic: readers see the whole object or none of it.
 //! - [`Store::create`] has one winner on every kind of store, directories included.
-//! - Requests are retried within [`RetryPolicy`]; what fails after that is told apart by [`StoreErrorKind`].
+//! - Requests are retried within [`RetryPolicy`]; what fails after that is classified by [`StoreErrorKind`].
 //! - No error, log line or `Debug` text holds a secret of the environment.
 
 mod backend;

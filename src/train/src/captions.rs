@@ -28,8 +28,8 @@ pub struct Truncation {
 }
 
 impl Truncation {
-    /// Of the captions of `dataset`, whose `lengths` are in the same order, those of a caption's tags in other orders among them; none if every caption is read to its end. `limit` is
-    /// `training.maxSequenceLength`, `clip_limit` what CLIP reads; without T5 that is all.
+    /// Of the captions of `dataset`, whose `lengths` are in the same order, those of a caption's tags in other orders among them; none if every caption is
+    /// read to its end. `limit` is `training.maxSequenceLength`, `clip_limit` what CLIP reads; without T5 that is all.
     pub fn of(dataset: &Dataset, lengths: &[CaptionLength], limit: u32, clip_limit: u32, with_t5: bool) -> Option<Self> {
         let limit = if with_t5 { limit } else { clip_limit };
         // The orders of a caption's tags are one caption; they differ by a token or two.

@@ -210,7 +210,7 @@ pub fn now() -> f64 {
     (now.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
-/// Peak resident memory of this process in bytes, where the system tells it (Linux).
+/// Peak resident memory of this process in bytes, where the system reports it (Linux).
 pub fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

@@ -22,7 +22,7 @@ fn objects(schema: &Value, path: &str, found: &mut Vec<(String, Vec<String>)>) {
     }
 }
 
-/// The part of `kubectl explain`'s output that tells about one field: its line and the indented ones below.
+/// The part of `kubectl explain`'s output about one field: its line and the indented ones below.
 fn section<'a>(output: &'a str, field: &str) -> Vec<&'a str> {
     let mut lines = output.lines().skip_while(|line| line.split_whitespace().next() != Some(field) || !line.starts_with("  ") || line.starts_with("   "));
     let Some(first) = lines.next() else { return Vec::new() };

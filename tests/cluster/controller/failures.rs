@@ -23,7 +23,7 @@ async fn a_permanent_failure_ends_the_job_with_the_trainers_reason() {
     assert!(kubernetes::is_true(&failed, "Stalled"), "kstatus must see the failure");
     assert_eq!(failed["status"]["attempts"], json!({"started": 1, "disrupted": 0, "failed": 1}));
 
-    // Of the reasons of one exit code the trainer's own word tells which.
+    // Of the reasons of one exit code the trainer's own word decides.
     stage.create("taken", |_| {}).await;
     let pod = stage.pod("taken", None).await;
     stage.start(&pod).await;

@@ -124,7 +124,7 @@ impl Stage {
         kubernetes::patch(&self.client, "FineTuneJob", &self.namespace, name, change, false).await.expect("a valid change");
     }
 
-    /// Waits until the FineTuneJob satisfies `check`; on failure tells what it was.
+    /// Waits until the FineTuneJob satisfies `check`; on failure shows what it was.
     pub(crate) async fn until(&self, name: &str, what: &str, check: impl Fn(&Value) -> bool) -> Value {
         let began = std::time::Instant::now();
         loop {

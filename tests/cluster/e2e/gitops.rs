@@ -60,7 +60,7 @@ async fn helm_waits_for_the_operator_and_fails_with_the_job() {
     applying_again_changes_nothing(&stage, &job).await;
     kubernetes::delete(&stage.client, "FineTuneJob", stage.namespace, "training").await;
 
-    // A job that cannot be carried out is an error, and is told as one before the time is over.
+    // A job that cannot be carried out is an error, and is reported as one before the time is over.
     let job = micro(stage.namespace, "tight", 20, &json!({"scheduling": {"gpu": {"minMemoryMiB": 1000}}}));
     let said = deploy(&stage, "tight", &job, "90s").expect_err("an invalid job fails --wait");
     assert!(
@@ -69,7 +69,7 @@ async fn helm_waits_for_the_operator_and_fails_with_the_job() {
     );
     assert!(said.contains("status: Failed, message: spec.training"), "{said}");
 
-    // The job fails after the deployment: the next --wait tells.
+    // The job fails after the deployment: the next --wait reports it.
     let broken = json!({"dataset": {"uri": "s3://micro/no-such-dataset/"}});
     let job = micro(stage.namespace, "invalid", 20, &broken);
     let _first_may_return_before_the_failure = deploy(&stage, "invalid", &job, "90s");

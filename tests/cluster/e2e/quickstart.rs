@@ -122,7 +122,7 @@ async fn operator_serves_metrics(stage: &Stage) {
     assert!(all.contains("finetune_apiserver_requests_total{verb=\"create\",resource=\"jobs\",code=\"201\"}"), "{all}");
 }
 
-/// A transition is a line of JSON that tells which job it is about.
+/// A transition is a line of JSON that names the job.
 async fn operator_logs_name_the_job(stage: &Stage) {
     let mut logs = String::new();
     for pod in kubernetes::list(&stage.client, "Pod", SYSTEM, &format!("app.kubernetes.io/instance={RELEASE}")).await {

@@ -41,7 +41,7 @@ fn slowly() -> Value {
     })
 }
 
-/// Starts a job, kills the kubelet under it, and waits until the job tells that its node is lost: the trainer's pod, and what is told.
+/// Starts a job, kills the kubelet under it, and waits until the job shows that its node is lost: the trainer's pod, and what is shown.
 async fn lose_the_node(stage: &Stage, name: &str, steps: u64) -> (Value, String) {
     stage.submit(&micro(stage.namespace, name, steps, &slowly())).await;
     stage.until_step(name, 60).await;
@@ -137,7 +137,7 @@ async fn a_trainer_that_ends_on_a_lost_node_is_heard_when_the_node_is_back() {
     let _restored = Restored;
     let expected = undisturbed(&stage).await;
     let (pod, _) = lose_the_node(&stage, "alone", STEPS).await;
-    // With a fraction of a processor, and nobody tells how far it is.
+    // With a fraction of a processor, and nobody reports how far it is.
     stage.until("the trainer to end by itself", LONG * 3, || async { (!runs_on_node("1", &pod)).then_some(()) }).await;
     cluster(&["start", "node1-kubelet"]);
     let done = stage.until_true("alone", "Complete", LONG).await;

@@ -92,7 +92,7 @@ fn image() -> String {
     let binary = env!("CARGO_BIN_EXE_finetune");
     let folder = tempfile::tempdir().expect("a folder");
     let archive = folder.path().join("image.tar");
-    // The tag tells versions apart: a pod template with the same tag would not be rolled out again.
+    // The tag distinguishes versions: a pod template with the same tag would not be rolled out again.
     let bytes = std::fs::read(binary).expect("the binary under test");
     let tag = hex::encode(&finetune_common::digest::sha256(&bytes)[..6]);
     let name = format!("localhost/finetune:{tag}");
@@ -244,7 +244,7 @@ impl Stage {
         .await
     }
 
-    /// The step from which the job's last pod went on, as its log tells; 0 where it started afresh.
+    /// The step from which the job's last pod went on, by its log; 0 where it started afresh.
     pub(crate) async fn resumed_at(&self, name: &str) -> u64 {
         let pod = self.pods(name).await.pop().expect("a pod");
         let log = kubectl(&["-n", self.namespace, "logs", pod["metadata"]["name"].as_str().expect("a name")]).unwrap_or_else(|error| panic!("{error}"));

@@ -37,7 +37,7 @@ impl SigmaTable {
         self.sigmas.get(index).or(self.sigmas.last()).copied().unwrap_or(1.0)
     }
 
-    /// The timestep that the model is told: `1000 σ` for 1000 steps.
+    /// The timestep that the model gets: `1000 σ` for 1000 steps.
     pub fn timestep(&self, index: usize) -> f32 {
         self.sigma(index) * self.sigmas.len() as f32
     }

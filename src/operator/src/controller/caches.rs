@@ -207,7 +207,7 @@ pub fn start(
             let name = node.metadata.name.take();
             node.metadata = ObjectMeta { name, labels, ..ObjectMeta::default() };
         });
-        // A node alone changes nothing for a job: the scheduler tells the pod.
+        // A node alone changes nothing for a job: the scheduler changes the pod.
         drivers.push(Box::pin(drive(health("nodes"), stream, writer, requests.clone(), |_: &PartialObjectMeta<Node>| None, Vec::new)));
     }
     drivers.push(Box::pin(workloads::follow(client.clone(), namespace.map(str::to_owned), caches.workloads.clone(), requests.clone(), everyone)));

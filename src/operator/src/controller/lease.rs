@@ -136,7 +136,7 @@ enum Decision {
     Wait,
 }
 
-/// The pure core: `lease` is the live object, `observed.since` tells for how long its record has not changed.
+/// The pure core: `lease` is the live object, `observed.since` is when its record was last seen to change.
 fn decide(lease: Option<&Lease>, observed: &Observed, identity: &str, now: Instant) -> Decision {
     let Some(spec) = lease.map(|lease| lease.spec.clone().unwrap_or_default()) else { return Decision::Create };
     match spec.holder_identity.as_deref() {

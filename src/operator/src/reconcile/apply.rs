@@ -140,7 +140,7 @@ fn conflict(kind: &str, name: &str) -> Outcome {
     }
 }
 
-/// What the API server refuses is told in the status and tried again later; that it cannot be reached is an error.
+/// What the API server refuses is shown in the status and tried again later; that it cannot be reached is an error.
 fn refused(error: Error) -> Result<Outcome, Error> {
     match error {
         Error::Api { ref source, .. } if matches!(source.as_ref(), kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 429 && status.code != 404) =>
@@ -206,7 +206,7 @@ async fn delete(job: &FineTuneJob, uid: &str, resource_version: &str, ctx: &Cont
             Ok(())
         }
         Err(error) if error.is_not_found() => Ok(()),
-        // It has changed since it was seen, perhaps ended: the watch tells, and the decision is made anew.
+        // It has changed since it was seen, perhaps ended: the watch reports it, and the decision is made anew.
         Err(error) => Err(error),
     }
 }

@@ -226,7 +226,7 @@ pub fn started_at(pod: &Pod) -> Option<Timestamp> {
     let container = world::trainer(pod)?;
     let state = container.state.as_ref()?;
     if let Some(running) = &state.running {
-        // The kubelet always tells the time; a stand-in may not.
+        // The kubelet always sets the time; a stand-in may not.
         return Some(running.started_at.as_ref().or(pod.metadata.creation_timestamp.as_ref())?.0);
     }
     let terminated = state.terminated.as_ref()?;

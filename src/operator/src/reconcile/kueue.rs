@@ -88,7 +88,7 @@ fn deactivated(name: &str, conditions: &[Value]) -> String {
     )
 }
 
-/// Kueue tells why a Workload waits in words only.
+/// Kueue gives the reason why a Workload waits in words only.
 fn waiting_reason(message: &str) -> AdmittedReason {
     let message = message.to_lowercase();
     let has = |words: &str| message.contains(words);

@@ -48,7 +48,7 @@ pub struct Report {
     pub progress: Option<Progress>,
     /// When it came.
     pub at: Option<Timestamp>,
-    /// Since when it tells the same step and stage; by this process's own knowledge.
+    /// Since when it has reported the same step and stage, by this process's own knowledge.
     pub unchanged_since: Option<Timestamp>,
     /// Since when it does not answer; `None` while it does, or was not asked.
     pub failing_since: Option<Timestamp>,

@@ -40,7 +40,7 @@ pub enum Written {
     Stale,
 }
 
-/// Writes the status where it differs: at once if it tells a step of the job's life, else when the interval is over.
+/// Writes the status where it differs: at once if it shows a step of the job's life, else when the interval is over.
 pub async fn write(job: &FineTuneJob, change: &Change<'_>, now: Timestamp, scope: &Scope) -> Result<Written, Error> {
     let Change { before, after, attempts, .. } = *change;
     let ctx = &scope.ctx;

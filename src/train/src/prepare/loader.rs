@@ -64,7 +64,7 @@ mod tests {
     use super::*;
     use finetune_store::StoreOptions;
 
-    /// Each picture comes with its own pixels, whatever the order in which they are ready; a changed one is told.
+    /// Each picture comes with its own pixels, whatever the order in which they are ready; a changed one is an error.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn pictures_are_those_of_their_samples_and_changed_ones_are_refused() {
         let folder = tempfile::tempdir().unwrap();

@@ -72,7 +72,7 @@ pub(super) fn end(inputs: &Inputs<'_>, after: &mut FineTuneJobStatus) -> Option<
     }
 }
 
-/// The reason for a Job's condition `Failed`; `after.failure` tells the cause below it.
+/// The reason for a Job's condition `Failed`; `after.failure` holds the cause below it.
 fn failed(job_reason: &str, job_message: &str, attempts: &Attempts, after: &mut FineTuneJobStatus) -> (Reason, String) {
     let cause = after.failure.clone().filter(|_| attempts.last_failure().is_some());
     match job_reason {
