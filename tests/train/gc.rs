@@ -95,3 +95,18 @@ fn an_unfinished_run_goes_on_afterwards_and_a_run_at_work_is_not_disturbed() {
     third.signal("TERM");
     assert_eq!(third.wait(), Some(75), "{}", third.log());
 }
+
+#[test]
+fn where_the_result_cannot_be_read_nothing_of_an_attempt_goes() {
+    let (bench, _) = finished(&json!({"training": {"maxSteps": 200}}));
+    let runs = bench.files("runs");
+    let whole = bench.read("result.json");
+    std::fs::write(bench.output("result.json"), &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(gc(&bench, "s3://test/out/", true).0, Some(0));
+    assert!(bench.files("runs") == runs, "cut off");
+    std::fs::remove_file(bench.output("result.json")).unwrap();
+    assert_eq!(gc(&bench, "s3://test/out/", true).0, Some(0));
+    assert!(bench.files("runs") == runs, "moved away");
+    let (_, said) = gc(&bench, "s3://test/ouy/", false);
+    assert!(said.contains("there is nothing at s3://test/ouy/"), "{said}");
+}

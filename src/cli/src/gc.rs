@@ -47,14 +47,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     });
     Ok(match found {
         Ok(found) => {
-            say(&report(&found, args.delete));
+            say(&report(&args.uri, &found, args.delete));
             ExitCode::SUCCESS
         }
         Err(error) => job::fail(error.reason(), &job::chain(&error)),
     })
 }
 
-fn report(found: &Found, deleted: bool) -> String {
+fn report(uri: &str, found: &Found, deleted: bool) -> String {
     let mut lines: Vec<String> =
         found.leftovers.iter().map(|leftover| format!("{}  ({}, {} bytes)", leftover.key, leftover.kind.describe(), leftover.size)).collect();
     let mut sums: BTreeMap<_, (usize, u64)> = BTreeMap::new();
@@ -67,6 +67,7 @@ fn report(found: &Found, deleted: bool) -> String {
         found.unfinished.iter().map(|folder| format!("kept: {folder} is of a run that has not finished; a job of its spec and output goes on from there")),
     );
     lines.push(match (found.leftovers.is_empty(), deleted) {
+        (true, _) if found.kept == 0 => format!("there is nothing at {uri}; gc takes the output.uri or the checkpoint.uri of a run"),
         (true, _) => format!("nothing to delete; {} files stay", found.kept),
         (false, true) => format!("deleted {} files; {} stay", found.leftovers.len(), found.kept),
         (false, false) => format!("nothing was deleted: --delete deletes these {} files; {} stay", found.leftovers.len(), found.kept),

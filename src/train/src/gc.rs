@@ -160,7 +160,8 @@ fn in_output(objects: &[ObjectInfo], result: Option<&RunResult>, finished: Optio
         let kind = if claims::is_own(key) {
             claims::epoch_of(&key.replace(".state.json", ".json")).is_some_and(|epoch| epoch < newest).then_some(Kind::SupersededClaim)
         } else if let Some(attempt) = attempt_of(key) {
-            let lost = attempt <= newest && result.is_none_or(|result| result.run != format!("runs/e{attempt}/"));
+            // Without a result that can be read nobody knows who has won.
+            let lost = attempt <= newest && result.is_some_and(|result| result.run != format!("runs/e{attempt}/"));
             let name = key.split_once('/').and_then(|(_, rest)| rest.split_once('/')).map_or("", |(_, name)| name);
             (lost && is_published(name, lists.get(&attempt).or(result))).then_some(Kind::LosingAttempt)
         } else if let Some((folder, own)) = in_default_checkpoints(key) {
@@ -328,16 +329,14 @@ mod tests {
         let unfinished = format!("{FINISHED}step-000020/e2/state.json");
         assert_eq!(
             names(&found),
-            [
-                (unfinished.as_str(), Kind::UnfinishedCheckpoint),
-                ("claims/000001.json", Kind::SupersededClaim),
-                ("runs/e1/README.md", Kind::LosingAttempt),
-                ("runs/e1/metrics.jsonl", Kind::LosingAttempt),
-                ("runs/e1/report.html", Kind::LosingAttempt),
-            ]
+            [(unfinished.as_str(), Kind::UnfinishedCheckpoint), ("claims/000001.json", Kind::SupersededClaim)],
+            "who has won is not known"
         );
-        let listed = in_output(&objects(&keys), None, None, &[(1, result("runs/e1/", &["other.safetensors"]))].into(), 3);
-        assert!(names(&listed).contains(&("runs/e1/other.safetensors", Kind::LosingAttempt)), "by the attempt's own list");
+        let lists = [(1, result("runs/e1/", &["other.safetensors"]))].into();
+        let listed = in_output(&objects(&keys), Some(&result("runs/e3/", &[])), None, &lists, 3);
+        for gone in ["runs/e1/metrics.jsonl", "runs/e1/report.html", "runs/e1/other.safetensors"] {
+            assert!(names(&listed).contains(&(gone, Kind::LosingAttempt)), "{gone}: by its form, or by the attempt's own list");
+        }
     }
 
     #[test]

@@ -466,8 +466,11 @@ impl Run<'_> {
         let saved = self.checkpoints.save(&snapshot).await?;
         self.environment.reporter.checkpoint(&saved, begin.elapsed().as_secs_f64());
         self.checkpoints.retain(self.config.checkpoint.keep_last).await?;
-        let logs = self.logs().map_err(CheckpointError::from)?;
-        output::put_logs(&logs, trainer.history(), self.page(trainer), &self.environment.log).await.map_err(CheckpointError::from)?;
+        let put = async { output::put_logs(&self.logs()?, trainer.history(), self.page(trainer), &self.environment.log).await };
+        // The checkpoint is complete, and the next one brings them again.
+        if let Err(error) = put.await {
+            tracing::warn!(step = saved.step, error = &error as &dyn std::error::Error, "failed to put metrics and log beside the checkpoint");
+        }
         Ok(saved)
     }
 

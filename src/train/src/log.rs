@@ -69,8 +69,10 @@ impl Write for LogTail {
 /// `text` without the values of variables whose names are those of credentials. Names of files are none.
 fn redact(text: String, variables: impl Iterator<Item = (String, String)>) -> String {
     let is_secret = |name: &str| SECRET.iter().any(|word| name.contains(word)) && !name.ends_with("_FILE");
-    let secrets = variables.filter(|(name, value)| is_secret(&name.to_uppercase()) && value.len() >= SHORTEST_SECRET);
-    secrets.fold(text, |text, (_, secret)| if text.contains(&secret) { text.replace(&secret, REDACTED) } else { text })
+    let mut secrets: Vec<_> = variables.filter(|(name, value)| is_secret(&name.to_uppercase()) && value.len() >= SHORTEST_SECRET).collect();
+    // One that begins with another goes as a whole.
+    secrets.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
+    secrets.into_iter().fold(text, |text, (_, secret)| if text.contains(&secret) { text.replace(&secret, REDACTED) } else { text })
 }
 
 #[cfg(test)]
@@ -100,12 +102,13 @@ mod tests {
             ("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI"),
             ("MODEL_AZURE_STORAGE_SAS_KEY", "sv=2024&sig=abc"),
             ("hf_token", "hf_abcdefgh"),
+            ("OTHER_TOKEN", "hf_abcdefghij"),
             ("SHORT_KEY", "the"),
             ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token"),
             ("HOME", "/home/nonroot"),
         ];
-        let text = "GET https://x/?sv=2024&sig=abc of wJalrXUtnFEMI, hf_abcdefgh: the /var/run/secrets/token of /home/nonroot".to_owned();
+        let text = "GET https://x/?sv=2024&sig=abc of wJalrXUtnFEMI, hf_abcdefgh, hf_abcdefghij: the /var/run/secrets/token of /home/nonroot".to_owned();
         let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        assert_eq!(redact(text, variables), "GET https://x/?*** of ***, ***: the /var/run/secrets/token of /home/nonroot");
+        assert_eq!(redact(text, variables), "GET https://x/?*** of ***, ***, ***: the /var/run/secrets/token of /home/nonroot");
     }
 }
