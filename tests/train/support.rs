@@ -62,6 +62,15 @@ impl Bench {
         self.dir.path().join("bucket").join(name)
     }
 
+    /// Makes the last weight of the transformer, in f16, a NaN.
+    pub(crate) fn spoil_a_weight(&self) {
+        let path = self.bucket("models/micro/transformer/diffusion_pytorch_model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        let end = bytes.len();
+        bytes[end - 2..].copy_from_slice(&0x7e00_u16.to_le_bytes());
+        fs::write(&path, bytes).unwrap();
+    }
+
     pub(crate) fn output(&self, name: &str) -> PathBuf {
         self.bucket("out").join(name)
     }

@@ -70,17 +70,17 @@ impl fmt::Display for Truncation {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use finetune_data::captions::Sources;
     use finetune_data::dataset::Sample;
     use finetune_data::problems::Problems;
 
     use super::*;
 
-    fn dataset(pictures: usize) -> Dataset {
-        let sample = |i| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [0; 32], size: (1, 1) };
+    /// A dataset of these samples and nothing else.
+    pub(crate) fn dataset_of(samples: Vec<Sample>) -> Dataset {
         Dataset {
-            samples: (0..pictures).map(sample).collect(),
+            samples,
             tag_orders: 1,
             digest: String::new(),
             metadata_digest: None,
@@ -88,6 +88,11 @@ mod tests {
             sources: Sources::default(),
             notices: Vec::new(),
         }
+    }
+
+    fn dataset(pictures: usize) -> Dataset {
+        let sample = |i| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [0; 32], size: (1, 1) };
+        dataset_of((0..pictures).map(sample).collect())
     }
 
     fn lengths(tokens: &[u32]) -> Vec<CaptionLength> {

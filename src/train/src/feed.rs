@@ -156,6 +156,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::captions::tests::dataset_of;
     use crate::prepare::{Fingerprints, Keys};
     use crate::step::LatentScaling;
     use finetune_api::plan::{Facts, TrainConfig, resolve};
@@ -165,9 +166,7 @@ mod tests {
     use finetune_compute::kernels::Precision;
     use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
     use finetune_data::cache::{CachedTensor, TensorCache};
-    use finetune_data::captions::Sources;
     use finetune_data::dataset::{Dataset, Sample};
-    use finetune_data::problems::Problems;
     use finetune_data::sampler::SamplerConfig;
 
     const SEED: u64 = 42;
@@ -187,15 +186,7 @@ mod tests {
             image_digest: [i; 32],
             size: (32, 32),
         };
-        Dataset {
-            samples: (0..3).map(sample).collect(),
-            tag_orders: 1,
-            digest: String::new(),
-            metadata_digest: None,
-            skipped: Problems::default(),
-            sources: Sources::default(),
-            notices: Vec::new(),
-        }
+        dataset_of((0..3).map(sample).collect())
     }
 
     /// A feed of numbers that depend on picture or caption alone.
