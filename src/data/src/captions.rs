@@ -88,6 +88,10 @@ pub enum Notice {
     OtherKeys(String),
     /// Folders of other splits, with the number of their pictures.
     OtherSplits(BTreeMap<String, u64>),
+    /// Parquet files of other splits.
+    OtherShards(Names),
+    /// Parquet files beside pictures or metadata files.
+    UnreadShards(Names),
     /// Pictures with transparent parts.
     Transparent(Names),
     /// Pictures whose captions have the trigger word that is added to them.
@@ -154,6 +158,17 @@ impl fmt::Display for Notice {
                     folders.iter().map(|(folder, pictures)| format!("{folder}/ ({})", count(*pictures, "picture", "pictures"))).collect();
                 write!(f, "train/ is trained, other splits are left alone: {}", folders.join(", "))
             }
+            Self::OtherShards(names) => {
+                write!(
+                    f,
+                    "the training split is trained, {} left alone: {names}",
+                    count(names.total, "Parquet file of another split is", "Parquet files of other splits are")
+                )
+            }
+            Self::UnreadShards(names) => {
+                let files = count(names.total, "Parquet file is", "Parquet files are");
+                write!(f, "{files} not read, as pictures or metadata files lie beside them: {names}")
+            }
             Self::Transparent(names) => write!(
                 f,
                 "{} transparent parts; as in the reference, alpha is dropped and the colours hidden under it are trained; \
@@ -189,7 +204,7 @@ struct Open {
 /// Gives each picture its captions. `fallback` is `dataset.caption`.
 pub(super) async fn resolve(store: &Store, layout: &Layout, rows: Rows, fallback: Option<&str>) -> Result<Resolved, StoreError> {
     let Rows { rows, problems, names } = rows;
-    let several_files = layout.metadata.len() > 1;
+    let several_files = layout.has_several_files();
     let mut resolved = Resolved { pictures: Vec::new(), problems, notices: Vec::new() };
     let mut taken: HashMap<String, u64> = HashMap::new();
     let mut open = Vec::new();
@@ -274,6 +289,8 @@ pub(super) async fn resolve(store: &Store, layout: &Layout, rows: Rows, fallback
     let splits = (!layout.other_splits.is_empty()).then(|| Notice::OtherSplits(layout.other_splits.clone()));
     resolved.notices = [
         splits,
+        layout.other_shards.clone().notice(Notice::OtherShards),
+        layout.unread_shards.clone().notice(Notice::UnreadShards),
         other_keys.map(Notice::OtherKeys),
         alone.notice(Notice::TextsWithoutPicture),
         unread.notice(Notice::UnreadTexts),

@@ -3,16 +3,22 @@
 //! # Expected flow
 //! [`Dataset::scan`] lists the folder, reads its metadata and caption files, then every picture once: its digest is taken and
 //! it is decoded, to find all problems before anything is trained. Only names, captions, digests and sizes are kept.
-//! [`Dataset::load`] reads a picture again when it is prepared and refuses one that has changed meanwhile.
+//! [`Pictures::load`] reads a picture again when it is prepared and refuses one that has changed meanwhile.
 //!
 //! # Guarantees
 //! - Samples are sorted by file name, whatever the order of lines or listing.
 //! - Pictures in memory are bounded: by bytes while they are fetched, by pixels while they are decoded.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
 use super::captions::{Notice, Sources};
 use super::image::{self, ImageLimits, RgbImage};
 use super::layout::{Ambiguous, Found};
 use super::problems::Problems;
+use super::shard::{self, Column, Shard, ShardError};
 use finetune_api::Reason;
 use finetune_common::digest::{Sha256Digest, sha256};
 use finetune_store::{Store, StoreError, StoreErrorKind};
@@ -47,6 +53,8 @@ pub struct Dataset {
     pub sources: Sources,
     /// What else people should know about the folder.
     pub notices: Vec<Notice>,
+    /// The column of Parquet files that holds the pictures.
+    pub image_column: Arc<str>,
 }
 
 /// Why a dataset cannot be used.
@@ -161,22 +169,67 @@ impl Dataset {
         sample.captions.iter().step_by(self.tag_orders.max(1))
     }
 
-    /// Reads and decodes a sample's picture again.
+    /// Reads pictures of this dataset, which is at `store`, again.
+    pub fn pictures(&self, store: &Store) -> Pictures {
+        Pictures { store: store.clone(), column: Arc::clone(&self.image_column), open: Arc::default() }
+    }
+}
+
+/// Reads and decodes pictures of samples again. Clones share the place in a Parquet file: rows that are asked for nearly in order are read once.
+#[derive(Clone)]
+pub struct Pictures {
+    store: Store,
+    column: Arc<str>,
+    open: Arc<Mutex<Option<(Arc<str>, shard::Pictures)>>>,
+}
+
+impl Pictures {
+    /// A sample's picture.
     ///
     /// # Errors
     /// [`DatasetError::Changed`] if its bytes are not those of the scan; [`DatasetError::Store`].
-    pub async fn load(store: &Store, sample: &Sample) -> Result<RgbImage, DatasetError> {
-        let uri = || store.uri_of(&sample.file_name);
-        let bytes = match store.get_limited(&sample.file_name, ScanOptions::default().max_file_bytes).await {
-            Ok(bytes) => bytes,
-            Err(error) if matches!(error.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => return Err(DatasetError::Changed { uri: uri() }),
+    pub async fn load(&self, sample: &Sample) -> Result<RgbImage, DatasetError> {
+        let changed = || DatasetError::Changed { uri: self.store.uri_of(&sample.file_name) };
+        let bytes = match self.bytes(&sample.file_name).await {
+            Ok(bytes) => bytes.ok_or_else(changed)?,
+            Err(error) if matches!(error.kind(), StoreErrorKind::NotFound | StoreErrorKind::Corrupt) => return Err(changed()),
             Err(error) => return Err(error.into()),
         };
         if sha256(&bytes) != sample.image_digest {
-            return Err(DatasetError::Changed { uri: uri() });
+            return Err(changed());
         }
         let decoded = tokio::task::spawn_blocking(move || image::decode(&bytes, &ImageLimits::default())).await?;
-        decoded.map_err(|source| DatasetError::Image { uri: uri(), source })
+        decoded.map_err(|source| DatasetError::Image { uri: self.store.uri_of(&sample.file_name), source })
+    }
+
+    /// The picture's file; none if it was a row of a Parquet file that is another now.
+    async fn bytes(&self, name: &str) -> Result<Option<Bytes>, StoreError> {
+        let Some((key, row)) = shard::row_of_name(name) else {
+            return self.store.get_limited(name, ScanOptions::default().max_file_bytes).await.map(Some);
+        };
+        let key: Arc<str> = Arc::from(key);
+        let Some(object) = self.store.head(&key).await? else { return Ok(None) };
+        let (this, runtime) = (self.clone(), Handle::current());
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut open = this.open.lock().unwrap_or_else(PoisonError::into_inner);
+            if open.as_ref().is_none_or(|(name, _)| *name != key) {
+                let shard = Shard::open(&runtime, &this.store, &key, object.size)?;
+                let Column::Leaf(leaf) = shard.pictures(&this.column) else { return Ok(None) };
+                *open = Some((key, shard::Pictures::new(shard, leaf)));
+            }
+            let Some((_, pictures)) = open.as_mut() else { return Ok(None) };
+            let read = pictures.row(row);
+            if read.is_err() {
+                *open = None;
+            }
+            read.map(Option::flatten)
+        });
+        match reading.await {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(ShardError::Store(error))) => Err(error),
+            // It could be read before; a thread that panics has met bytes that it did not expect.
+            Ok(Err(ShardError::Unreadable(_))) | Err(_) => Ok(None),
+        }
     }
 }
 

@@ -50,7 +50,7 @@ async fn samples_are_sorted_by_name_with_digest_and_upright_size() {
     let got: Vec<_> = dataset.samples.iter().map(|s| (s.file_name.as_str(), s.captions[0].as_str(), s.size, s.image_digest)).collect();
     assert_eq!(got, [("a.PNG", "first", (6, 4), sha256(&a)), ("sub/b.png", "middle", (5, 7), sha256(&b)), ("z.png", "last", (3, 3), sha256(&c))]);
     assert_eq!(dataset.metadata_digest, Some(digest::to_text(&sha256(metadata.as_bytes()))));
-    let picture = Dataset::load(&store, &dataset.samples[1]).await.unwrap();
+    let picture = dataset.pictures(&store).load(&dataset.samples[1]).await.unwrap();
     assert_eq!((picture.width, picture.height, &picture.data[..3]), (5, 7, &[2, 0, 0][..]));
 }
 
@@ -152,10 +152,128 @@ async fn a_picture_that_changes_after_the_scan_is_refused() {
     let store = write(dir.path(), &[("metadata.jsonl", row("a.png", "a").as_bytes()), ("a.png", &png(4, 4, 1))]);
     let dataset = Dataset::scan(&store, &config(OnBadSample::Fail)).await.unwrap();
     std::fs::write(dir.path().join("a.png"), png(4, 4, 9)).unwrap();
-    let error = Dataset::load(&store, &dataset.samples[0]).await.unwrap_err();
+    let error = dataset.pictures(&store).load(&dataset.samples[0]).await.unwrap_err();
     assert_eq!(error.reason(), Reason::DatasetChanged);
     std::fs::remove_file(dir.path().join("a.png")).unwrap();
-    assert_eq!(Dataset::load(&store, &dataset.samples[0]).await.unwrap_err().reason(), Reason::DatasetChanged);
+    assert_eq!(dataset.pictures(&store).load(&dataset.samples[0]).await.unwrap_err().reason(), Reason::DatasetChanged);
+}
+
+/// The fixtures that pyarrow has written; `change` edits the configuration.
+async fn parquet(folder: &str, change: impl FnOnce(&mut DatasetConfig)) -> (Store, Result<Dataset, DatasetError>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parquet").join(folder);
+    let store = Store::open(path.to_str().unwrap(), &StoreOptions::default()).unwrap();
+    let mut config = config(OnBadSample::Fail);
+    change(&mut config);
+    let found = Dataset::scan(&store, &config).await;
+    (store, found)
+}
+
+/// Name and digest of the pictures that the Parquet fixtures were made from, by caption.
+fn originals() -> Vec<(String, Sha256Digest)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/dataset");
+    let lines = std::fs::read_to_string(folder.join("metadata.jsonl")).unwrap();
+    let line = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        (line["caption"].as_str().unwrap().to_owned(), sha256(&std::fs::read(folder.join(line["file_name"].as_str().unwrap())).unwrap()))
+    };
+    lines.lines().map(line).collect()
+}
+
+/// As the hub has it: the training shards in their order, each picture with its own bytes and caption, other splits left alone.
+#[tokio::test]
+async fn parquet_files_of_the_hub_are_datasets() {
+    let (store, found) = parquet("hub", |config| config.caption_column = "text".into()).await;
+    let dataset = found.unwrap();
+    let got: Vec<_> = dataset.samples.iter().map(|sample| (sample.captions[0].clone(), sample.image_digest)).collect();
+    assert_eq!(got, originals());
+    assert_eq!(dataset.samples[3].file_name, "data/train-00000-of-00002.parquet/0000003");
+    assert_eq!(dataset.sources.to_string(), "captions: 4 from data/train-00000-of-00002.parquet, 2 from data/train-00001-of-00002.parquet");
+    let notices: Vec<String> = dataset.notices.iter().map(ToString::to_string).collect();
+    assert!(notices.iter().any(|notice| notice.contains("test-00000-of-00001.parquet")), "{notices:?}");
+    // Read again in any order.
+    let pictures = dataset.pictures(&store);
+    for index in [0, 1, 3, 2, 5, 4, 0, 3] {
+        let sample = &dataset.samples[index];
+        let picture = pictures.load(sample).await.unwrap();
+        assert_eq!((picture.width, picture.height), sample.size);
+    }
+}
+
+/// Other compression, encodings and page sizes, plain binary pictures, lists of captions: each row has its own.
+#[tokio::test]
+async fn parquet_files_of_other_writers_are_datasets_too() {
+    let (store, found) = parquet("zstd", |config| (config.image_column, config.caption_column) = (Some("img".into()), "captions".into())).await;
+    let dataset = found.unwrap();
+    assert_eq!(dataset.samples.len(), 18);
+    let originals = originals();
+    let pictures = dataset.pictures(&store);
+    for (index, sample) in dataset.samples.iter().enumerate() {
+        let (caption, digest) = &originals[index % 6];
+        assert_eq!(sample.captions, [caption.clone(), format!("{caption} again")]);
+        assert_eq!(sample.image_digest, *digest);
+    }
+    for index in [17, 0, 16, 1, 1] {
+        pictures.load(&dataset.samples[index]).await.unwrap();
+    }
+}
+
+/// Other names of columns are found and proposed, once; `dataset.caption` stands in.
+#[tokio::test]
+async fn columns_of_other_names_are_proposed() {
+    let problems = |found: Result<Dataset, DatasetError>| match found.unwrap_err() {
+        DatasetError::Problems { problems, .. } => problems.to_string(),
+        other => panic!("{other}"),
+    };
+    let text = problems(parquet("hub", |_| {}).await.1);
+    assert!(text.contains("set dataset.captionColumn: text") && text.contains("\"image\", \"text\""), "{text}");
+    let text = problems(parquet("zstd", |config| config.caption_column = "captions".into()).await.1);
+    assert!(text.contains("set dataset.imageColumn: img"), "{text}");
+    let text = problems(parquet("hub", |config| (config.image_column, config.caption_column) = (Some("text".into()), "text".into())).await.1);
+    assert!(text.contains("the column \"text\" holds something else than pictures"), "{text}");
+    let dataset = parquet("hub", |config| config.caption = Some("a shape".into())).await.1.unwrap();
+    assert!(dataset.samples.iter().all(|sample| sample.captions == ["a shape"]) && dataset.samples.len() == 6);
+}
+
+/// A bad row is one line and costs no other row; a file that is cut off is named.
+#[tokio::test]
+async fn rows_and_files_that_are_broken_are_named() {
+    let (_, found) = parquet("nulls", |_| {}).await;
+    let DatasetError::Problems { problems, .. } = found.unwrap_err() else { panic!() };
+    let text = problems.to_string();
+    for part in ["row 2", "no bytes of a picture", "row 3", "not null", "row 4", "0000.parquet/0000003"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert_eq!(problems.len(), 3, "{text}");
+    let dataset = parquet("nulls", |config| config.on_bad_sample = OnBadSample::Skip).await.1.unwrap();
+    assert_eq!((dataset.samples.len(), dataset.skipped.len()), (1, 3));
+
+    let whole = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parquet/nulls/0000.parquet")).unwrap();
+    let mut damaged = whole.clone();
+    // The footer counts more bytes of the column than there are.
+    damaged.drain(4..200);
+    for bytes in [&whole[..whole.len() - 9], &whole[..4], b"PAR1PAR1", b"", &damaged] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = write(dir.path(), &[("a.parquet", bytes)]);
+        let error = Dataset::scan(&store, &config(OnBadSample::Fail)).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidDataset, "{error}");
+        assert!(error.to_string().contains("a.parquet"), "{error}");
+    }
+}
+
+/// The digest is of captions and pictures, whatever the writer's settings; a row that has changed since the scan is refused.
+#[tokio::test]
+async fn a_parquet_file_that_changes_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parquet/hub/data");
+    let store = write(dir.path(), &[("x.parquet", &std::fs::read(fixtures.join("train-00001-of-00002.parquet")).unwrap())]);
+    let mut config = config(OnBadSample::Fail);
+    config.caption_column = "text".into();
+    let dataset = Dataset::scan(&store, &config).await.unwrap();
+    std::fs::copy(fixtures.join("train-00000-of-00002.parquet"), dir.path().join("x.parquet")).unwrap();
+    assert_eq!(dataset.pictures(&store).load(&dataset.samples[0]).await.unwrap_err().reason(), Reason::DatasetChanged);
+    assert_ne!(Dataset::scan(&store, &config).await.unwrap().digest, dataset.digest);
+    std::fs::remove_file(dir.path().join("x.parquet")).unwrap();
+    assert_eq!(dataset.pictures(&store).load(&dataset.samples[0]).await.unwrap_err().reason(), Reason::DatasetChanged);
 }
 
 /// Names, captions and where they come from; with `caption` as `dataset.caption`.

@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use icu_normalizer::ComposingNormalizerBorrowed;
 
+use super::captions::Names;
+use super::shard::is_shard;
+
 /// Endings of files that are taken for pictures when no line names them.
 pub(super) const PICTURE_ENDINGS: [&str; 14] = ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl"];
 
@@ -18,7 +21,7 @@ const TEXT_ENDINGS: [&str; 2] = ["txt", "caption"];
 /// Metadata files that are looked for where none is named.
 pub(super) const METADATA_FILES: [&str; 2] = ["metadata.jsonl", "metadata.csv"];
 
-/// Top folders that hold the training split.
+/// Top folders, and beginnings of the names of Parquet files, that hold the training split.
 const TRAIN: [&str; 2] = ["train", "training"];
 /// Top folders that hold other splits.
 const OTHER_SPLITS: [&str; 8] = ["validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"];
@@ -51,6 +54,12 @@ pub(super) struct Layout {
     pub(super) pictures: BTreeSet<String>,
     /// Splits that are left alone, with the number of their pictures.
     pub(super) other_splits: BTreeMap<String, u64>,
+    /// Parquet files that hold the pictures; only where there are no files of pictures or captions.
+    pub(super) shards: Vec<Arc<str>>,
+    /// Parquet files of other splits.
+    pub(super) other_shards: Names,
+    /// Parquet files that are not read, as there are files of pictures or captions.
+    pub(super) unread_shards: Names,
     /// Keys by their composed form, where that is another.
     composed: HashMap<String, String>,
 }
@@ -78,7 +87,9 @@ impl Layout {
             }
             let (folder, name) = key.rsplit_once('/').map_or(("", key.as_str()), |(folder, name)| (folder, name));
             let wanted = metadata_file.map_or_else(|| METADATA_FILES.contains(&name), |wanted| wanted == name);
-            if wanted {
+            if is_shard(key) && (wanted || metadata_file.is_none()) {
+                layout.shards.push(Arc::from(key.as_str()));
+            } else if wanted {
                 if let Some(first) = folders.insert(folder.to_owned(), key.clone()) {
                     return Err(Ambiguous { first, second: key.clone() });
                 }
@@ -89,7 +100,32 @@ impl Layout {
             }
         }
         layout.sizes = sizes;
+        layout.choose_shards();
         Ok(layout)
+    }
+
+    /// Parquet files are the dataset where nothing else is; of several splits, the training split.
+    fn choose_shards(&mut self) {
+        if !self.pictures.is_empty() || !self.metadata.is_empty() {
+            std::mem::take(&mut self.shards).iter().for_each(|shard| self.unread_shards.add(shard));
+            return;
+        }
+        let split = |shard: &str, names: &[&str]| {
+            let file = shard.rsplit('/').next().unwrap_or(shard);
+            let name = file.split(['-', '.', '_']).next().unwrap_or(file);
+            names.contains(&name)
+        };
+        if self.shards.iter().any(|shard| split(shard, &TRAIN)) {
+            let (others, train) = std::mem::take(&mut self.shards).into_iter().partition(|shard| split(shard, &OTHER_SPLITS));
+            self.shards = train;
+            let others: Vec<Arc<str>> = others;
+            others.iter().for_each(|shard| self.other_shards.add(shard));
+        }
+    }
+
+    /// Whether problems have to name the file that they are in.
+    pub(super) fn has_several_files(&self) -> bool {
+        self.metadata.len() + self.shards.len() > 1
     }
 
     /// The file of this name, or of its other Unicode form: macOS decomposes "ü", and people and programs compose it.
@@ -164,7 +200,7 @@ impl fmt::Display for Found {
             write!(f, "{} {}", if self.pictures == 0 { ", but" } else { " and" }, others.join(", "))?;
         }
         if self.others.contains_key("parquet") {
-            f.write_str("; Parquet files are not read, docs/concepts/dataset.md shows how to write their pictures to files")?;
+            f.write_str("; Parquet files are read only where no pictures and metadata files lie beside them")?;
         }
         match self.candidates.as_slice() {
             [] => Ok(()),
@@ -228,6 +264,22 @@ mod tests {
     }
 
     #[test]
+    fn parquet_files_are_the_dataset_where_nothing_else_is() {
+        let shards = |keys: &[&str], file: Option<&str>| -> Vec<String> { layout(keys, file).unwrap().shards.iter().map(ToString::to_string).collect() };
+        let hub = ["README.md", "data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"];
+        assert_eq!(shards(&hub, None), hub[2..]);
+        assert_eq!(layout(&hub, None).unwrap().other_shards.to_string(), "\"data/test-00000-of-00001.parquet\"");
+        assert_eq!(shards(&["default/train/0000.parquet", "default/train/0001.PARQUET"], None).len(), 2);
+        assert_eq!(shards(&["train/0000.parquet", "test/0000.parquet"], None), ["train/0000.parquet"]);
+        assert_eq!(shards(&["a.parquet", "test-1.parquet"], None).len(), 2);
+        assert_eq!(shards(&["a.parquet", "b.parquet"], Some("b.parquet")), ["b.parquet"]);
+        for beside in ["a.png", "metadata.jsonl"] {
+            let found = layout(&["a.parquet", beside], None).unwrap();
+            assert_eq!((found.shards.len(), found.unread_shards.to_string().as_str()), (0, "\"a.parquet\""));
+        }
+    }
+
+    #[test]
     fn caption_files_share_the_pictures_name() {
         let keys = ["a.tar.png", "a.tar.txt", "a.txt", "s/b.jpg", "s/b.caption", "s/b.txt", "b.txt", "noending"];
         let found = layout(&keys, None).unwrap();
@@ -254,7 +306,7 @@ mod tests {
     fn what_is_there_is_said() {
         let text = |keys: &[&str]| layout(keys, None).unwrap().found().to_string();
         assert_eq!(text(&[]), "nothing is stored there");
-        assert!(text(&["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]).contains("Parquet files are not read"));
+        assert!(text(&["a.png", "metadata.parquet"]).contains("Parquet files are read only where no pictures"));
         assert_eq!(text(&["a.zip", "b.zip", "README"]), "it holds no pictures, but \"README\", 2 .zip files, such as \"a.zip\"");
         assert_eq!(
             text(&["a.png", "captions.json"]),

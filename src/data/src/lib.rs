@@ -14,6 +14,7 @@ pub mod problems;
 mod resample;
 pub mod sampler;
 mod scan;
+mod shard;
 mod sniff;
 mod tiff;
 pub mod transform;

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::shard::{is_shard, row_of_name};
+
 /// Problems of one kind that are held; more are only counted.
 const HELD_PER_KIND: usize = 20;
 
@@ -64,6 +66,20 @@ pub enum ProblemKind {
         /// The setting that would use one of them.
         setting: String,
     },
+    /// A column of a Parquet file holds no pictures.
+    #[error("the column {key:?} holds {found}: it must hold the pictures' bytes, or a struct with \"bytes\" (dataset.imageColumn names another one)")]
+    NotPictures {
+        /// The column.
+        key: String,
+        /// What it holds.
+        found: &'static str,
+    },
+    /// A Parquet file cannot be read, or a part of it.
+    #[error("the Parquet file cannot be read: {0}")]
+    Shard(String),
+    /// A row of a Parquet file has no bytes of a picture.
+    #[error("the row has no bytes of a picture: files that are only named in a Parquet file are not read")]
+    NoBytes,
     /// The value is no string.
     #[error("{key:?} must be a string, not {found}")]
     NotAString {
@@ -143,8 +159,11 @@ pub enum TextProblem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WholeFile {
     /// A Parquet file.
-    #[error("Parquet files are not read: docs/concepts/dataset.md shows how to write their pictures to files")]
+    #[error("it is a Parquet file with another ending: name it .parquet")]
     Parquet,
+    /// A Parquet file without rows.
+    #[error("the file has no rows")]
+    NoRows,
     /// UTF-16 text.
     #[error("the metadata file is UTF-16, as PowerShell's \">\" writes it: save it as UTF-8")]
     Utf16,
@@ -185,12 +204,20 @@ impl Problem {
     }
 }
 
+impl Problem {
+    /// What `line` counts.
+    fn unit(&self) -> &'static str {
+        let row = self.file_name.as_deref().is_some_and(|name| row_of_name(name).is_some()) || self.source.as_deref().is_some_and(is_shard);
+        if row { "row" } else { "line" }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.source, self.line) {
-            (Some(source), Some(line)) => write!(f, "{source:?} line {line}: ")?,
+            (Some(source), Some(line)) => write!(f, "{source:?} {} {line}: ", self.unit())?,
             (Some(source), None) => write!(f, "{source:?}: ")?,
-            (None, Some(line)) => write!(f, "line {line}: ")?,
+            (None, Some(line)) => write!(f, "{} {line}: ", self.unit())?,
             (None, None) => {}
         }
         if let Some(name) = &self.file_name {

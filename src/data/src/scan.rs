@@ -1,10 +1,13 @@
 //! Looks at a whole dataset once: names, captions, and every picture to its last byte.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::caption_rules;
 use super::captions::{self, Captioned, Names, Notice, Origin, Resolved, Sources};
@@ -13,8 +16,9 @@ use super::image;
 use super::layout::{Format, Layout, METADATA_FILES};
 use super::metadata::csv;
 use super::metadata::json_lines::JsonLines;
-use super::metadata::{FILE_NAME, Keys, Rows};
+use super::metadata::{FILE_NAME, Keys, Rows, parquet};
 use super::problems::{Problem, ProblemKind, Problems, WholeFile};
+use super::shard::{self, Column, Pictures, Shard, ShardError};
 use finetune_api::plan::{DatasetConfig, OnBadSample};
 use finetune_common::digest::{self, Sha256Digest, sha256, sha256_parts};
 use finetune_store::{ObjectInfo, Store, StoreErrorKind};
@@ -23,6 +27,8 @@ use finetune_store::{ObjectInfo, Store, StoreErrorKind};
 const BYTES_IN_FLIGHT: u64 = 512 << 20;
 /// Pixels that are decoded at the same time (about 16 bytes each at worst).
 const PIXELS_IN_FLIGHT: u64 = 100_000_000;
+/// Pictures of a Parquet file that are decoded at the same time.
+const SHARD_PARALLEL: usize = 4;
 /// Bytes of a metadata file read by one request.
 const METADATA_PIECE: u64 = 8 << 20;
 
@@ -43,14 +49,17 @@ impl Dataset {
     pub async fn scan_with(store: &Store, config: &DatasetConfig, options: ScanOptions) -> Result<Self, DatasetError> {
         let uri = || store.uri().to_owned();
         let listed = store.list("").await?.into_iter().map(|object| (object.key, object.size));
-        let layout = Layout::new(listed, config.metadata_file.as_deref()).map_err(|source| DatasetError::Ambiguous { uri: uri(), source })?;
+        let mut layout = Layout::new(listed, config.metadata_file.as_deref()).map_err(|source| DatasetError::Ambiguous { uri: uri(), source })?;
         let fallback = config.caption.as_deref();
         let captioned = fallback.is_some() || layout.pictures.iter().any(|picture| !layout.texts(picture).is_empty());
-        if layout.metadata.is_empty() && (config.metadata_file.is_some() || layout.pictures.is_empty() || !captioned) {
+        if layout.metadata.is_empty() && layout.shards.is_empty() && (config.metadata_file.is_some() || layout.pictures.is_empty() || !captioned) {
             let missing = config.metadata_file.clone().unwrap_or_else(|| METADATA_FILES.join(" or "));
             return Err(DatasetError::NoMetadata { uri: uri(), missing, found: layout.found() });
         }
-        let (rows, metadata_digests) = read_metadata(store, &layout, config).await?;
+        let (mut rows, mut metadata_digests) = read_metadata(store, &layout, config).await?;
+        for shard in layout.shards.clone() {
+            rows = read_shard(store, &mut layout, &shard, rows, &mut metadata_digests, config).await?;
+        }
         let Resolved { pictures, mut problems, mut notices } = captions::resolve(store, &layout, rows, fallback).await?;
 
         let scan = Arc::new(Scan {
@@ -59,12 +68,27 @@ impl Dataset {
             bytes: Semaphore::new(permits(BYTES_IN_FLIGHT)),
             pixels: Semaphore::new(permits(PIXELS_IN_FLIGHT.max(options.image.max_pixels))),
         });
-        let checks = pictures.into_iter().map(|picture| {
+        let mut in_shards: BTreeMap<Arc<str>, BTreeMap<u64, Captioned>> = BTreeMap::new();
+        let mut files = Vec::new();
+        for picture in pictures {
+            match shard::row_of_name(&picture.file_name).and_then(|(shard, row)| Some((layout.shards.iter().find(|name| ***name == *shard)?, row))) {
+                Some((shard, row)) => _ = in_shards.entry(Arc::clone(shard)).or_default().insert(row, picture),
+                None => files.push(picture),
+            }
+        }
+        let checks = files.into_iter().map(|picture| {
             let size = layout.sizes.get(&picture.file_name).copied();
             let scan = Arc::clone(&scan);
             async move { scan.picture(picture, size).await }
         });
         let mut checked: Vec<Checked> = futures::stream::iter(checks).buffer_unordered(options.parallel.max(1)).try_collect().await?;
+        for (shard, wanted) in in_shards {
+            let (pictures, unreadable) = scan.shard(&shard, config.image_column.as_deref().unwrap_or(parquet::IMAGE), wanted).await?;
+            checked.extend(pictures);
+            if let Some(kind) = unreadable {
+                problems.push(Problem { source: Some(shard), line: None, file_name: None, kind });
+            }
+        }
         checked.sort_by(|a, b| a.picture.file_name.cmp(&b.picture.file_name));
 
         let digest = digest::to_text(&content(&metadata_digests, &checked));
@@ -88,7 +112,7 @@ impl Dataset {
                     samples.push(Sample { file_name: picture.file_name, captions, image_digest, size: seen.size });
                 }
                 (_, Err(kind)) => {
-                    let source = picture.row.as_ref().filter(|_| layout.metadata.len() > 1).map(|(source, _)| Arc::clone(source));
+                    let source = picture.row.as_ref().filter(|_| layout.has_several_files()).map(|(source, _)| Arc::clone(source));
                     bad_pictures.push(Problem { source, line: picture.row.map(|(_, line)| line), file_name: Some(picture.file_name), kind });
                 }
                 (None, Ok(_)) => {}
@@ -105,10 +129,11 @@ impl Dataset {
         notices.extend(triggered.notice(Notice::TriggerTwice));
         notices.extend((tag_orders > 1 && !shuffled).then_some(Notice::NothingToShuffle));
         let metadata_digest = match metadata_digests.as_slice() {
-            [(_, only)] => Some(digest::to_text(only)),
+            [(_, only)] if layout.shards.is_empty() => Some(digest::to_text(only)),
             _ => None,
         };
-        Ok(Self { samples, tag_orders, digest, metadata_digest, skipped: problems, sources, notices })
+        let image_column = Arc::from(config.image_column.as_deref().unwrap_or(parquet::IMAGE));
+        Ok(Self { samples, tag_orders, digest, metadata_digest, skipped: problems, sources, notices, image_column })
     }
 
     /// Logs where the captions come from and what was left out or is noteworthy.
@@ -184,6 +209,12 @@ impl Scan {
             Err(error) if error.kind() == StoreErrorKind::Corrupt => return Err(DatasetError::Changed { uri: self.store.uri_of(&picture.file_name) }),
             Err(error) => return Err(error.into()),
         };
+        self.check(picture, bytes).await
+    }
+
+    /// What these bytes of a picture are.
+    async fn check(&self, picture: Captioned, bytes: Bytes) -> Result<Checked, DatasetError> {
+        let unusable = |picture, digest, kind| Ok(Checked { picture, digest, seen: Err(kind) });
         let digest = sha256(&bytes);
         let pixels = match image::probe(&bytes, &self.options.image) {
             Ok((width, height)) => u64::from(width) * u64::from(height),
@@ -197,6 +228,87 @@ impl Scan {
         .await?;
         Ok(Checked { picture, digest: Some(digest), seen: decoded.map_err(|error| ProblemKind::Undecodable(chain(&error))) })
     }
+}
+
+impl Scan {
+    /// Checks the `wanted` rows of a shard, which is read once, from its begin to its end; with what keeps it from being read further.
+    async fn shard(&self, name: &Arc<str>, column: &str, mut wanted: BTreeMap<u64, Captioned>) -> Result<(Vec<Checked>, Option<ProblemKind>), DatasetError> {
+        let (sender, receiver) = mpsc::channel(1);
+        let (runtime, store, limit) = (Handle::current(), self.store.clone(), self.options.max_file_bytes);
+        let (key, column, size) = (Arc::clone(name), column.to_owned(), size_of(&self.store, name).await?);
+        let reading = tokio::task::spawn_blocking(move || -> Result<(), ShardError> {
+            let shard = Shard::open(&runtime, &store, &key, size)?;
+            let Column::Leaf(leaf) = shard.pictures(&column) else { return Ok(()) };
+            let mut pictures = Pictures::new(shard, leaf);
+            for row in 0_u64.. {
+                let Some(bytes) = pictures.read()? else { break };
+                let Some(picture) = wanted.remove(&row) else { continue };
+                let bytes = match bytes {
+                    None => Err(ProblemKind::NoBytes),
+                    Some(bytes) if bytes.len() as u64 > limit => Err(ProblemKind::FileTooLarge { size: bytes.len() as u64, limit }),
+                    Some(bytes) => Ok(bytes),
+                };
+                // Nobody listens any more after an error.
+                if sender.blocking_send((picture, bytes)).is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        });
+        let rows = futures::stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|row| (row, receiver)) });
+        let checked: Vec<Checked> = rows
+            .map(|(picture, bytes)| async move {
+                match bytes {
+                    Ok(bytes) => self.check(picture, bytes).await,
+                    Err(kind) => Ok(Checked { picture, digest: None, seen: Err(kind) }),
+                }
+            })
+            .buffer_unordered(SHARD_PARALLEL)
+            .try_collect()
+            .await?;
+        match reading.await? {
+            Ok(()) => Ok((checked, None)),
+            Err(ShardError::Unreadable(why)) => Ok((checked, Some(ProblemKind::Shard(why)))),
+            Err(ShardError::Store(error)) => Err(error.into()),
+        }
+    }
+}
+
+async fn size_of(store: &Store, key: &str) -> Result<u64, DatasetError> {
+    let object = store.head(key).await?.ok_or_else(|| DatasetError::Changed { uri: store.uri_of(key) })?;
+    Ok(object.size)
+}
+
+/// Reads the captions of a shard into `rows`, and enters its rows among the files of `layout`.
+async fn read_shard(
+    store: &Store,
+    layout: &mut Layout,
+    name: &Arc<str>,
+    mut rows: Rows,
+    digests: &mut Vec<(Arc<str>, Sha256Digest)>,
+    config: &DatasetConfig,
+) -> Result<Rows, DatasetError> {
+    let size = size_of(store, name).await?;
+    let (runtime, store, key, named) = (Handle::current(), store.clone(), Arc::clone(name), layout.has_several_files());
+    let (image, caption) = (config.image_column.clone().unwrap_or_else(|| parquet::IMAGE.to_owned()), config.caption_column.clone());
+    let reading = tokio::task::spawn_blocking(move || {
+        let keys = Keys { image: &image, caption: &caption };
+        let read = Shard::open(&runtime, &store, &key, size).and_then(|shard| parquet::read(shard, &mut rows, &key, named, keys));
+        (rows, read)
+    });
+    let (mut rows, read) = reading.await?;
+    match read {
+        Ok((digest, names)) => {
+            digests.push((Arc::clone(name), digest));
+            // The bytes are counted when they are read.
+            layout.sizes.extend(names.into_iter().map(|name| (name, 0)));
+        }
+        Err(ShardError::Unreadable(why)) => {
+            rows.problems.push(Problem { source: Some(Arc::clone(name)), line: None, file_name: None, kind: ProblemKind::Shard(why) });
+        }
+        Err(ShardError::Store(error)) => return Err(error.into()),
+    }
+    Ok(rows)
 }
 
 /// An error with its causes, on one line.

@@ -87,6 +87,7 @@ pub(crate) mod tests {
             skipped: Problems::default(),
             sources: Sources::default(),
             notices: Vec::new(),
+            image_column: "image".into(),
         }
     }
 

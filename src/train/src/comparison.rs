@@ -42,11 +42,12 @@ impl HeldOut {
     pub async fn load(store: &Store, dataset: &DatasetConfig, resolution: u32) -> Result<Self, DatasetError> {
         let found = Dataset::scan(store, &dataset.held_out(store.uri())).await?;
         found.log();
+        let pictures = found.pictures(store);
         let mut samples = found.samples;
         samples.truncate(MAX_PICTURES);
         let mut held_out = Self { captions: Vec::new(), truth: Vec::new() };
         for sample in samples {
-            let picture = Dataset::load(store, &sample).await?;
+            let picture = pictures.load(&sample).await?;
             let pixels = Transform::center(sample.size, resolution).apply(&picture);
             held_out.truth.push(to_picture(&pixels.data, resolution));
             held_out.captions.extend(sample.captions.into_iter().next());

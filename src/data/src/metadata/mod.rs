@@ -1,10 +1,12 @@
-//! Metadata files: which picture has which captions. `metadata.jsonl` has a JSON object per line, `metadata.csv` a row per picture.
+//! Metadata files: which picture has which captions. `metadata.jsonl` has a JSON object per line, `metadata.csv` a row per picture,
+//! a Parquet file the pictures themselves.
 //!
 //! [`Rows`] takes the lines of any number of files and finds every problem in one reading. A line without a caption is not yet a problem:
 //! the picture may have one elsewhere, so each [`Row`] says what became of its own.
 
 pub mod csv;
 pub mod json_lines;
+pub mod parquet;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

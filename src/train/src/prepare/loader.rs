@@ -6,9 +6,8 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::PrepareError;
-use finetune_data::dataset::{Dataset, DatasetError, Sample};
+use finetune_data::dataset::{DatasetError, Pictures, Sample};
 use finetune_data::transform::{Pixels, Transform};
-use finetune_store::Store;
 
 /// Pictures that are loaded before they are needed.
 pub(super) const AHEAD: usize = 8;
@@ -19,7 +18,7 @@ const UNIT: u64 = 4096;
 
 /// Loads pictures of a dataset.
 pub(super) struct Loader {
-    store: Store,
+    pictures: Pictures,
     pixels: Arc<Semaphore>,
 }
 
@@ -27,18 +26,18 @@ pub(super) struct Loader {
 pub(super) struct Loading(JoinHandle<Result<Pixels, DatasetError>>);
 
 impl Loader {
-    pub(super) fn new(store: &Store) -> Self {
-        Self { store: store.clone(), pixels: Arc::new(Semaphore::new((PIXELS / UNIT) as usize)) }
+    pub(super) fn new(pictures: Pictures) -> Self {
+        Self { pictures, pixels: Arc::new(Semaphore::new((PIXELS / UNIT) as usize)) }
     }
 
     /// Begins to load a picture.
     pub(super) fn load(&self, sample: Sample, transform: Transform) -> Loading {
-        let (store, pixels) = (self.store.clone(), Arc::clone(&self.pixels));
+        let (pictures, pixels) = (self.pictures.clone(), Arc::clone(&self.pixels));
         Loading(tokio::spawn(async move {
             let (width, height) = sample.size;
             let permits = (u64::from(width) * u64::from(height)).min(PIXELS).div_ceil(UNIT) as u32;
             let _permit = pixels.acquire_many(permits).await;
-            let picture = Dataset::load(&store, &sample).await?;
+            let picture = pictures.load(&sample).await?;
             Ok(spawn_blocking(move || transform.apply(&picture)).await?)
         }))
     }
@@ -62,7 +61,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use finetune_store::StoreOptions;
+    use finetune_data::dataset::Dataset;
+    use finetune_store::{Store, StoreOptions};
 
     /// Each picture comes with its own pixels, whatever the order in which they are ready; a changed one is an error.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,7 +82,7 @@ mod tests {
         });
         let config = finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config;
         let dataset = Dataset::scan(&store, &config.dataset).await.unwrap();
-        let loader = Loader::new(&store);
+        let loader = Loader::new(dataset.pictures(&store));
         let transform = Transform { resolution: 16, flip: false, top: 0, left: 0 };
         let loading: BTreeMap<String, Loading> = dataset.samples.iter().map(|s| (s.captions[0].clone(), loader.load(s.clone(), transform))).collect();
         for (caption, loading) in loading {

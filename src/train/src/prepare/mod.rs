@@ -281,7 +281,7 @@ impl Preparation<'_> {
         missing.sort_by_key(|(_, source)| *source);
         let mut written = Instant::now();
         // While one picture is encoded, the next ones are fetched, decoded and resized.
-        let loader = Loader::new(self.pictures);
+        let loader = Loader::new(self.dataset.pictures(self.pictures));
         let mut pictures = futures::stream::iter(missing)
             .map(|(key, source)| {
                 let loading = match source {

@@ -1,0 +1,88 @@
+//! Parquet files: a row is a picture with its captions. What is read here are the captions alone; the pictures are in [`crate::shard`].
+
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Cell, Collector, Keys, Rows};
+use crate::problems::{ProblemKind, WholeFile};
+use crate::shard::{self, Column, Shard, ShardError, Values};
+use finetune_common::digest::Sha256Digest;
+
+/// The column of the pictures, unless another is asked for: that of the `datasets` library.
+pub const IMAGE: &str = "image";
+
+/// Reads the captions of a shard into `rows`. Blocks. Returns a digest of the captions, and the names of the rows.
+pub(crate) fn read(shard: Shard, rows: &mut Rows, source: &Arc<str>, named: bool, keys: Keys<'_>) -> Result<(Sha256Digest, Vec<String>), ShardError> {
+    let mut collector = Collector::new(rows, source, named, keys);
+    let pictures = shard.pictures(keys.image);
+    if let Column::Other(found) = pictures {
+        collector.problem(None, None, ProblemKind::NotPictures { key: keys.image.to_owned(), found });
+        return Ok((Sha256::new().finalize().into(), Vec::new()));
+    }
+    let (columns, count) = (shard.columns(), shard.rows());
+    let captions = shard.captions(keys.caption);
+    let folder = collector.folder.len();
+    let mut values = match captions {
+        Column::Leaf(leaf) => Some(shard::Rows::new(shard, leaf)),
+        Column::Absent | Column::Other(_) => None,
+    };
+    let (mut hasher, mut names) = (Sha256::new(), Vec::new());
+    for row in 0..count {
+        let caption = match (&mut values, captions) {
+            (Some(values), _) => match values.read()? {
+                Some(values) => cell(&values),
+                None => break,
+            },
+            (None, Column::Other(found)) => Cell::Other(found),
+            (None, _) => Cell::Missing,
+        };
+        hash(&mut hasher, &caption);
+        let name = shard::name_of_row(source, row);
+        let path = if pictures == Column::Absent { Cell::Missing } else { Cell::Text(name[folder..].to_owned()) };
+        collector.line(row + 1, columns.iter().map(String::as_str), &path, caption);
+        names.push(name);
+    }
+    if count == 0 {
+        collector.whole(WholeFile::NoRows);
+    }
+    collector.finish();
+    Ok((hasher.finalize().into(), names))
+}
+
+/// A caption, a list of them, or what is there instead.
+fn cell(row: &Values) -> Cell {
+    let mut values = row.values.iter();
+    let mut next = || {
+        values.next().and_then(|value| std::str::from_utf8(value.data()).ok()).map_or(Cell::Other("text that is not UTF-8"), |text| Cell::Text(text.to_owned()))
+    };
+    // A required column has no levels.
+    if row.full == 0 {
+        return next();
+    }
+    let mut cells: Vec<Cell> = row.levels.iter().map(|level| if *level == row.full { next() } else { Cell::Other("null") }).collect();
+    if !row.list {
+        return cells.pop().unwrap_or(Cell::Missing);
+    }
+    match row.levels.as_slice() {
+        // No list, or one without elements.
+        [0] => Cell::Other("null"),
+        [level] if *level + 1 < row.full => Cell::List(Vec::new()),
+        _ => Cell::List(cells),
+    }
+}
+
+/// Every caption with its length, so that none runs into another.
+fn hash(hasher: &mut Sha256, cell: &Cell) {
+    match cell {
+        Cell::Text(text) => {
+            hasher.update((text.len() as u64).to_le_bytes());
+            hasher.update(text);
+        }
+        Cell::List(list) => {
+            hasher.update((list.len() as u64 | 1 << 63).to_le_bytes());
+            list.iter().for_each(|cell| hash(hasher, cell));
+        }
+        Cell::Missing | Cell::Other(_) => hasher.update(u64::MAX.to_le_bytes()),
+    }
+}
