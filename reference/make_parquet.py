@@ -5,6 +5,7 @@
 hub/      two shards of a training split and one of a test split, as `Dataset.push_to_hub` names and writes them: `image` {bytes, path} and `text`,
           Snappy, small row groups.
 zstd/     one file: Zstandard, dictionary encoding, small pages, pictures as plain binary in `img`, a list of captions of each.
+gzip/     one file with a compression that is not read.
 nulls/    one file, uncompressed, data pages of version 2: a row without bytes, one without a caption, one whose picture is damaged.
 """
 
@@ -41,6 +42,8 @@ def hub(rows):
 write("hub/data/train-00000-of-00002.parquet", hub([0, 1, 2, 3]), compression="snappy", row_group_size=2)
 write("hub/data/train-00001-of-00002.parquet", hub([4, 5]), compression="snappy")
 write("hub/data/test-00000-of-00001.parquet", hub([0]), compression="snappy")
+
+write("gzip/pictures.parquet", hub([0]), compression="gzip")
 
 several = pa.table({"img": pa.array(pictures * 3, pa.binary()), "captions": pa.array([[c, c + " again"] for c in captions * 3], pa.list_(pa.string()))})
 write("zstd/pictures.parquet", several, compression="zstd", use_dictionary=True, data_page_size=256, write_batch_size=2)

@@ -218,7 +218,7 @@ impl Pictures {
                 *open = Some((key, shard::Pictures::new(shard, leaf)));
             }
             let Some((_, pictures)) = open.as_mut() else { return Ok(None) };
-            let read = pictures.row(row);
+            let read = shard::guarded(|| pictures.row(row));
             if read.is_err() {
                 *open = None;
             }
@@ -227,7 +227,7 @@ impl Pictures {
         match reading.await {
             Ok(Ok(bytes)) => Ok(bytes),
             Ok(Err(ShardError::Store(error))) => Err(error),
-            // It could be read before; a thread that panics has met bytes that it did not expect.
+            // It could be read before.
             Ok(Err(ShardError::Unreadable(_))) | Err(_) => Ok(None),
         }
     }

@@ -260,6 +260,27 @@ async fn rows_and_files_that_are_broken_are_named() {
     }
 }
 
+/// What is damaged in the middle of a file costs the rows from there on, whose first is named; other compression is named as what it is.
+#[tokio::test]
+async fn rows_behind_damaged_bytes_are_named() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parquet/hub/data/train-00000-of-00002.parquet");
+    let mut damaged = std::fs::read(fixture).unwrap();
+    // The header of the page that holds the third and the fourth picture.
+    damaged[938..958].fill(0xff);
+    let dir = tempfile::tempdir().unwrap();
+    let store = write(dir.path(), &[("a.parquet", &damaged)]);
+    let config = |policy| DatasetConfig { caption_column: "text".into(), ..config(policy) };
+    let DatasetError::Problems { problems, .. } = Dataset::scan(&store, &config(OnBadSample::Fail)).await.unwrap_err() else { panic!() };
+    let text = problems.to_string();
+    assert!(text.contains("row 3") && text.contains("a.parquet") && text.contains("from this row on"), "{text}");
+    let dataset = Dataset::scan(&store, &config(OnBadSample::Skip)).await.unwrap();
+    assert_eq!((dataset.samples.len(), dataset.skipped.len()), (2, 1));
+
+    let (_, found) = parquet("gzip", |config| config.caption_column = "text".into()).await;
+    let text = found.unwrap_err().to_string();
+    assert!(text.contains("pictures.parquet") && text.contains("compressed with GZIP") && text.contains("write it with Snappy or Zstandard"), "{text}");
+}
+
 /// The digest is of captions and pictures, whatever the writer's settings; a row that has changed since the scan is refused.
 #[tokio::test]
 async fn a_parquet_file_that_changes_is_noticed() {

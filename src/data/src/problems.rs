@@ -77,6 +77,9 @@ pub enum ProblemKind {
     /// A Parquet file cannot be read, or a part of it.
     #[error("the Parquet file cannot be read: {0}")]
     Shard(String),
+    /// A Parquet file cannot be read any further.
+    #[error("the Parquet file cannot be read from this row on: {0}")]
+    ShardFrom(String),
     /// A row of a Parquet file has no bytes of a picture.
     #[error("the row has no bytes of a picture: files that are only named in a Parquet file are not read")]
     NoBytes,

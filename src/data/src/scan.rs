@@ -85,9 +85,7 @@ impl Dataset {
         for (shard, wanted) in in_shards {
             let (pictures, unreadable) = scan.shard(&shard, config.image_column.as_deref().unwrap_or(parquet::IMAGE), wanted).await?;
             checked.extend(pictures);
-            if let Some(kind) = unreadable {
-                problems.push(Problem { source: Some(shard), line: None, file_name: None, kind });
-            }
+            unreadable.into_iter().for_each(|problem| problems.push(problem));
         }
         checked.sort_by(|a, b| a.picture.file_name.cmp(&b.picture.file_name));
 
@@ -232,28 +230,33 @@ impl Scan {
 
 impl Scan {
     /// Checks the `wanted` rows of a shard, which is read once, from its begin to its end; with what keeps it from being read further.
-    async fn shard(&self, name: &Arc<str>, column: &str, mut wanted: BTreeMap<u64, Captioned>) -> Result<(Vec<Checked>, Option<ProblemKind>), DatasetError> {
+    async fn shard(&self, name: &Arc<str>, column: &str, mut wanted: BTreeMap<u64, Captioned>) -> Result<(Vec<Checked>, Option<Problem>), DatasetError> {
         let (sender, receiver) = mpsc::channel(1);
         let (runtime, store, limit) = (Handle::current(), self.store.clone(), self.options.max_file_bytes);
         let (key, column, size) = (Arc::clone(name), column.to_owned(), size_of(&self.store, name).await?);
-        let reading = tokio::task::spawn_blocking(move || -> Result<(), ShardError> {
-            let shard = Shard::open(&runtime, &store, &key, size)?;
-            let Column::Leaf(leaf) = shard.pictures(&column) else { return Ok(()) };
-            let mut pictures = Pictures::new(shard, leaf);
-            for row in 0_u64.. {
-                let Some(bytes) = pictures.read()? else { break };
-                let Some(picture) = wanted.remove(&row) else { continue };
-                let bytes = match bytes {
-                    None => Err(ProblemKind::NoBytes),
-                    Some(bytes) if bytes.len() as u64 > limit => Err(ProblemKind::FileTooLarge { size: bytes.len() as u64, limit }),
-                    Some(bytes) => Ok(bytes),
-                };
-                // Nobody listens any more after an error.
-                if sender.blocking_send((picture, bytes)).is_err() {
-                    break;
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut at = 0;
+            let read = shard::guarded(|| {
+                let shard = Shard::open(&runtime, &store, &key, size)?;
+                let Column::Leaf(leaf) = shard.pictures(&column) else { return Ok(()) };
+                let mut pictures = Pictures::new(shard, leaf);
+                while let Some(bytes) = pictures.read()? {
+                    if let Some(picture) = wanted.remove(&at) {
+                        let bytes = match bytes {
+                            None => Err(ProblemKind::NoBytes),
+                            Some(bytes) if bytes.len() as u64 > limit => Err(ProblemKind::FileTooLarge { size: bytes.len() as u64, limit }),
+                            Some(bytes) => Ok(bytes),
+                        };
+                        // Nobody listens any more after an error.
+                        if sender.blocking_send((picture, bytes)).is_err() {
+                            break;
+                        }
+                    }
+                    at += 1;
                 }
-            }
-            Ok(())
+                Ok(())
+            });
+            (at, read)
         });
         let rows = futures::stream::unfold(receiver, |mut receiver| async { receiver.recv().await.map(|row| (row, receiver)) });
         let checked: Vec<Checked> = rows
@@ -267,9 +270,11 @@ impl Scan {
             .try_collect()
             .await?;
         match reading.await? {
-            Ok(()) => Ok((checked, None)),
-            Err(ShardError::Unreadable(why)) => Ok((checked, Some(ProblemKind::Shard(why)))),
-            Err(ShardError::Store(error)) => Err(error.into()),
+            (_, Ok(())) => Ok((checked, None)),
+            (row, Err(ShardError::Unreadable(why))) => {
+                Ok((checked, Some(Problem { source: Some(Arc::clone(name)), line: Some(row + 1), file_name: None, kind: ProblemKind::ShardFrom(why) })))
+            }
+            (_, Err(ShardError::Store(error))) => Err(error.into()),
         }
     }
 }
@@ -293,7 +298,7 @@ async fn read_shard(
     let (image, caption) = (config.image_column.clone().unwrap_or_else(|| parquet::IMAGE.to_owned()), config.caption_column.clone());
     let reading = tokio::task::spawn_blocking(move || {
         let keys = Keys { image: &image, caption: &caption };
-        let read = Shard::open(&runtime, &store, &key, size).and_then(|shard| parquet::read(shard, &mut rows, &key, named, keys));
+        let read = shard::guarded(|| parquet::read(Shard::open(&runtime, &store, &key, size)?, &mut rows, &key, named, keys));
         (rows, read)
     });
     let (mut rows, read) = reading.await?;

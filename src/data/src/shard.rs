@@ -5,10 +5,11 @@
 
 use std::collections::VecDeque;
 use std::io::Read;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use parquet::basic::{ConvertedType, LogicalType, Type};
+use parquet::basic::{Compression, ConvertedType, LogicalType, Type};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
@@ -19,7 +20,7 @@ use finetune_store::{Store, StoreError};
 
 /// Bytes of a request, unless a page is larger.
 const PIECE: u64 = 4 << 20;
-/// Largest pictures of one row group, uncompressed: a page may hold all of them.
+/// Most bytes of a column in one row group, uncompressed: a page may hold all of them.
 const MAX_ROW_GROUP: i64 = 1 << 30;
 /// Rows that are kept behind the last one that was read: pictures are asked for nearly in order.
 const RECENT: u64 = 16;
@@ -62,10 +63,25 @@ impl From<ParquetError> for ShardError {
                 Ok(error) => Self::Store(*error),
                 Err(other) => Self::Unreadable(other.to_string()),
             },
-            ParquetError::NYI(what) => Self::Unreadable(format!("it is written in a way that is not read here ({what}): write it with Snappy or Zstandard")),
+            ParquetError::NYI(what) => Self::Unreadable(format!("it is written in a way that is not read here ({what})")),
             other => Self::Unreadable(other.to_string()),
         }
     }
+}
+
+impl ShardError {
+    /// The same, met at a row, counted from 0.
+    pub(super) fn at_row(self, row: u64) -> Self {
+        match self {
+            Self::Unreadable(why) => Self::Unreadable(format!("row {}: {why}", row + 1)),
+            Self::Store(_) => self,
+        }
+    }
+}
+
+/// What `read` returns; a damaged file is unreadable even where the Parquet reader panics at bytes that no writer writes.
+pub(super) fn guarded<T>(read: impl FnOnce() -> Result<T, ShardError>) -> Result<T, ShardError> {
+    std::panic::catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(ShardError::Unreadable("it is damaged".to_owned())))
 }
 
 /// An object as the Parquet reader takes it: ranges of it, with the last piece at hand.
@@ -243,9 +259,14 @@ impl Rows {
         for group in 0..self.shard.groups() {
             let end = begin + self.shard.rows_of(group);
             if row < end {
-                let pictures = self.shard.file.metadata().row_group(group).column(self.leaf).uncompressed_size();
-                if pictures > MAX_ROW_GROUP {
-                    let what = format!("row group {group} holds {pictures} bytes of one column, more than {MAX_ROW_GROUP}: write it with smaller row groups");
+                let chunk = self.shard.file.metadata().row_group(group).column(self.leaf);
+                let compression = chunk.compression();
+                if !matches!(compression, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)) {
+                    return Err(ShardError::Unreadable(format!("it is compressed with {compression}: write it with Snappy or Zstandard")));
+                }
+                let size = chunk.uncompressed_size();
+                if size > MAX_ROW_GROUP {
+                    let what = format!("row group {group} holds {size} bytes of one column, more than {MAX_ROW_GROUP}: write it with smaller row groups");
                     return Err(ShardError::Unreadable(what));
                 }
                 let ColumnReader::ByteArrayColumnReader(column) = self.shard.file.get_row_group(group)?.get_column_reader(self.leaf)? else {

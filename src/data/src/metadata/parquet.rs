@@ -12,30 +12,36 @@ use finetune_common::digest::Sha256Digest;
 /// The column of the pictures, unless another is asked for: that of the `datasets` library.
 pub const IMAGE: &str = "image";
 
+/// Most rows of a shard: a damaged footer may count any number.
+const MAX_ROWS: u64 = 10_000_000;
+
 /// Reads the captions of a shard into `rows`. Blocks. Returns a digest of the captions, and the names of the rows.
 pub(crate) fn read(shard: Shard, rows: &mut Rows, source: &Arc<str>, named: bool, keys: Keys<'_>) -> Result<(Sha256Digest, Vec<String>), ShardError> {
+    let (pictures, captions, columns, count) = (shard.pictures(keys.image), shard.captions(keys.caption), shard.columns(), shard.rows());
+    if count > MAX_ROWS {
+        return Err(ShardError::Unreadable(format!("its footer counts {count} rows; {MAX_ROWS} are read at most")));
+    }
+    // All of a file's captions, or none of its rows.
+    let mut cells = Vec::new();
+    if let (Column::Leaf(leaf), Column::Leaf(_) | Column::Absent) = (captions, pictures) {
+        let mut values = shard::Rows::new(shard, leaf);
+        for row in 0..count {
+            let values = values.read().map_err(|error| error.at_row(row))?;
+            cells.push(values.as_ref().map_or(Cell::Missing, cell));
+        }
+    }
     let mut collector = Collector::new(rows, source, named, keys);
-    let pictures = shard.pictures(keys.image);
     if let Column::Other(found) = pictures {
         collector.problem(None, None, ProblemKind::NotPictures { key: keys.image.to_owned(), found });
         return Ok((Sha256::new().finalize().into(), Vec::new()));
     }
-    let (columns, count) = (shard.columns(), shard.rows());
-    let captions = shard.captions(keys.caption);
     let folder = collector.folder.len();
-    let mut values = match captions {
-        Column::Leaf(leaf) => Some(shard::Rows::new(shard, leaf)),
-        Column::Absent | Column::Other(_) => None,
-    };
-    let (mut hasher, mut names) = (Sha256::new(), Vec::new());
+    let (mut hasher, mut names, mut cells) = (Sha256::new(), Vec::new(), cells.into_iter());
     for row in 0..count {
-        let caption = match (&mut values, captions) {
-            (Some(values), _) => match values.read()? {
-                Some(values) => cell(&values),
-                None => break,
-            },
-            (None, Column::Other(found)) => Cell::Other(found),
-            (None, _) => Cell::Missing,
+        let caption = match captions {
+            Column::Leaf(_) => cells.next().unwrap_or(Cell::Missing),
+            Column::Other(found) => Cell::Other(found),
+            Column::Absent => Cell::Missing,
         };
         hash(&mut hasher, &caption);
         let name = shard::name_of_row(source, row);
