@@ -24,11 +24,13 @@ pub struct DatasetSpec {
     #[schemars(length(min = 1, max = 4096), regex(pattern = r"\S"))]
     pub caption: Option<String>,
     /// Name of the metadata file, in that folder and in those below: a JSON object per line, `{"file_name": "image_01.png", "caption": "..."}`,
-    /// or a table where it ends with ".csv". By default `metadata.jsonl` and `metadata.csv` are looked for.
+    /// or a table where it ends with ".csv", or a Parquet file with the pictures in it. By default `metadata.jsonl` and `metadata.csv` are looked for,
+    /// and Parquet files where the folder has neither these nor pictures.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255), regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"))]
     pub metadata_file: Option<String>,
-    /// Key (or column) of the picture's path in the metadata file, relative to that file. By default `file_name`.
+    /// Key (or column) of the picture's path in the metadata file, relative to that file; of a Parquet file, the column of the pictures themselves.
+    /// By default `file_name`, and `image` in a Parquet file.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 128))]
     pub image_column: Option<String>,

@@ -18,7 +18,7 @@ use super::captions::{Notice, Sources};
 use super::image::{self, ImageLimits, RgbImage};
 use super::layout::{Ambiguous, Found};
 use super::problems::Problems;
-use super::shard::{self, Column, Shard, ShardError};
+use super::shard::{self, Column, Picture, Shard, ShardError};
 use finetune_api::Reason;
 use finetune_common::digest::{Sha256Digest, sha256};
 use finetune_store::{Store, StoreError, StoreErrorKind};
@@ -180,7 +180,13 @@ impl Dataset {
 pub struct Pictures {
     store: Store,
     column: Arc<str>,
-    open: Arc<Mutex<Option<(Arc<str>, shard::Pictures)>>>,
+    open: Arc<Mutex<Option<Open>>>,
+}
+
+/// The Parquet file that was read last.
+struct Open {
+    key: Arc<str>,
+    pictures: shard::Pictures,
 }
 
 impl Pictures {
@@ -208,21 +214,19 @@ impl Pictures {
             return self.store.get_limited(name, ScanOptions::default().max_file_bytes).await.map(Some);
         };
         let key: Arc<str> = Arc::from(key);
-        let Some(object) = self.store.head(&key).await? else { return Ok(None) };
         let (this, runtime) = (self.clone(), Handle::current());
         let reading = tokio::task::spawn_blocking(move || {
             let mut open = this.open.lock().unwrap_or_else(PoisonError::into_inner);
-            if open.as_ref().is_none_or(|(name, _)| *name != key) {
-                let shard = Shard::open(&runtime, &this.store, &key, object.size)?;
-                let Column::Leaf(leaf) = shard.pictures(&this.column) else { return Ok(None) };
-                *open = Some((key, shard::Pictures::new(shard, leaf)));
-            }
-            let Some((_, pictures)) = open.as_mut() else { return Ok(None) };
-            let read = shard::guarded(|| pictures.row(row));
-            if read.is_err() {
-                *open = None;
-            }
-            read.map(Option::flatten)
+            let found = shard::guarded(|| {
+                let last = open.take().filter(|last| last.key == key);
+                let last = if last.is_some() { last } else { Open::new(&runtime, &this, key)? };
+                // Kept where nothing fails: an error may leave it between two rows.
+                let Some(mut last) = last else { return Ok(None) };
+                let found = last.pictures.row(row)?;
+                *open = Some(last);
+                Ok(found)
+            })?;
+            Ok(found.and_then(|picture| if let Picture::Bytes(bytes) = picture { Some(bytes) } else { None }))
         });
         match reading.await {
             Ok(Ok(bytes)) => Ok(bytes),
@@ -230,6 +234,16 @@ impl Pictures {
             // It could be read before.
             Ok(Err(ShardError::Unreadable(_))) | Err(_) => Ok(None),
         }
+    }
+}
+
+impl Open {
+    /// Opens the file; none if it is gone, or without the column. Blocks.
+    fn new(runtime: &Handle, pictures: &Pictures, key: Arc<str>) -> Result<Option<Self>, ShardError> {
+        let Some(object) = runtime.block_on(pictures.store.head(&key)).map_err(ShardError::Store)? else { return Ok(None) };
+        let shard = Shard::open(runtime, &pictures.store, &key, object.size)?;
+        let Column::Leaf(leaf) = shard.pictures(&pictures.column) else { return Ok(None) };
+        Ok(Some(Self { key, pictures: shard::Pictures::new(shard, leaf) }))
     }
 }
 

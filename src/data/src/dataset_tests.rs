@@ -229,7 +229,7 @@ async fn columns_of_other_names_are_proposed() {
     let text = problems(parquet("zstd", |config| config.caption_column = "captions".into()).await.1);
     assert!(text.contains("set dataset.imageColumn: img"), "{text}");
     let text = problems(parquet("hub", |config| (config.image_column, config.caption_column) = (Some("text".into()), "text".into())).await.1);
-    assert!(text.contains("the column \"text\" holds something else than pictures"), "{text}");
+    assert!(text.contains("the column \"text\" holds a string: it must hold bytes"), "{text}");
     let dataset = parquet("hub", |config| config.caption = Some("a shape".into())).await.1.unwrap();
     assert!(dataset.samples.iter().all(|sample| sample.captions == ["a shape"]) && dataset.samples.len() == 6);
 }
@@ -279,6 +279,33 @@ async fn rows_behind_damaged_bytes_are_named() {
     let (_, found) = parquet("gzip", |config| config.caption_column = "text".into()).await;
     let text = found.unwrap_err().to_string();
     assert!(text.contains("pictures.parquet") && text.contains("compressed with GZIP") && text.contains("write it with Snappy or Zstandard"), "{text}");
+}
+
+/// What a damaged file announces is compared with what is there before memory is reserved for it.
+#[tokio::test]
+async fn damaged_files_announce_nothing_that_is_reserved() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parquet/hub/data/train-00000-of-00002.parquet");
+    let whole = std::fs::read(fixture).unwrap();
+    let edit = |find: &[u8], put: &[u8]| {
+        let at = whole.windows(find.len()).position(|window| window == find).unwrap();
+        let mut bytes = whole.clone();
+        bytes[at + find.len() - put.len()..at + find.len()].copy_from_slice(put);
+        bytes
+    };
+    let mut page = whole.clone();
+    // Bytes of the second page of pictures: as many as two bytes can say.
+    page[941..943].copy_from_slice(&[0xfe, 0x7f]);
+    // Children of the schema's root; bytes of the footer.
+    let (schema, mut footer) = (edit(b"schema\x15\x04", &[0x7e]), whole.clone());
+    let end = footer.len();
+    footer[end - 6] = 0x7f;
+    for (bytes, part) in [(page, "its header announces 8191 bytes"), (schema, "its footer is damaged"), (footer, "it is damaged, or the footer larger")] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = write(dir.path(), &[("a.parquet", &bytes)]);
+        let config = DatasetConfig { caption_column: "text".into(), ..config(OnBadSample::Fail) };
+        let text = Dataset::scan(&store, &config).await.unwrap_err().to_string();
+        assert!(text.contains("a.parquet") && text.contains(part), "{text}");
+    }
 }
 
 /// The digest is of captions and pictures, whatever the writer's settings; a row that has changed since the scan is refused.

@@ -67,7 +67,7 @@ pub enum ProblemKind {
         setting: String,
     },
     /// A column of a Parquet file holds no pictures.
-    #[error("the column {key:?} holds {found}: it must hold the pictures' bytes, or a struct with \"bytes\" (dataset.imageColumn names another one)")]
+    #[error("the column {key:?} holds {found}: it must hold bytes, or a struct with \"bytes\", of one picture each (dataset.imageColumn names another column)")]
     NotPictures {
         /// The column.
         key: String,
@@ -81,7 +81,7 @@ pub enum ProblemKind {
     #[error("the Parquet file cannot be read from this row on: {0}")]
     ShardFrom(String),
     /// A row of a Parquet file has no bytes of a picture.
-    #[error("the row has no bytes of a picture: files that are only named in a Parquet file are not read")]
+    #[error("the row has no bytes of a picture, and files that it only names are not read: write the pictures into the Parquet file, as push_to_hub does")]
     NoBytes,
     /// The value is no string.
     #[error("{key:?} must be a string, not {found}")]
@@ -164,9 +164,6 @@ pub enum WholeFile {
     /// A Parquet file.
     #[error("it is a Parquet file with another ending: name it .parquet")]
     Parquet,
-    /// A Parquet file without rows.
-    #[error("the file has no rows")]
-    NoRows,
     /// UTF-16 text.
     #[error("the metadata file is UTF-16, as PowerShell's \">\" writes it: save it as UTF-8")]
     Utf16,
@@ -269,7 +266,7 @@ impl Group {
         };
         let places: Vec<String> = shown.into_iter().map(place).collect();
         let source = first.source.as_ref().filter(|_| same_source).map(|source| format!("{source:?} ")).unwrap_or_default();
-        let lines = if first.line.is_some() { "lines " } else { "" };
+        let lines = first.line.map(|_| format!("{}s ", first.unit())).unwrap_or_default();
         format!("{source}{lines}{} and {} more: {}", places.join(", "), self.total - places.len() as u64, first.kind)
     }
 }

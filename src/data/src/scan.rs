@@ -18,7 +18,7 @@ use super::metadata::csv;
 use super::metadata::json_lines::JsonLines;
 use super::metadata::{FILE_NAME, Keys, Rows, parquet};
 use super::problems::{Problem, ProblemKind, Problems, WholeFile};
-use super::shard::{self, Column, Pictures, Shard, ShardError};
+use super::shard::{self, Column, Picture, Pictures, Shard, ShardError};
 use finetune_api::plan::{DatasetConfig, OnBadSample};
 use finetune_common::digest::{self, Sha256Digest, sha256, sha256_parts};
 use finetune_store::{ObjectInfo, Store, StoreErrorKind};
@@ -240,12 +240,12 @@ impl Scan {
                 let shard = Shard::open(&runtime, &store, &key, size)?;
                 let Column::Leaf(leaf) = shard.pictures(&column) else { return Ok(()) };
                 let mut pictures = Pictures::new(shard, leaf);
-                while let Some(bytes) = pictures.read()? {
+                while let Some(found) = pictures.read()? {
                     if let Some(picture) = wanted.remove(&at) {
-                        let bytes = match bytes {
-                            None => Err(ProblemKind::NoBytes),
-                            Some(bytes) if bytes.len() as u64 > limit => Err(ProblemKind::FileTooLarge { size: bytes.len() as u64, limit }),
-                            Some(bytes) => Ok(bytes),
+                        let bytes = match found {
+                            Picture::Absent => Err(ProblemKind::NoBytes),
+                            Picture::Bytes(bytes) if bytes.len() as u64 > limit => Err(ProblemKind::FileTooLarge { size: bytes.len() as u64, limit }),
+                            Picture::Bytes(bytes) => Ok(bytes),
                         };
                         // Nobody listens any more after an error.
                         if sender.blocking_send((picture, bytes)).is_err() {

@@ -2,31 +2,41 @@
 
 use std::sync::Arc;
 
+use ::parquet::data_type::ByteArray;
 use sha2::{Digest as _, Sha256};
 
 use super::{Cell, Collector, Keys, Rows};
-use crate::problems::{ProblemKind, WholeFile};
+use crate::problems::ProblemKind;
 use crate::shard::{self, Column, Shard, ShardError, Values};
 use finetune_common::digest::Sha256Digest;
 
 /// The column of the pictures, unless another is asked for: that of the `datasets` library.
 pub const IMAGE: &str = "image";
 
-/// Most rows of a shard: a damaged footer may count any number.
-const MAX_ROWS: u64 = 10_000_000;
+/// Most bytes of a file's captions, which are held: a dictionary may repeat a long one at every row.
+const MAX_BYTES: usize = 256 << 20;
 
 /// Reads the captions of a shard into `rows`. Blocks. Returns a digest of the captions, and the names of the rows.
 pub(crate) fn read(shard: Shard, rows: &mut Rows, source: &Arc<str>, named: bool, keys: Keys<'_>) -> Result<(Sha256Digest, Vec<String>), ShardError> {
     let (pictures, captions, columns, count) = (shard.pictures(keys.image), shard.captions(keys.caption), shard.columns(), shard.rows());
-    if count > MAX_ROWS {
-        return Err(ShardError::Unreadable(format!("its footer counts {count} rows; {MAX_ROWS} are read at most")));
+    if count == 0 {
+        return Err(ShardError::Unreadable("it has no rows".to_owned()));
+    }
+    for column in [pictures, captions] {
+        if let Column::Leaf(leaf) = column {
+            shard.check(leaf)?;
+        }
     }
     // All of a file's captions, or none of its rows.
     let mut cells = Vec::new();
     if let (Column::Leaf(leaf), Column::Leaf(_) | Column::Absent) = (captions, pictures) {
-        let mut values = shard::Rows::new(shard, leaf);
+        let (mut values, mut bytes) = (shard::Rows::new(shard, leaf), 0);
         for row in 0..count {
             let values = values.read().map_err(|error| error.at_row(row))?;
+            bytes += values.iter().flat_map(|row| &row.values).map(ByteArray::len).sum::<usize>();
+            if bytes > MAX_BYTES {
+                return Err(ShardError::Unreadable(format!("its captions have more than {MAX_BYTES} bytes: split the file")));
+            }
             cells.push(values.as_ref().map_or(Cell::Missing, cell));
         }
     }
@@ -48,9 +58,6 @@ pub(crate) fn read(shard: Shard, rows: &mut Rows, source: &Arc<str>, named: bool
         let path = if pictures == Column::Absent { Cell::Missing } else { Cell::Text(name[folder..].to_owned()) };
         collector.line(row + 1, columns.iter().map(String::as_str), &path, caption);
         names.push(name);
-    }
-    if count == 0 {
-        collector.whole(WholeFile::NoRows);
     }
     collector.finish();
     Ok((hasher.finalize().into(), names))

@@ -99,7 +99,7 @@ pub(crate) fn sheet<'a>(
     prepared: &'a Prepared,
     samples: impl Iterator<Item = usize> + 'a,
 ) -> impl futures::Stream<Item = (usize, Result<Pixels, PrepareError>)> + 'a {
-    let loader = Loader::new(pictures);
+    let loader = Loader::new(dataset.pictures(pictures));
     futures::stream::iter(samples)
         .map(move |sample| {
             let loading = loader.load(dataset.samples[sample].clone(), prepared.transform(dataset, sample, 0));
