@@ -172,6 +172,10 @@ closed_enum! {
         Finished,
         /// Unknown: the trainer runs and does not answer.
         ProgressUnknown,
+        /// False: the Job runs in another cluster (Kueue's MultiKueue), whose pod is not ready.
+        StartingOnWorkerCluster,
+        /// Unknown: the pod runs in another cluster (Kueue's MultiKueue); what its trainer does cannot be seen from here.
+        RunningOnWorkerCluster,
     }
 }
 

@@ -133,7 +133,16 @@ const STUCK: [RunningReason; 7] = [
     RunningReason::PodSandboxFailed,
 ];
 /// Reasons of `Running` that say more than the phase does.
-const TELLING: [RunningReason; 4] = [RunningReason::NodeLost, RunningReason::Restarting, RunningReason::NoProgress, RunningReason::ProgressUnknown];
+const TELLING: [RunningReason; 6] = [
+    RunningReason::NodeLost,
+    RunningReason::Restarting,
+    RunningReason::NoProgress,
+    RunningReason::ProgressUnknown,
+    RunningReason::StartingOnWorkerCluster,
+    RunningReason::RunningOnWorkerCluster,
+];
+/// Reasons of `Running` of a pod that runs, though it does not train, or nobody knows.
+const RUNS: [RunningReason; 3] = [RunningReason::ProgressUnknown, RunningReason::Publishing, RunningReason::RunningOnWorkerCluster];
 
 /// Whether a reason of `Running` is that of a pod that cannot start.
 pub fn is_stuck(reason: &str) -> bool {
@@ -179,10 +188,7 @@ pub fn phase(list: &[Condition]) -> Phase {
         Phase::Failed
     } else if is_true(list, ConditionType::Suspended) {
         Phase::Suspended
-    } else if is_true(list, ConditionType::Running)
-        || reason(ConditionType::Running) == RunningReason::ProgressUnknown.as_str()
-        || reason(ConditionType::Running) == RunningReason::Publishing.as_str()
-    {
+    } else if is_true(list, ConditionType::Running) || RUNS.iter().any(|runs| runs.as_str() == reason(ConditionType::Running)) {
         Phase::Running
     } else if reason(ConditionType::JobCreated) == JobCreatedReason::NameConflict.as_str() {
         Phase::Pending

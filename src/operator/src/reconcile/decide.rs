@@ -229,7 +229,8 @@ fn never_started(job: &FineTuneJob, status: &FineTuneJobStatus, attempts: &Attem
 
 /// Until when the first pod must have started. The time of a suspension does not count.
 pub fn start_deadline(job: &FineTuneJob, status: &FineTuneJobStatus, attempts: &Attempts) -> Option<Timestamp> {
-    if job.spec.start_deadline_seconds <= 0 || attempts.counts.started > 0 || job.spec.suspend {
+    // A start in another cluster is no attempt of this one.
+    if job.spec.start_deadline_seconds <= 0 || attempts.counts.started > 0 || status.start_time.is_some() || job.spec.suspend {
         return None;
     }
     let created = job.metadata.creation_timestamp.as_ref()?.0;

@@ -21,6 +21,8 @@ pub struct Workload {
     pub reason: AdmittedReason,
     /// In its own words.
     pub message: String,
+    /// The worker cluster that MultiKueue has given the Job to.
+    pub cluster: Option<String>,
 }
 
 impl Workload {
@@ -34,7 +36,8 @@ impl Workload {
         } else {
             judge(list("/status/conditions"), list("/status/admissionChecks"))
         };
-        Some(Self { name, job_uid: owner.uid.clone(), admitted, reason, message })
+        let cluster = object.data.pointer("/status/clusterName").and_then(Value::as_str).map(str::to_owned);
+        Some(Self { name, job_uid: owner.uid.clone(), admitted, reason, message, cluster })
     }
 }
 
@@ -186,6 +189,16 @@ mod tests {
         assert_eq!(seen.message, "quota is reserved; admission check \"nodes\" is Pending: waits for ProvisioningRequest; \"other-cluster\" is Retry");
         assert!(!seen.admitted);
         assert!(reserved(serde_json::json!([])).message.contains("checks are not through"));
+        // MultiKueue of Kueue 0.15, while the worker cluster has no quota yet, and once it has.
+        let check = |state: &str| serde_json::json!([{"name": "multikueue", "state": state, "message": "The workload got reservation on \"worker1\""}]);
+        assert_eq!(reserved(check("Pending")).cluster, None);
+        let given = read(
+            &serde_json::json!({
+                "conditions": [{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "True"}], "admissionChecks": check("Ready"), "clusterName": "worker1",
+            }),
+            true,
+        );
+        assert_eq!((given.admitted, given.cluster.as_deref()), (true, Some("worker1")));
     }
 
     #[test]

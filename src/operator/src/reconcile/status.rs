@@ -112,7 +112,8 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
         after.usage = Some(attempts.usage);
     }
     if after.start_time.is_none() {
-        after.start_time = attempts.history.iter().filter_map(|attempt| attempt.start_time.clone()).min_by_key(|time| time.0);
+        let attempts = attempts.history.iter().filter_map(|attempt| attempt.start_time.clone()).min_by_key(|time| time.0);
+        after.start_time = attempts.or_else(|| world.job.as_deref().and_then(world::started_elsewhere).map(Time));
     }
     after.nodes = nodes(world);
     if let Some(job) = &world.job {

@@ -49,7 +49,8 @@ pub fn subject(world: &World) -> Option<Subject> {
     }
     let job = world.job.as_deref()?;
     let held = job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true));
-    if held || world::is_deleting(job) || world::job_end(job).is_some() {
+    // Events of a Job that runs in another cluster are there.
+    if held || world::is_deleting(job) || world::job_end(job).is_some() || world::runs_elsewhere(job) {
         return None;
     }
     let uid = job.metadata.uid.clone()?;

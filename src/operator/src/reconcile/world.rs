@@ -129,6 +129,22 @@ pub fn job_end(job: &Job) -> Option<JobEnd> {
     })
 }
 
+/// `spec.managedBy` of a Job that Kubernetes' own controller runs; the same as none.
+const JOB_CONTROLLER: &str = "kubernetes.io/job-controller";
+
+/// Whether the Job's pods are not in this cluster: another controller runs it elsewhere (Kueue's MultiKueue: `kueue.x-k8s.io/multikueue`) and mirrors its
+/// status here.
+pub fn runs_elsewhere(job: &Job) -> bool {
+    job.spec.as_ref().and_then(|spec| spec.managed_by.as_deref()).is_some_and(|manager| manager != JOB_CONTROLLER)
+}
+
+/// When a pod of a Job that runs elsewhere was first seen ready, as near as its mirrored status knows: the start of the Job.
+pub fn started_elsewhere(job: &Job) -> Option<Timestamp> {
+    let status = job.status.as_ref().filter(|_| runs_elsewhere(job))?;
+    let started = [status.ready, status.succeeded, status.failed].into_iter().flatten().any(|pods| pods > 0);
+    status.start_time.as_ref().filter(|_| started).map(|time| time.0)
+}
+
 /// Whether the Job is being deleted.
 pub fn is_deleting(job: &Job) -> bool {
     job.metadata.deletion_timestamp.is_some()

@@ -104,8 +104,14 @@ mod tests {
             value["spec"]["suspend"] = json!(held);
             value["metadata"]["creationTimestamp"] = json!(at(1).to_string());
         });
-        let workload =
-            workload.map(|(admitted, reason)| Workload { name: "w".into(), job_uid: "j1".into(), admitted, reason, message: format!("{reason:?} of w") });
+        let workload = workload.map(|(admitted, reason)| Workload {
+            name: "w".into(),
+            job_uid: "j1".into(),
+            admitted,
+            reason,
+            message: format!("{reason:?} of w"),
+            cluster: None,
+        });
         World { job: Some(child), workload, kueue_installed: true, ..World::default() }
     }
 

@@ -58,6 +58,8 @@ pub(super) fn end(inputs: &Inputs<'_>, after: &mut FineTuneJobStatus) -> Option<
             after.failure = None;
             let (reason, message) = if reused {
                 (CompleteReason::AlreadyCompleted, "the output folder already held the result of this very spec and dataset")
+            } else if world.job.as_deref().is_some_and(world::runs_elsewhere) {
+                (CompleteReason::TrainingSucceeded, "the LoRA is in the output folder; the pod ran in another cluster: result.json there tells the rest")
             } else if after.artifacts.is_empty() {
                 (CompleteReason::TrainingSucceeded, "the LoRA is in the output folder; the pod vanished before it was heard: result.json there tells the rest")
             } else {

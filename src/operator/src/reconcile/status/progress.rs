@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::end::last_words;
 use crate::reconcile::attempts::Attempts;
 use crate::reconcile::conditions::{self, Builder, Truth};
-use crate::reconcile::world::World;
+use crate::reconcile::world::{self, World};
 use finetune_api::{
     ArtifactStatus, AttemptCause, CheckpointStatus, CheckpointedReason, ConditionType, FineTuneJobStatus, Progress, ProgressStatus, RunningReason, Stage,
 };
@@ -122,7 +122,9 @@ pub(super) fn checkpointed(list: &mut Builder<'_>, after: &FineTuneJobStatus, wo
         (None, Some(checkpoint)) => {
             list.set(ConditionType::Checkpointed, Truth::True, CheckpointedReason::Saved.as_str(), &format!("step {}", checkpoint.step));
         }
-        (None, None) if world.job.is_some() => list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::NoneYet.as_str(), ""),
+        (None, None) if world.job.as_deref().is_some_and(|child| !world::runs_elsewhere(child)) => {
+            list.set(ConditionType::Checkpointed, Truth::False, CheckpointedReason::NoneYet.as_str(), "");
+        }
         (None, None) => list.keep(ConditionType::Checkpointed),
     }
 }

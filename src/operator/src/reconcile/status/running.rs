@@ -1,6 +1,7 @@
 //! `PodsScheduled` and `Running`: what the newest pod is doing, or what keeps it from it.
 
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::batch::v1::{Job, JobStatus};
 use k8s_openapi::api::core::v1::{ContainerStateWaiting, Pod};
 
 use super::progress::{running_reason, was_training};
@@ -8,7 +9,7 @@ use super::{Inputs, obstacles};
 use crate::reconcile::conditions::{Builder, Truth};
 use crate::reconcile::decide;
 use crate::reconcile::world::{self, World};
-use finetune_api::{AttemptCause, ConditionType, PodsScheduledReason, Reason, RunningReason};
+use finetune_api::{AttemptCause, ConditionType, PROGRESS_PORT, PodsScheduledReason, Reason, RunningReason};
 
 /// How long a trainer may leave its progress unanswered before the status reports it.
 const SILENCE: SignedDuration = SignedDuration::from_secs(60);
@@ -57,6 +58,8 @@ pub(super) fn running(list: &mut Builder<'_>, inputs: &Inputs<'_>) {
         (Truth::False, RunningReason::Suspended, "suspended by spec.suspend".to_owned())
     } else if matches!(inputs.intent, super::Intent::Fail { .. }) || attempts.spent(job).is_some() {
         (Truth::False, RunningReason::Finished, String::new())
+    } else if let Some(child) = world.job.as_deref().filter(|child| world::runs_elsewhere(child) && !world::is_deleting(child)) {
+        elsewhere(inputs, child)
     } else if attempts.counts.started > 0 {
         // Between a pod's success and its Job's Complete there is nothing to report.
         if attempts.history.last().is_some_and(|last| matches!(last.cause, None | Some(AttemptCause::Succeeded))) {
@@ -88,6 +91,34 @@ fn restarting(inputs: &Inputs<'_>) -> String {
         Some(due) => format!("{ended}; the Job controller starts the next one at {due}"),
         None => format!("{ended}; the next one is to start"),
     }
+}
+
+/// What a Job does whose pods are in another cluster, by the status that MultiKueue mirrors.
+fn elsewhere(inputs: &Inputs<'_>, child: &Job) -> (Truth, RunningReason, String) {
+    let Inputs { job, world, .. } = *inputs;
+    if child.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true)) {
+        // What it waits for `Admitted` says.
+        return not_started();
+    }
+    let place = match world.workload.as_ref().and_then(|workload| workload.cluster.as_deref()) {
+        Some(cluster) => format!("worker cluster {cluster:?}"),
+        None => "a worker cluster".to_owned(),
+    };
+    let count = |of: fn(&JobStatus) -> Option<i32>| child.status.as_ref().and_then(of).unwrap_or(0);
+    let failed = match count(|status| status.failed) {
+        0 => String::new(),
+        1 => "; one pod has failed before it".to_owned(),
+        failed => format!("; {failed} pods have failed before it"),
+    };
+    if count(|status| status.ready) > 0 {
+        let limits = [("maxGPUSeconds", job.spec.max_gpu_seconds.is_some()), ("progressDeadlineSeconds", job.spec.progress_deadline_seconds.is_some())];
+        let limits: Vec<&str> = limits.into_iter().filter_map(|(name, given)| given.then_some(name)).collect();
+        let limits = if limits.is_empty() { String::new() } else { format!("; {} cannot be enforced there", limits.join(" and ")) };
+        let text = format!("the pod runs in {place}: its progress is shown there (port {PROGRESS_PORT}) and in the output folder{failed}{limits}");
+        return (Truth::Unknown, RunningReason::RunningOnWorkerCluster, text);
+    }
+    let waits = if count(|status| status.active) > 0 { "its pod to be ready" } else { "a pod" };
+    (Truth::False, RunningReason::StartingOnWorkerCluster, format!("MultiKueue has given the Job to {place}, which waits for {waits}{failed}"))
 }
 
 fn not_started() -> (Truth, RunningReason, String) {

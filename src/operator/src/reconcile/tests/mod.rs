@@ -2,6 +2,7 @@
 
 mod admission;
 mod attempts;
+mod elsewhere;
 mod end;
 mod limits;
 mod pods;
