@@ -121,7 +121,6 @@ const NAMESPACED_RIGHTS: &[(&str, &str, &[&str])] = &[
     ("finetune.dev", "finetunejobs/finalizers", &["update"]),
     ("batch", "jobs", &["get", "list", "watch", "create", "delete", "patch"]),
     ("", "pods", &["list", "watch"]),
-    ("", "configmaps", &["get", "create"]),
     ("events.k8s.io", "events", &["create", "list", "patch"]),
     ("kueue.x-k8s.io", "workloads", &["list", "watch"]),
 ];

@@ -14,7 +14,7 @@ pub const PLURAL: &str = "finetunejobs";
 pub const CRD_NAME: &str = "finetunejobs.finetune.dev";
 /// Field manager of everything that the operator writes.
 pub const FIELD_MANAGER: &str = "finetune-operator";
-/// Label with the FineTuneJob's name on its Job, pods and ConfigMap.
+/// Label with the FineTuneJob's name on its Job and pods.
 pub const JOB_LABEL: &str = "finetune.dev/job";
 /// Label with the FineTuneJob's UID on its Job and pods: a FineTuneJob that is deleted and created again is another one.
 pub const JOB_UID_LABEL: &str = "finetune.dev/job-uid";
@@ -28,6 +28,10 @@ pub const IMAGE_ANNOTATION: &str = "finetune.dev/image";
 pub const ACTIVE_BEFORE_ANNOTATION: &str = "finetune.dev/active-before";
 /// Annotation on the Job with the version of the configuration that its trainer is given.
 pub const CONFIG_VERSION_ANNOTATION: &str = "finetune.dev/config-version";
+/// Annotation on the pod with the resolved configuration of its trainer, as JSON. It holds no secrets.
+pub const CONFIG_ANNOTATION: &str = "finetune.dev/config";
+/// Longest configuration in bytes: half of what Kubernetes allows all annotations of a pod together.
+pub const MAX_CONFIG_BYTES: usize = 128 * 1024;
 /// Label on the Job that hands it to a Kueue queue.
 pub const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
 /// Label on the Job that sets its Kueue priority.
@@ -47,13 +51,7 @@ pub fn job_name(name: &str) -> String {
     format!("{name}{JOB_SUFFIX}")
 }
 
-/// Name of the ConfigMap with the resolved configuration of the FineTuneJob `name`. `digest` is that of its content: while a job is suspended its
-/// scheduling may change, and a ConfigMap is never changed.
-pub fn config_map_name(name: &str, digest: &[u8; 32]) -> String {
-    format!("{}{}", config_map_prefix(name), &hex::encode(digest)[..8])
-}
-
-/// What the names of all ConfigMaps of the FineTuneJob `name` begin with.
+/// What the names of the ConfigMaps begin with from which pods of the FineTuneJob `name` read their configuration before they carried it themselves.
 pub fn config_map_prefix(name: &str) -> String {
     format!("{name}-config-")
 }

@@ -54,12 +54,8 @@ pub enum Operation {
     GetLive,
     /// Read the pods themselves.
     ListPods,
-    /// Read the ConfigMap that was in the way.
-    GetConfigMap,
     /// List the events about a Job without a pod, or a pod that does not start.
     ListEvents,
-    /// Create the ConfigMap.
-    CreateConfigMap,
     /// Create the Job.
     CreateJob,
     /// Read the Job that was in the way.
@@ -80,12 +76,10 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 11] = [
         Self::GetLive,
         Self::ListPods,
-        Self::GetConfigMap,
         Self::ListEvents,
-        Self::CreateConfigMap,
         Self::CreateJob,
         Self::GetJob,
         Self::PatchJob,
@@ -101,9 +95,7 @@ impl Operation {
         match self {
             Self::GetLive => "get_live",
             Self::ListPods => "list_pods",
-            Self::GetConfigMap => "get_config_map",
             Self::ListEvents => "list_events",
-            Self::CreateConfigMap => "create_config_map",
             Self::CreateJob => "create_job",
             Self::GetJob => "get_job",
             Self::PatchJob => "patch_job",
@@ -119,9 +111,7 @@ impl Operation {
         match self {
             Self::GetLive => "get the FineTuneJob",
             Self::ListPods => "list the job's pods",
-            Self::GetConfigMap => "get the ConfigMap",
             Self::ListEvents => "list the events about the pod",
-            Self::CreateConfigMap => "create the ConfigMap",
             Self::CreateJob => "create the Job",
             Self::GetJob => "get the Job",
             Self::PatchJob => "patch the Job",
@@ -135,7 +125,7 @@ impl Operation {
 
     /// Whether it changes anything.
     pub fn is_write(self) -> bool {
-        !matches!(self, Self::GetLive | Self::ListPods | Self::GetConfigMap | Self::ListEvents | Self::GetJob)
+        !matches!(self, Self::GetLive | Self::ListPods | Self::ListEvents | Self::GetJob)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The controller against a real API server, controller-manager and scheduler. Pods have no kubelet: the tests write their status as one would.
 
+mod carried;
 mod disrupted;
+mod elsewhere;
 mod failures;
 mod leader;
 mod lifecycle;

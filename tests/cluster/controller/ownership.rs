@@ -71,8 +71,7 @@ async fn a_job_created_again_under_the_same_name_is_another_one() {
     kubernetes::delete(&stage.client, "FineTuneJob", &stage.namespace, "phoenix").await;
     kubernetes::eventually("everything to be collected", SOON, || async {
         let job = kubernetes::get(&stage.client, "Job", &stage.namespace, "phoenix-train").await;
-        let config_maps = kubernetes::list(&stage.client, "ConfigMap", &stage.namespace, "finetune.dev/job=phoenix").await;
-        (job.is_none() && config_maps.is_empty()).then_some(())
+        (job.is_none() && stage.live_pods("phoenix").await.is_empty()).then_some(())
     })
     .await;
     operator.stop().await;

@@ -179,13 +179,10 @@ async fn artifacts_match(stage: &Stage, job: &Value) {
     }
 }
 
-/// Deleting the FineTuneJob deletes Job, pods and ConfigMap.
+/// Deleting the FineTuneJob deletes Job and pods.
 async fn the_job_goes_with_its_resource(stage: &Stage) {
     kubectl(&["-n", stage.namespace, "delete", "finetunejob", JOB]).unwrap_or_else(|error| panic!("{error}"));
     stage
-        .until("the job's objects to go", SHORT * 2, || async {
-            let maps = kubernetes::list(&stage.client, "ConfigMap", stage.namespace, &format!("finetune.dev/job={JOB}")).await;
-            (stage.list("Job").await.is_empty() && stage.list("Pod").await.is_empty() && maps.is_empty()).then_some(())
-        })
+        .until("the job's objects to go", SHORT * 2, || async { (stage.list("Job").await.is_empty() && stage.list("Pod").await.is_empty()).then_some(()) })
         .await;
 }

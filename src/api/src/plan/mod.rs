@@ -1,7 +1,7 @@
 //! Pure: a spec and what is known of the world become a plan.
 //!
 //! [`resolve`] is the one seam between the manifest and everything that acts on it: `finetune plan` prints its result, the operator puts its
-//! [`TrainConfig`] into a ConfigMap, the trainer reads that, `finetune run` does both in one process.
+//! [`TrainConfig`] into the pod, the trainer reads that, `finetune run` does both in one process.
 
 mod canonical;
 mod config;

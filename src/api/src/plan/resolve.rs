@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_survives_the_config_map() {
+    fn the_configuration_survives_its_way_as_json() {
         let config =
             plan(json!({"training": {"optimizer": {"type": "Prodigy"}, "epochs": 3}, "validation": {"prompts": ["x"]}, "storage": {"region": "r"}})).config;
         let text = serde_json::to_string(&config).unwrap();

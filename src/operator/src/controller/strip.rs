@@ -105,11 +105,13 @@ mod tests {
     #[test]
     fn labels_image_and_limits_of_a_job_are_kept() {
         let inputs = build::JobInputs { image: "trainer:1".to_owned(), failed_before: 2, backoff_limit: 3, active_before: 0, active_deadline: None };
-        let built = build::job(&validated(|_| ()), &settings(), &inputs);
+        let mut built = build::job(&validated(|_| ()), &settings(), &inputs);
+        built.spec.as_mut().unwrap().managed_by = Some("kueue.x-k8s.io/multikueue".to_owned());
         let mut job = built.clone();
         strip_child(&mut job);
         let (kept, before) = (job.spec.unwrap(), built.spec.unwrap());
         assert_eq!(kept.template.spec.unwrap().containers[0].image.as_deref(), Some("trainer:1"));
+        assert_eq!((kept.template.metadata, kept.managed_by), (None, before.managed_by), "the configuration is long");
         assert_eq!((kept.backoff_limit, kept.active_deadline_seconds, kept.suspend), (before.backoff_limit, before.active_deadline_seconds, before.suspend));
         assert_eq!((job.metadata.labels, job.metadata.annotations), (built.metadata.labels, built.metadata.annotations));
     }

@@ -7,8 +7,7 @@
 //! - A Job is deleted only as it was seen: UID and resource version are preconditions.
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use serde_json::json;
 
@@ -38,7 +37,6 @@ pub async fn apply(job: &FineTuneJob, validated: Option<&ValidatedJob>, intent: 
     let done = Ok(Applied::World(Outcome::Done));
     match (intent, validated) {
         (Intent::Create { failed_before, active_before }, Some(validated)) => create(job, validated, (*failed_before, *active_before), world, ctx).await,
-        (Intent::RestoreConfig, Some(validated)) => Ok(Applied::World(create_config_map(validated, ctx).await?.err().unwrap_or(Outcome::Done))),
         (Intent::Adjust { uid, patch }, _) => {
             adjust(job, uid, *patch, ctx).await?;
             done
@@ -47,7 +45,7 @@ pub async fn apply(job: &FineTuneJob, validated: Option<&ValidatedJob>, intent: 
             delete(job, uid, resource_version, ctx).await?;
             done
         }
-        (Intent::Create { .. } | Intent::RestoreConfig | Intent::Rest | Intent::Keep | Intent::Wait(_) | Intent::Fail { .. }, _) => done,
+        (Intent::Create { .. } | Intent::Rest | Intent::Keep | Intent::Wait(_) | Intent::Fail { .. }, _) => done,
     }
 }
 
@@ -82,9 +80,6 @@ async fn create(
         active_before,
         active_deadline: decide::active_deadline(job, active_before),
     };
-    if let Err(refused) = create_config_map(validated, ctx).await? {
-        return Ok(Applied::World(refused));
-    }
     create_job(validated, &inputs, world, ctx).await
 }
 
@@ -92,24 +87,6 @@ async fn has_live_pod(validated: &ValidatedJob, ctx: &Context) -> Result<bool, E
     let pods: Api<Pod> = Api::namespaced(ctx.client.clone(), &validated.namespace);
     let ours = ListParams::default().labels(&format!("{JOB_UID_LABEL}={}", validated.uid));
     Ok(ctx.call(Operation::ListPods, pods.list(&ours)).await?.items.iter().any(|pod| !world::has_ended(pod)))
-}
-
-/// `Ok(Err(outcome))` where the API server refuses for good.
-async fn create_config_map(validated: &ValidatedJob, ctx: &Context) -> Result<Result<(), Outcome>, Error> {
-    let config_maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), &validated.namespace);
-    match ctx.call(Operation::CreateConfigMap, config_maps.create(&post(), &build::config_map(validated))).await {
-        Ok(_) => Ok(Ok(())),
-        Err(error) if error.is_already_exists() => {
-            let existing = ctx.call(Operation::GetConfigMap, config_maps.get_metadata(&validated.config_map_name)).await?;
-            let ours =
-                existing.metadata.owner_references.iter().flatten().any(|owner: &OwnerReference| owner.controller == Some(true) && owner.uid == validated.uid);
-            if ours {
-                return Ok(Ok(()));
-            }
-            Ok(Err(conflict("ConfigMap", &validated.config_map_name)))
-        }
-        Err(error) => refused(error).map(Err),
-    }
 }
 
 async fn create_job(validated: &ValidatedJob, inputs: &JobInputs, world: &mut World, ctx: &Context) -> Result<Applied, Error> {
@@ -123,7 +100,7 @@ async fn create_job(validated: &ValidatedJob, inputs: &JobInputs, world: &mut Wo
                 return Ok(Applied::Stale);
             }
             if !is_ours(&existing, &validated.uid) {
-                return Ok(Applied::World(conflict("Job", &validated.job_name)));
+                return Ok(Applied::World(conflict(&validated.job_name)));
             }
             existing
         }
@@ -133,10 +110,10 @@ async fn create_job(validated: &ValidatedJob, inputs: &JobInputs, world: &mut Wo
     Ok(Applied::World(Outcome::Done))
 }
 
-fn conflict(kind: &str, name: &str) -> Outcome {
+fn conflict(name: &str) -> Outcome {
     Outcome::NotCreated {
         reason: JobCreatedReason::NameConflict,
-        message: format!("{kind} {name:?} exists and belongs to someone else; it is not touched. Delete it, or create this job under another name"),
+        message: format!("Job {name:?} exists and belongs to someone else; it is not touched. Delete it, or create this job under another name"),
     }
 }
 

@@ -54,15 +54,13 @@ pub enum Intent {
     Rest,
     /// The Job is as it should be.
     Keep,
-    /// Create the ConfigMap and the Job.
+    /// Create the Job.
     Create {
         /// Failures in earlier Jobs: the new one may have so many fewer.
         failed_before: u32,
         /// Seconds that earlier Jobs have been active: the new one may be active so many fewer.
         active_before: i64,
     },
-    /// Create the ConfigMap again: the pod of the Job waits for it.
-    RestoreConfig,
     /// Patch the Job.
     Adjust {
         /// Its UID.
@@ -115,10 +113,9 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
             let written = status.attempt_history.last() == attempts.history.last();
             return if written { delete(existing, Stop::Limit(Reason::GPUSecondsExceeded)) } else { Intent::Keep };
         }
-        if let Some(name) = missing_config_map(job, world) {
-            // Under the name of another content it cannot be made again; the pod has not started.
-            let same = validated.is_some_and(|validated| validated.config_map_name == name);
-            return if same { Intent::RestoreConfig } else { delete(existing, Stop::Renewal) };
+        // Its pod has not started, and never will; a new Job carries its configuration itself.
+        if lacks_config_map(job, world) {
+            return delete(existing, Stop::Renewal);
         }
         // Written first: it is by that that its end counts as a failure.
         if attempts.makes_no_progress() {
@@ -150,11 +147,12 @@ pub fn decide(job: &FineTuneJob, status: &FineTuneJobStatus, validated: Option<&
     Intent::Create { failed_before: attempts.counts.failed, active_before: active_before(job, attempts, now) }
 }
 
-/// The job's own ConfigMap, where its pod waits for it in vain: somebody has deleted it.
-fn missing_config_map<'a>(job: &FineTuneJob, world: &'a World) -> Option<&'a str> {
-    let note = world.warning.as_ref().filter(|_| world.current_pod().is_some())?.note.as_str();
-    let prefix = config_map_prefix(job.metadata.name.as_deref()?);
-    note.split('"').skip(1).step_by(2).find(|name| name.starts_with(&prefix)).filter(|_| note.contains("configmap") && note.contains("not found"))
+/// Whether the pod of a Job that an earlier version of the operator has made waits in vain for the ConfigMap with its configuration: somebody has deleted it.
+fn lacks_config_map(job: &FineTuneJob, world: &World) -> bool {
+    let Some(warning) = world.warning.as_ref().filter(|_| world.current_pod().is_some()) else { return false };
+    let note = warning.note.as_str();
+    let prefix = config_map_prefix(job.metadata.name.as_deref().unwrap_or_default());
+    note.contains("configmap") && note.contains("not found") && note.split('"').skip(1).step_by(2).any(|name| name.starts_with(&prefix))
 }
 
 /// Whether a new Job in place of this one costs nothing but its creation. A queued one would lose its quota and its place.

@@ -5,7 +5,7 @@
 //! | dereference | [`dereference`], [`warnings`] | what the cluster holds, mostly from caches: [`world::World`] |
 //! | validate | [`validate`] | the spec becomes a [`validate::ValidatedJob`] with its resolved configuration |
 //! | decide | [`attempts`], [`decide`] | what to do: [`decide::Intent`] |
-//! | build | [`build`] | ConfigMap and Job |
+//! | build | [`build`] | the Job |
 //! | apply | [`apply`] | carries out the intent |
 //! | status | [`status`], [`conditions`], [`transitions`] | the new status; events and metrics of its change |
 //! | write | [`write`](mod@write) | writes it where it differs |

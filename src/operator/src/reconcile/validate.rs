@@ -7,8 +7,7 @@ use kube::ResourceExt as _;
 use crate::reconcile::build::paths;
 use crate::settings::Settings;
 use finetune_api::plan::{self, DeviceRequest, Facts, PlanError};
-use finetune_api::{FineTuneJob, FineTuneJobSpec, Reason, StorageSpec, ValidatedReason};
-use finetune_common::digest;
+use finetune_api::{FineTuneJob, FineTuneJobSpec, MAX_CONFIG_BYTES, Reason, StorageSpec, ValidatedReason};
 
 /// A FineTuneJob that can be carried out.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +24,6 @@ pub struct ValidatedJob {
     pub storage: StorageSpec,
     /// Name of the batch Job.
     pub job_name: String,
-    /// Name of the ConfigMap.
-    pub config_map_name: String,
     /// The resolved configuration as JSON.
     pub config_json: String,
     /// Hash of what determines the weights.
@@ -47,6 +44,11 @@ pub enum ValidateError {
     /// The configuration could not be written as JSON.
     #[error("failed to write the configuration as JSON")]
     Json(#[source] serde_json::Error),
+    /// The configuration does not fit into a pod.
+    #[error(
+        "the resolved configuration has {0} bytes, and a pod carries at most {MAX_CONFIG_BYTES} (annotation finetune.dev/config): shorten the texts of validation, priorPreservation and dataset, or lora.targetModules"
+    )]
+    TooLong(usize),
 }
 
 impl ValidateError {
@@ -54,7 +56,7 @@ impl ValidateError {
     pub fn reason(&self) -> ValidatedReason {
         match self {
             Self::Plan(PlanError::TooSmall(_)) => ValidatedReason::GPUTooSmall,
-            Self::Plan(PlanError::Invalid(_) | PlanError::Identity(_)) | Self::NoIdentity(_) | Self::Json(_) => ValidatedReason::InvalidSpec,
+            Self::Plan(PlanError::Invalid(_) | PlanError::Identity(_)) | Self::NoIdentity(_) | Self::Json(_) | Self::TooLong(_) => ValidatedReason::InvalidSpec,
         }
     }
 
@@ -86,10 +88,12 @@ pub fn validate(job: &FineTuneJob, settings: &Settings) -> Result<ValidatedJob, 
         // Said by the operator's administrator, never by a missing GPU: the pod still asks for one, and its trainer leaves it alone.
         plan.config.device = DeviceRequest::Cpu;
     }
-    let config_json = serde_json::to_string_pretty(&plan.config).map_err(ValidateError::Json)?;
+    let config_json = serde_json::to_string(&plan.config).map_err(ValidateError::Json)?;
+    if config_json.len() > MAX_CONFIG_BYTES {
+        return Err(ValidateError::TooLong(config_json.len()));
+    }
     Ok(ValidatedJob {
         job_name: finetune_api::job_name(&name),
-        config_map_name: finetune_api::config_map_name(&name, &digest::sha256(config_json.as_bytes())),
         spec_hash: plan.config.spec_hash,
         total_steps: plan.steps.total_steps,
         config_json,

@@ -1,7 +1,6 @@
 //! `build`: from a validated job to the objects that carry it out. Pure and infallible; it knows no client.
 
 pub mod affinity;
-mod config_map;
 mod job;
 mod pod;
 #[cfg(test)]
@@ -10,7 +9,6 @@ mod tests;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use std::collections::BTreeMap;
 
-pub use config_map::config_map;
 pub use job::{JobInputs, job};
 
 use crate::reconcile::validate::ValidatedJob;
@@ -18,7 +16,7 @@ use finetune_api::{JOB_LABEL, JOB_UID_LABEL};
 
 /// Where things are mounted in the trainer's container, and under which names.
 pub mod paths {
-    /// Folder of the ConfigMap with the configuration.
+    /// Folder with the configuration.
     pub const CONFIG_DIR: &str = "/etc/finetune";
     /// The configuration, in that folder.
     pub const CONFIG_FILE: &str = "config.json";

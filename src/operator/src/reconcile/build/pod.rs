@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvFromSource, EnvVar, EnvVarSource, KeyToPath, LocalObjectReference,
-    ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, ResourceRequirements, SeccompProfile,
-    SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, DownwardAPIVolumeFile, DownwardAPIVolumeSource, EmptyDirVolumeSource, EnvFromSource, EnvVar,
+    EnvVarSource, KeyToPath, LocalObjectReference, ObjectFieldSelector, PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec,
+    ResourceRequirements, SeccompProfile, SecretEnvSource, SecretKeySelector, SecurityContext, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::ObjectMeta;
@@ -14,7 +14,7 @@ use super::{affinity, labels, paths};
 use crate::reconcile::validate::ValidatedJob;
 use crate::settings::{PodIds, Settings};
 use finetune_api::plan::MODEL_CREDENTIALS_PREFIX;
-use finetune_api::{ConfigMapKeyRef, JOB_UID_VARIABLE, PROGRESS_PORT, ResourceAmounts, StorageSpec, TRAINER_CONTAINER};
+use finetune_api::{CONFIG_ANNOTATION, ConfigMapKeyRef, JOB_UID_VARIABLE, PROGRESS_PORT, ResourceAmounts, StorageSpec, TRAINER_CONTAINER};
 
 /// How long the pod stays bound to a node that does not answer.
 const LOST_NODE_SECONDS: i64 = 60;
@@ -29,12 +29,10 @@ pub(super) fn template(job: &ValidatedJob, settings: &Settings, image: &str) -> 
     let mounts = mounts(job, settings);
     let mut pod_labels = spec.pod_template.labels.clone();
     pod_labels.extend(labels(job));
+    let mut annotations = spec.pod_template.annotations.clone();
+    annotations.insert(CONFIG_ANNOTATION.to_owned(), job.config_json.clone());
     PodTemplateSpec {
-        metadata: Some(ObjectMeta {
-            labels: Some(pod_labels),
-            annotations: (!spec.pod_template.annotations.is_empty()).then(|| spec.pod_template.annotations.clone()),
-            ..ObjectMeta::default()
-        }),
+        metadata: Some(ObjectMeta { labels: Some(pod_labels), annotations: Some(annotations), ..ObjectMeta::default() }),
         spec: Some(PodSpec {
             // Retries are the Job's: podFailurePolicy allows no other value.
             restart_policy: Some("Never".to_owned()),
@@ -197,8 +195,11 @@ fn mounts(job: &ValidatedJob, settings: &Settings) -> Vec<(Volume, VolumeMount)>
         (Volume { persistent_volume_claim: Some(source), ..volume(name) }, VolumeMount { sub_path: sub_path.cloned(), ..mount(name, path, read_only) })
     };
 
-    let config = ConfigMapVolumeSource { name: job.config_map_name.clone(), optional: Some(false), ..ConfigMapVolumeSource::default() };
-    let mut mounts = vec![(Volume { config_map: Some(config), ..volume("config") }, mount("config", paths::CONFIG_DIR, true))];
+    // The pod carries its configuration (decision 7), and the kubelet makes a file of it.
+    let annotation = ObjectFieldSelector { field_path: format!("metadata.annotations['{CONFIG_ANNOTATION}']"), api_version: Some("v1".to_owned()) };
+    let file = DownwardAPIVolumeFile { path: paths::CONFIG_FILE.to_owned(), field_ref: Some(annotation), ..DownwardAPIVolumeFile::default() };
+    let config = DownwardAPIVolumeSource { items: Some(vec![file]), default_mode: None };
+    let mut mounts = vec![(Volume { downward_api: Some(config), ..volume("config") }, mount("config", paths::CONFIG_DIR, true))];
     // The limit is the job's own, so that a job that needs more disk says so in one place.
     let scratch = job.spec.resources.limits.ephemeral_storage.clone().or_else(|| job.spec.resources.requests.ephemeral_storage.clone());
     mounts.push(empty_dir("work", paths::WORK_DIR, None, scratch));

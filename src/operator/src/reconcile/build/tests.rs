@@ -1,10 +1,12 @@
-//! The objects built: the small one whole, the large ones by field.
+//! The Job built, by field.
 
 use serde_json::{Value, json};
 
-use super::{JobInputs, config_map, job};
+use super::{JobInputs, job};
 use crate::fixtures::{settings, validated};
 use crate::settings::Settings;
+use finetune_api::CONFIG_ANNOTATION;
+use finetune_api::plan::{DeviceRequest, TrainConfig};
 
 fn built(change: impl FnOnce(&mut Value)) -> Value {
     built_with(&settings(), change)
@@ -24,33 +26,74 @@ fn env<'a>(job: &'a Value, name: &str) -> Option<&'a Value> {
     container(job)["env"].as_array()?.iter().find(|variable| variable["name"] == name)
 }
 
+/// What the kubelet writes into the file that the trainer is given.
+fn carried(job: &Value) -> &str {
+    job["spec"]["template"]["metadata"]["annotations"][CONFIG_ANNOTATION].as_str().unwrap()
+}
+
 #[test]
-fn the_config_map_is_immutable_owned_and_named_by_its_content() {
-    let validated = validated(|_| {});
-    let object = serde_json::to_value(config_map(&validated)).unwrap();
-    let config = object["data"]["config.json"].as_str().unwrap();
-    assert_eq!(
-        object,
-        json!({
-            "apiVersion": "v1", "kind": "ConfigMap",
-            "metadata": {
-                "name": validated.config_map_name, "namespace": "team-a",
-                "labels": {
-                    "app.kubernetes.io/name": "finetune-trainer", "app.kubernetes.io/instance": "corgi", "app.kubernetes.io/component": "trainer",
-                    "app.kubernetes.io/managed-by": "finetune-operator", "finetune.dev/job": "corgi", "finetune.dev/job-uid": "f1",
-                },
-                "ownerReferences": [{"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "name": "corgi", "uid": "f1", "controller": true, "blockOwnerDeletion": true}],
-            },
-            "data": {"config.json": config},
-            "immutable": true,
-        })
-    );
-    let config: finetune_api::plan::TrainConfig = serde_json::from_str(config).unwrap();
-    assert_eq!((config.job.as_str(), config.device), ("team-a/corgi", finetune_api::plan::DeviceRequest::Gpu));
+fn the_pod_carries_its_configuration_and_the_trainer_reads_it_as_a_file() {
+    let job = built(|job| job["spec"]["podTemplate"] = json!({"annotations": {"note": "b"}}));
+    let config: TrainConfig = serde_json::from_str(carried(&job)).unwrap();
+    assert_eq!((config.job.as_str(), config.device), ("team-a/corgi", DeviceRequest::Gpu));
     assert_eq!(config.storage.unwrap().endpoint.as_deref(), Some("http://s3:8333"), "the operator's default");
-    let on_cpu = crate::fixtures::validated(|job| job["spec"]["scheduling"] = json!({"gpu": {"perReplica": 0}}));
-    assert_ne!(on_cpu.config_map_name, validated.config_map_name, "other content has another name, for none is ever changed");
-    assert!(validated.config_map_name.starts_with("corgi-config-"));
+    assert_eq!(config.spec_hash, validated(|_| {}).spec_hash);
+    assert_eq!(job["spec"]["template"]["metadata"]["annotations"]["note"], "b");
+    let pod = &job["spec"]["template"]["spec"];
+    let file = json!({"path": "config.json", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.annotations['finetune.dev/config']"}});
+    assert_eq!(pod["volumes"][0], json!({"name": "config", "downwardAPI": {"items": [file]}}));
+    assert_eq!(container(&job)["volumeMounts"][0], json!({"name": "config", "mountPath": "/etc/finetune", "readOnly": true}));
+    assert!(pod["volumes"].as_array().unwrap().iter().all(|volume| volume.get("configMap").is_none()), "nothing else that another cluster would have to hold");
+}
+
+#[test]
+fn the_configuration_of_every_field_holds_no_credentials() {
+    let every_field: Value = finetune_common::yaml::from_str(include_str!("../../../../../tests/fixtures/every-field.yaml")).unwrap();
+    let secret = "hunter2-of-the-proxy";
+    let file = json!({
+        "trainer": {"image": "trainer:1", "env": [{"name": "HTTPS_PROXY", "value": format!("http://user:{secret}@proxy:3128")}]},
+        "defaultStorage": {"endpoint": "http://s3:8333", "credentials": {"secretRef": {"name": "s3"}}},
+    });
+    let settings = Settings::new(serde_json::from_value(file).unwrap()).unwrap();
+    let sources = [
+        every_field["spec"]["model"]["source"].clone(),
+        json!({"huggingFace": {"repo": "a/b", "revision": "0".repeat(40), "tokenSecretRef": {"name": "hub-token", "key": "token"}}}),
+    ];
+    for source in sources {
+        let job = crate::fixtures::job(|job| {
+            job["spec"] = every_field["spec"].clone();
+            job["spec"]["model"]["source"] = source.clone();
+        });
+        let validated = crate::reconcile::validate::validate(&job, &settings).unwrap();
+        let inputs = JobInputs { image: "trainer:1".into(), failed_before: 0, backoff_limit: 3, active_before: 0, active_deadline: None };
+        let built = serde_json::to_value(super::job(&validated, &settings, &inputs)).unwrap();
+        // The pod has all of it as variables; the configuration names neither values nor Secrets.
+        assert!(built.to_string().contains(secret));
+        let config: Value = serde_json::from_str(carried(&built)).unwrap();
+        let mut names = Vec::new();
+        keys(&config, &mut names);
+        let suspicious = ["secret", "token", "password", "credential", "accesskey"];
+        let found: Vec<&String> =
+            names.iter().filter(|name| suspicious.iter().any(|word| name.to_lowercase().contains(word)) && !HARMLESS.contains(&name.as_str())).collect();
+        assert!(found.is_empty(), "{found:?} in {config}");
+        for value in [secret, "hub-token", "models-s3", "team-a-s3"] {
+            assert!(!carried(&built).contains(value), "{value} in {config}");
+        }
+    }
+}
+
+/// Fields whose names sound like secrets: what the names of variables begin with, and a file of the model.
+const HARMLESS: [&str; 2] = ["credentialsPrefix", "t5Tokenizer"];
+
+fn keys(value: &Value, into: &mut Vec<String>) {
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, value)| {
+            into.push(key.clone());
+            keys(value, into);
+        }),
+        Value::Array(list) => list.iter().for_each(|value| keys(value, into)),
+        _ => {}
+    }
 }
 
 #[test]
@@ -135,12 +178,12 @@ fn a_gpu_is_asked_for_once_and_a_cpu_job_asks_for_none() {
     // On clusters whose GPUs are imaginary the administrator may say so: the pod still asks for a GPU.
     let device = |settings: &Settings| {
         let job = crate::fixtures::job(|_| {});
-        let config: finetune_api::plan::TrainConfig = serde_json::from_str(&crate::reconcile::validate::validate(&job, settings).unwrap().config_json).unwrap();
+        let config: TrainConfig = serde_json::from_str(&crate::reconcile::validate::validate(&job, settings).unwrap().config_json).unwrap();
         config.device
     };
-    assert_eq!(device(&settings()), finetune_api::plan::DeviceRequest::Gpu, "a GPU job never falls back by itself");
+    assert_eq!(device(&settings()), DeviceRequest::Gpu, "a GPU job never falls back by itself");
     let imaginary = Settings { allow_cpu_fallback: true, ..settings() };
-    assert_eq!(device(&imaginary), finetune_api::plan::DeviceRequest::Cpu);
+    assert_eq!(device(&imaginary), DeviceRequest::Cpu);
     assert_eq!(container(&built_with(&imaginary, |_| {}))["resources"]["limits"]["nvidia.com/gpu"], "1");
 }
 

@@ -26,6 +26,26 @@ fn a_job_that_exceeded_a_limit_fails_when_its_pods_are_gone() {
 }
 
 #[test]
+fn a_configuration_that_no_pod_can_carry_is_refused_before_there_is_one() {
+    let with_prompts = |number: usize| {
+        job(|job| {
+            // The longest prompts that the API allows, of the longest characters.
+            let prompts: Vec<String> = (0..number).map(|_| "\u{1F436}".repeat(2000)).collect();
+            job["spec"]["validation"] = json!({"prompts": prompts});
+        })
+    };
+    let (intent, _) = step(&with_prompts(15), &FineTuneJobStatus::default(), &World::default(), at(1));
+    assert!(matches!(intent, Intent::Create { .. }), "{intent:?}");
+    let mut spec = with_prompts(16);
+    spec.spec.dataset.caption = Some("\u{1F436}".repeat(4000));
+    let (intent, after) = step(&spec, &FineTuneJobStatus::default(), &World::default(), at(1));
+    assert_eq!((intent, told(&after, C::Validated), told(&after, C::Stalled)), (Intent::Rest, Some(("False", "InvalidSpec")), Some(("True", "InvalidSpec"))));
+    assert_eq!((after.phase, after.reason.as_deref()), (Some(finetune_api::Phase::Failed), Some("InvalidConfig")));
+    let message = &crate::reconcile::conditions::find(&after.conditions, C::Validated).unwrap().message;
+    assert!(message.contains("bytes, and a pod carries at most 131072") && message.contains("validation"), "{message}");
+}
+
+#[test]
 fn limits_that_may_change_are_patched_and_nothing_else() {
     let spec = job(|job| {
         job["spec"]["activeDeadlineSeconds"] = json!(700);

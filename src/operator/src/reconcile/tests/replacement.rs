@@ -79,8 +79,7 @@ fn a_job_changed_by_hand_is_put_back_or_explained() {
 }
 
 #[test]
-fn a_config_map_that_somebody_has_deleted_is_made_again() {
-    let validated = crate::fixtures::validated(|_| {});
+fn a_job_that_needs_a_config_map_of_an_earlier_operator_and_has_none_is_replaced() {
     let waits_for = |name: &str| {
         let note = format!("MountVolume.SetUp failed for volume \"config\" : configmap \"{name}\" not found");
         let seen = World {
@@ -89,7 +88,6 @@ fn a_config_map_that_somebody_has_deleted_is_made_again() {
         };
         step(&job(|_| {}), &FineTuneJobStatus::default(), &seen, at(60)).0
     };
-    assert_eq!(waits_for(&validated.config_map_name), Intent::RestoreConfig);
-    assert!(matches!(waits_for("corgi-config-00000000"), Intent::Delete { why: Stop::Renewal, .. }), "of another version of the operator");
-    assert_eq!(waits_for("somebody-elses"), Intent::Keep);
+    assert!(matches!(waits_for("corgi-config-1a2b3c4d"), Intent::Delete { why: Stop::Renewal, .. }), "the new one carries its configuration");
+    assert_eq!(waits_for("company-ca"), Intent::Keep, "a ConfigMap that the spec names is for somebody else to make");
 }
