@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_mins(5);
 const SETTLED: Duration = Duration::from_secs(20);
 
 /// Goals of docs/benchmarks.md.
-const WRITES: f64 = 7.0;
+const WRITES: f64 = 5.0;
 const EVENTS: f64 = 6.0;
 const LATENCY: Duration = Duration::from_secs(1);
 const MEMORY_MIB: f64 = 150.0;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::stage::{SOON, Stage, success};
+use super::stage::{SOON, Stage, TRAINER, serve_progress, success};
 use finetune_testing::kubernetes;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -32,10 +32,12 @@ async fn a_job_goes_from_created_to_complete_with_few_writes_and_its_job_is_clea
     let job = stage.job("corgi").await.expect("the Job");
     assert!(job["spec"]["ttlSecondsAfterFinished"].is_null(), "a Job must not vanish before its result is saved");
 
+    serve_progress().await;
     let pod = stage.pod("corgi", None).await;
-    stage.start(&pod).await;
-    let started = stage.until("corgi", "an attempt", |job| job["status"]["attempts"]["started"] == 1).await;
-    assert!(started["status"]["startTime"].is_string());
+    stage.start_at(&pod, TRAINER).await;
+    let trains = stage.condition("corgi", "Running", "True", "Training").await;
+    assert!(trains["status"]["startTime"].is_string() && trains["status"]["attempts"]["started"] == 1);
+    assert_eq!(trains["status"]["progress"]["summary"], "10/100 (10%)");
     stage.finish(&pod, 0, "Completed", &success()).await;
     let done = stage.condition("corgi", "Complete", "True", "TrainingSucceeded").await;
     assert_eq!(done["status"]["phase"], "Succeeded");
@@ -54,11 +56,16 @@ async fn a_job_goes_from_created_to_complete_with_few_writes_and_its_job_is_clea
     assert_eq!(stage.get("corgi").await["status"], done["status"]);
     assert_eq!(operator.writes(), writes, "a finished job causes no writes");
 
-    let events = operator.count(&["finetune_apiserver_requests_total{", "verb=\"create\""]);
-    let patches = operator.count(&["finetune_status_patches_total"]);
-    // ConfigMap, Job and at most four events are creations; status and time to live are patches.
-    assert!(events <= 2 + 4, "{events} creations");
-    assert!(patches <= 4, "{patches} status writes");
+    // The Job and its time to live; the status when it was created, trained, and had ended.
+    let writes_of =
+        |verb: &str, resource: &str| operator.count(&["finetune_apiserver_requests_total{", &format!("verb=\"{verb}\""), &format!("resource=\"{resource}\"")]);
+    let lists = ["create", "update", "patch", "delete"].map(|verb| writes_of(verb, "jobs"));
+    assert_eq!(lists, [1, 0, 1, 0], "creations, replacements, patches and deletions of Jobs");
+    let statuses = writes_of("patch", "finetunejobs/status");
+    assert!((2..=3).contains(&statuses), "{statuses} status writes");
+    let events = writes_of("create", "events");
+    assert!((1..=4).contains(&events), "{events} events");
+    assert_eq!(operator.writes(), 2 + statuses + events + writes_of("patch", "events"), "at most five writes, and events");
     assert_eq!(operator.count(&["finetune_job_terminal_total{", "result=\"succeeded\"", "reason=\"TrainingSucceeded\""]), 1);
     operator.stop().await;
 }
@@ -147,11 +154,7 @@ async fn a_finished_job_deletes_itself_only_where_the_administrator_allows_it() 
     finished("fleeting").await;
     kubernetes::eventually("the FineTuneJob to go with all that it owns", SOON, || async {
         let job = kubernetes::get(&stage.client, "FineTuneJob", &stage.namespace, "fleeting").await;
-        let children = [
-            kubernetes::list(&stage.client, "Job", &stage.namespace, "").await,
-            kubernetes::list(&stage.client, "Pod", &stage.namespace, "").await,
-            kubernetes::list(&stage.client, "ConfigMap", &stage.namespace, "finetune.dev/job=fleeting").await,
-        ];
+        let children = [kubernetes::list(&stage.client, "Job", &stage.namespace, "").await, kubernetes::list(&stage.client, "Pod", &stage.namespace, "").await];
         (job.is_none() && children.concat().is_empty()).then_some(())
     })
     .await;

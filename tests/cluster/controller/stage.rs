@@ -185,6 +185,14 @@ impl Stage {
         self.pod_status(pod, "Running", &state, &json!([])).await;
     }
 
+    /// The same, at an address.
+    pub(crate) async fn start_at(&self, pod: &str, address: &str) {
+        let status = json!({"status": {"podIP": address, "podIPs": [{"ip": address}]}});
+        let pods = kubernetes::api(&self.client, "Pod", &self.namespace);
+        pods.patch_status(pod, &PatchParams::default(), &Patch::Merge(&status)).await.expect("the API server takes the address");
+        self.start(pod).await;
+    }
+
     /// As the kubelet: the trainer has ended with `code` and `message`.
     pub(crate) async fn finish(&self, pod: &str, code: i32, reason: &str, message: &str) {
         let state = json!({"terminated": {"exitCode": code, "reason": reason, "message": message, "startedAt": now(), "finishedAt": now()}});
@@ -242,6 +250,17 @@ impl Operator {
     pub(crate) fn writes(&self) -> u64 {
         ["create", "update", "patch", "delete"].iter().map(|verb| self.count(&["finetune_apiserver_requests_total{", &format!("verb=\"{verb}\"")])).sum()
     }
+}
+
+/// Where [`serve_progress`] serves.
+pub(crate) const TRAINER: &str = "127.0.0.1";
+
+/// Answers as a trainer that trains, on the port that the operator asks.
+pub(crate) async fn serve_progress() {
+    let body = json!({"stage": "Training", "step": 10, "totalSteps": 100, "loss": 0.5}).to_string();
+    let listener = tokio::net::TcpListener::bind((TRAINER, finetune_api::PROGRESS_PORT)).await.expect("the port of trainers is free");
+    let router = axum::Router::new().route("/progress", axum::routing::get(move || std::future::ready(body.clone())));
+    tokio::spawn(async move { axum::serve(listener, router).await.expect("it serves") });
 }
 
 /// The termination message of a trainer that has published a LoRA.

@@ -13,7 +13,7 @@ pub(crate) use running::{is_unschedulable, lost_at};
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::reconcile::attempts::Attempts;
 use crate::reconcile::conditions::{self, Builder, Truth};
@@ -21,8 +21,8 @@ use crate::reconcile::decide::{Intent, Stop, Wait};
 use crate::reconcile::validate::{ValidateError, ValidatedJob};
 use crate::reconcile::world::{self, World};
 use finetune_api::{
-    AttemptCause, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, Reason, ReconcilingReason, RunningReason,
-    StalledReason, SuspendedReason, ValidatedReason,
+    AttemptCause, CheckpointedReason, ConditionType, FineTuneJob, FineTuneJobStatus, JobCreatedReason, JobRef, QueueStatus, Reason, ReconcilingReason,
+    RunningReason, StalledReason, SuspendedReason, ValidatedReason,
 };
 
 /// What `apply` came to.
@@ -151,8 +151,8 @@ pub fn status(inputs: &Inputs<'_>) -> FineTuneJobStatus {
     after
 }
 
-/// Whether a lifecycle field changed, which is written immediately. The rest (texts, progress, the checkpoint, on which node the pod is, which step of its
-/// preparation the trainer does) is written with it, or a little later.
+/// Whether a lifecycle field changed, which is written immediately. The rest (texts, progress, the checkpoint, that an attempt has started, with which image
+/// and on which node, which step of its preparation the trainer does) is written with it, or a little later.
 pub fn lifecycle_differs(before: &FineTuneJobStatus, after: &FineTuneJobStatus) -> bool {
     essence(before) != essence(after)
 }
@@ -166,11 +166,33 @@ fn essence(status: &FineTuneJobStatus) -> FineTuneJobStatus {
         RunningReason::PreparingData,
         RunningReason::RestoringCheckpoint,
     ];
-    let mut status = FineTuneJobStatus { progress: None, last_checkpoint: None, dataset_digest: None, queue: None, nodes: Vec::new(), ..status.clone() };
+    let mut status = FineTuneJobStatus {
+        progress: None,
+        last_checkpoint: None,
+        dataset_digest: None,
+        queue: None,
+        nodes: Vec::new(),
+        start_time: None,
+        trainer_image: None,
+        ..status.clone()
+    };
+    // A pod's UID finds its attempt again, whoever looks next: that it has started waits for what comes of it. Its end, and why it is ended, do not.
+    if status.attempt_history.pop_if(|attempt| attempt.cause.is_none() && attempt.reason.is_none()).is_some()
+        && let Some(counts) = &mut status.attempts
+    {
+        counts.started = counts.started.saturating_sub(1);
+    }
+    status.attempts = status.attempts.filter(|counts| counts.started > 0);
     if let Some(usage) = &mut status.usage {
         usage.gpu_seconds = usage.ended_gpu_seconds;
     }
-    status.conditions.retain(|condition| condition.type_ != ConditionType::PodsScheduled.as_str() || condition.status != "True");
+    status.usage = status.usage.filter(|usage| usage.ended_gpu_seconds > 0);
+    let is_fleeting = |condition: &Condition| match condition.type_.as_str() {
+        type_ if type_ == ConditionType::PodsScheduled.as_str() => condition.status == "True",
+        type_ if type_ == ConditionType::Checkpointed.as_str() => condition.reason != CheckpointedReason::UploadFailed.as_str(),
+        _ => false,
+    };
+    status.conditions.retain(|condition| !is_fleeting(condition));
     for condition in &mut status.conditions {
         condition.message.clear();
         if condition.type_ == ConditionType::Running.as_str() {

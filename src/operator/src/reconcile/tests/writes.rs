@@ -55,6 +55,49 @@ fn progress_alone_is_no_step_of_the_jobs_life() {
 }
 
 #[test]
+fn a_life_that_nothing_disturbs_has_three_steps() {
+    let seen = |pods: Vec<_>, report| World { report, ..world(Some(child("j1", |_| {})), pods) };
+    let at_work = |stage, number| seen(vec![pod("p1", "j1", &running(5))], said(stage, number));
+    let mut checkpointed = at_work(Stage::Training, 20);
+    checkpointed.report.progress.as_mut().unwrap().last_checkpoint = Some(finetune_api::ReportedCheckpoint {
+        step: 20,
+        uri: "s3://team-a/loras/corgi/.checkpoints/x/step-000020/".into(),
+        sha256: format!("sha256:{}", "a1".repeat(32)),
+        time: at(20),
+    });
+    let mut pulled = running(5);
+    pulled["containerStatuses"][0]["imageID"] = json!(format!("trainer@sha256:{}", "a".repeat(64)));
+    let done = child("j1", |job| job["status"] = crate::fixtures::ended("Complete", "CompletionsReached", ""));
+    let life = [
+        ("created", seen(vec![], Report::default())),
+        ("pulling", seen(vec![pod("p1", "j1", &crate::fixtures::waiting("ContainerCreating", ""))], Report::default())),
+        ("started", seen(vec![pod("p1", "j1", &pulled)], Report::default())),
+        ("preparing", at_work(Stage::PreparingData, 0)),
+        ("training", at_work(Stage::Training, 1)),
+        ("checkpoint", checkpointed),
+        ("publishing", at_work(Stage::Publishing, 100)),
+        ("ended", world(Some(done), vec![pod("p1", "j1", &crate::fixtures::terminated(5, 90, 0, "Completed", ""))])),
+    ];
+    let (mut written, mut steps) = (FineTuneJobStatus::default(), Vec::new());
+    for (second, (name, seen)) in (1..).zip(&life) {
+        let (_, after) = step(&job(|_| {}), &written, seen, at(second * 10));
+        if lifecycle_differs(&written, &after) {
+            steps.push(*name);
+            written = after;
+        }
+    }
+    // With the Job and its time to live these are the five writes of a job's life.
+    assert_eq!(steps, ["created", "training", "ended"]);
+    assert_eq!(written.attempts.map(|attempts| attempts.started), Some(1));
+    let failing = |error: Option<&str>| {
+        let mut seen = at_work(Stage::Training, 30);
+        seen.report.progress.as_mut().unwrap().checkpoint_error = error.map(str::to_owned);
+        step(&job(|_| {}), &training(), &seen, at(60)).1
+    };
+    assert!(lifecycle_differs(&training(), &failing(Some("403"))) && !lifecycle_differs(&training(), &failing(None)), "a checkpoint that fails is one");
+}
+
+#[test]
 fn what_is_true_of_a_running_training_only_goes_with_it() {
     let speaking = |stage| Report {
         progress: Some(Progress {
