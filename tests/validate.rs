@@ -49,6 +49,35 @@ fn copy_of_the_bucket(to: &Path) {
 }
 
 #[test]
+fn buckets_are_shown_with_the_number_of_their_pictures_and_what_they_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let bucket = dir.path().join("bucket");
+    copy_of_the_bucket(&bucket);
+    let wide = image::RgbImage::from_pixel(300, 120, image::Rgb([9; 3]));
+    let first =
+        fs::read_dir(bucket.join("datasets/robi")).unwrap().map(|entry| entry.unwrap().path()).find(|path| path.extension().is_some_and(|e| e == "png"));
+    wide.save(first.unwrap()).unwrap();
+    let argument = format!("s3://quickstart={}", bucket.display());
+    let job = fs::read_to_string(Path::new(QUICKSTART).join("job.yaml")).unwrap();
+    let manifest = dir.path().join("job.yaml");
+    let with = |buckets: &str| {
+        fs::write(&manifest, job.replace("resolution: 96\n", &format!("resolution: 96\n    buckets: {buckets}\n"))).unwrap();
+        validate(&manifest, &["--bucket", &argument])
+    };
+    let (code, findings) = with("{step: 32}");
+    assert_eq!(code, 0, "{findings}");
+    let said = texts(&findings, "checked").join("\n");
+    assert!(said.contains("38 usable pictures in 2 buckets: 64 x 32 (1 picture), 96 x 96 (37)"), "{findings}");
+    assert!(texts(&findings, "warnings").iter().any(|line| line.contains("1 of 38 pictures loses more than 10 % of the area")), "{findings}");
+    // The model's table reaches to 256 pixels.
+    let (code, findings) = with("{upscale: true, step: 16, minSize: 16}");
+    assert_eq!((code, findings["violations"][0]["path"].as_str()), (78, Some("spec.training.buckets.maxSize")), "{findings}");
+    let (code, findings) = with("{step: 96}");
+    assert_eq!((code, findings["violations"][0]["path"].as_str()), (78, Some("spec.training.buckets")), "{findings}");
+    assert!(texts(&findings, "violations")[0].contains("1 picture is (") && texts(&findings, "violations")[0].contains("(300 x 120)"), "{findings}");
+}
+
+#[test]
 fn the_quickstart_is_valid_to_its_last_picture() {
     let manifest = Path::new(QUICKSTART).join("job.yaml");
     let (code, findings) = validate(&manifest, &["--bucket", "s3://quickstart=examples/quickstart/bucket"]);

@@ -5,6 +5,7 @@
 #![cfg(feature = "train")]
 #![expect(clippy::unwrap_used, clippy::panic, reason = "test code; clippy takes the functions marked as tests alone for such")]
 
+mod buckets;
 mod captions;
 mod credentials;
 mod deletions;

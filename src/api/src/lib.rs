@@ -58,6 +58,6 @@ pub use status::{
 pub use storage::{AddressingStyle, ConfigMapKeyRef, CredentialsSpec, LocalRef, StorageSpec};
 pub use text::clean;
 pub use training::{
-    FlowMatchingSpec, GradientCheckpointing, LearningRateScheduleSpec, LoraSpec, OptimizerKind, OptimizerSpec, Precision, PriorPreservationSpec, ProdigySpec,
-    ScheduleKind, TrainingSpec, ValidationSpec, WeightingScheme,
+    BucketsSpec, FlowMatchingSpec, GradientCheckpointing, LearningRateScheduleSpec, LoraSpec, OptimizerKind, OptimizerSpec, Precision, PriorPreservationSpec,
+    ProdigySpec, ScheduleKind, TrainingSpec, ValidationSpec, WeightingScheme,
 };

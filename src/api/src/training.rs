@@ -11,6 +11,10 @@ use super::{Decimal, TimestepShift, bounds, shift};
 #[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!(has(self.maxSteps) && has(self.epochs))").message("set maxSteps or epochs, not both"))]
+#[x_kube(validation = Rule::new("!(has(self.buckets) && has(self.priorPreservation))").message("buckets and priorPreservation exclude each other: class pictures are square"))]
+#[x_kube(validation = Rule::new("!has(self.buckets) || self.buckets.step <= self.resolution").message("buckets.step must not exceed resolution"))]
+#[x_kube(validation = Rule::new("!has(self.buckets) || !has(self.buckets.minSize) || self.buckets.minSize <= self.resolution").message("buckets.minSize must not exceed resolution"))]
+#[x_kube(validation = Rule::new("!has(self.buckets) || !has(self.buckets.maxSize) || self.buckets.maxSize >= self.resolution").message("buckets.maxSize must be at least resolution"))]
 pub struct TrainingSpec {
     /// Optimizer updates. Where neither this nor `epochs` is given: 2000.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -20,10 +24,13 @@ pub struct TrainingSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub epochs: Option<u64>,
-    /// Side of the square training pictures in pixels.
+    /// Side of the square training pictures in pixels. With `buckets`, the area of a training picture is at most that of this square.
     #[serde(default = "resolution")]
     #[schemars(range(min = 32, max = 2048), extend("multipleOf" = 16))]
     pub resolution: u32,
+    /// Aspect-ratio buckets: pictures keep their shape, and each batch has pictures of one shape. Where absent: every picture is cropped to a square.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub buckets: Option<BucketsSpec>,
     /// Pictures per forward and backward pass.
     #[serde(default = "batch_size")]
     #[schemars(range(min = 1, max = 256))]
@@ -46,7 +53,7 @@ pub struct TrainingSpec {
     #[serde(default = "max_sequence_length")]
     #[schemars(range(min = 1, max = 512))]
     pub max_sequence_length: u32,
-    /// Crop the middle instead of a random part.
+    /// Crop the middle instead of a random part: of the square, or with `buckets` of the little that is beyond the bucket's shape.
     #[serde(default)]
     pub center_crop: bool,
     /// Mirror half of the pictures.
@@ -71,6 +78,31 @@ pub struct TrainingSpec {
     /// Pictures of the class that the base model draws itself, trained along so that it does not forget the class.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior_preservation: Option<PriorPreservationSpec>,
+}
+
+/// Aspect-ratio buckets, as kohya's sd-scripts choose them. The sides of a bucket are multiples of `step`, its area is at most resolution * resolution, and a
+/// picture is resized to cover its bucket; what is beyond is cropped. Without `upscale` (kohya's `--bucket_no_upscale`) the bucket follows from the picture's own
+/// size, and no picture is enlarged.
+#[derive(Clone, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.upscale || (!has(self.minSize) && !has(self.maxSize))").message("minSize and maxSize need upscale: true; without it the sides follow from the pictures"))]
+#[x_kube(validation = Rule::new("(!has(self.minSize) || self.minSize % self.step == 0) && (!has(self.maxSize) || self.maxSize % self.step == 0)").message("minSize and maxSize must be multiples of step"))]
+pub struct BucketsSpec {
+    /// What the sides of a bucket are multiples of, in pixels. A smaller step crops less and makes more buckets.
+    #[serde(default = "bucket_step")]
+    #[schemars(range(min = 16, max = 512), extend("multipleOf" = 16))]
+    pub step: u32,
+    /// Enlarge pictures that are smaller than their bucket. Buckets then have sides from `minSize` to `maxSize` and as much of the area as the step allows.
+    #[serde(default)]
+    pub upscale: bool,
+    /// Shortest side of a bucket. Where absent: 256 or the resolution, whichever is less, as a multiple of the step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 16, max = 2048), extend("multipleOf" = 16))]
+    pub min_size: Option<u32>,
+    /// Longest side of a bucket. Where absent: 1024 or the resolution, whichever is more, as a multiple of the step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 32, max = 8192), extend("multipleOf" = 16))]
+    pub max_size: Option<u32>,
 }
 
 /// Whether blocks are computed again in the backward pass.
@@ -343,6 +375,7 @@ pub struct ValidationSpec {
 
 default_values! {
     resolution: u32 = 512;
+    bucket_step: u32 = 64;
     batch_size: u32 = 4;
     gradient_accumulation_steps: u32 = 3;
     seed: u64 = 42;
@@ -366,4 +399,4 @@ default_values! {
     sampler_steps: u32 = 28;
     guidance_scale: Decimal = Decimal::new("5.0");
 }
-default_is_empty_object!(TrainingSpec, FlowMatchingSpec, OptimizerSpec, ProdigySpec, LearningRateScheduleSpec, LoraSpec);
+default_is_empty_object!(TrainingSpec, BucketsSpec, FlowMatchingSpec, OptimizerSpec, ProdigySpec, LearningRateScheduleSpec, LoraSpec);

@@ -101,7 +101,8 @@ fn gib(bytes: u64) -> f64 {
 fn text(plan: &Plan, shape: &ModelShape) -> String {
     let config = &plan.config;
     let training = &config.training;
-    let known = |value: Option<u64>| value.map_or_else(|| "known once the dataset is (--dataset-size)".to_owned(), |value| value.to_string());
+    let unknown = if training.buckets.is_some() { "known once the pictures are in their buckets" } else { "known once the dataset is (--dataset-size)" };
+    let known = |value: Option<u64>| value.map_or_else(|| unknown.to_owned(), |value| value.to_string());
     let mut out = format!("{} ({})\n", config.job, config.spec_hash);
     let mut row = |name: &str, value: String| {
         let _infallible = writeln!(out, "  {name:<24}{value}");
@@ -113,6 +114,9 @@ fn text(plan: &Plan, shape: &ModelShape) -> String {
         "pictures per update",
         format!("{} ({} x {})", training.batch_size * training.gradient_accumulation_steps, training.batch_size, training.gradient_accumulation_steps),
     );
+    if let Some(buckets) = &training.buckets {
+        row("buckets", format!("{buckets}; the area of {0} x {0} at most; validate counts the pictures of each", training.resolution));
+    }
     if let Some(prior) = &training.prior_preservation {
         let PriorPreservationConfig { images, sample_batch_size, weight, .. } = prior;
         row("class pictures", format!("{images}, drawn {sample_batch_size} at once; as many per update as pictures, with weight {weight}"));

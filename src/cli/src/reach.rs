@@ -9,7 +9,7 @@ use super::validate::Reached;
 use finetune_api::FineTuneJob;
 use finetune_api::plan::{self, Facts};
 use finetune_api::validate::Violation;
-use finetune_model::survey;
+use finetune_model::survey::{self, Model};
 use finetune_store::Buckets;
 use finetune_store::claims::LEASE;
 use finetune_train::division;
@@ -49,7 +49,14 @@ pub(super) fn look(jobs: &[FineTuneJob], buckets: &[String]) -> Result<Reached> 
         for (what, path, found) in datasets.into_iter().filter_map(|(what, path, found)| found.map(|found| (what, path, found))) {
             match found {
                 Ok(dataset) => {
-                    reached.good.push(format!("{name}: {what} has {} usable pictures; {}", dataset.samples.len(), dataset.sources));
+                    let largest = model.as_ref().ok().map(Model::largest_side);
+                    match inspect::buckets(&config.training, &dataset, largest) {
+                        Ok((buckets, warning)) => {
+                            reached.good.push(format!("{name}: {what} has {} usable pictures{buckets}; {}", dataset.samples.len(), dataset.sources));
+                            reached.warnings.extend(warning.map(|warning| format!("{name}: {what}: {warning}")));
+                        }
+                        Err(error) => reached.violations.push(violation("spec.training.buckets", format!("{what}: {error}"))),
+                    }
                     reached.warnings.extend(dataset.notices.iter().map(|notice| format!("{name}: {what}: {notice}")));
                     if !dataset.skipped.is_empty() {
                         reached.warnings.push(format!("{name}: {what}: left out, as dataset.onBadSample is Skip: {}", dataset.skipped));

@@ -186,7 +186,7 @@ async fn two_writers_share_a_folder_and_a_mirror() {
 
 #[test]
 fn keys_tell_apart_all_that_matters() {
-    let transform = Transform { resolution: 64, flip: false, top: 1, left: 0 };
+    let transform = Transform { size: (64, 64), flip: false, top: 1, left: 0 };
     let (a, b) = (sha256(b"a"), sha256(b"b"));
     let base = latents_key(&a, &transform, &b);
     for other in [
@@ -194,7 +194,9 @@ fn keys_tell_apart_all_that_matters() {
         latents_key(&a, &transform, &a),
         latents_key(&a, &Transform { flip: true, ..transform }, &b),
         latents_key(&a, &Transform { top: 0, left: 1, ..transform }, &b),
-        latents_key(&a, &Transform { resolution: 128, ..transform }, &b),
+        latents_key(&a, &Transform { size: (128, 128), ..transform }, &b),
+        latents_key(&a, &Transform { size: (64, 128), ..transform }, &b),
+        latents_key(&a, &Transform { size: (128, 64), ..transform }, &b),
         prompt_key("a", &b, 77),
     ] {
         assert_ne!(base, other);

@@ -117,6 +117,16 @@ impl Names {
         }
     }
 
+    /// How many were added.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Whether none was added.
+    pub fn is_empty(&self) -> bool {
+        self.total == 0
+    }
+
     /// The notice about them, if there are any.
     pub fn notice(self, kind: impl FnOnce(Self) -> Notice) -> Option<Notice> {
         (self.total > 0).then(|| kind(self))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::*;
-use crate::transform::{Augmentation, Transform, resized};
+use crate::transform::{Augmentation, Transform, cover};
 use finetune_common::digest::sha256;
 
 fn golden(name: &str) -> PathBuf {
@@ -62,7 +62,7 @@ fn resize_flip_and_crop_are_those_of_the_reference() {
     for (name, want) in expected() {
         let picture = decode(&read(&name), &ImageLimits::default()).unwrap();
         for case in want.transforms {
-            let pixels = Transform { resolution: case.resolution, flip: case.flip, top: case.top, left: case.left }.apply(&picture);
+            let pixels = Transform { size: (case.resolution, case.resolution), flip: case.flip, top: case.top, left: case.left }.apply(&picture);
             let side = case.resolution as usize;
             let rows = tensors.tensor(&case.tensor).unwrap().data();
             for (i, value) in rows.iter().enumerate() {
@@ -73,7 +73,7 @@ fn resize_flip_and_crop_are_those_of_the_reference() {
             }
         }
         for (resolution, top, left) in want.center {
-            let center = Transform::center((picture.width, picture.height), resolution);
+            let center = Transform::center((picture.width, picture.height), (resolution, resolution));
             assert_eq!((center.top, center.left, center.flip), (top, left, false), "{name}");
         }
     }
@@ -81,13 +81,13 @@ fn resize_flip_and_crop_are_those_of_the_reference() {
 
 #[test]
 fn random_crops_and_flips_are_drawn_once_per_copy_and_cover_all_places() {
-    let (resolution, size) = (64, (131, 80));
-    let (width, height) = resized(size, resolution);
+    let (size, target) = ((131, 80), (64, 64));
+    let (width, height) = cover(size, target);
     assert_eq!((width, height), (104, 64));
-    let augmentation = Augmentation { resolution, center_crop: false, random_flip: true, seed: 42 };
+    let augmentation = Augmentation { center_crop: false, random_flip: true, seed: 42 };
     let digests: Vec<_> = (0..4000_u32).map(|n| sha256(&n.to_le_bytes())).collect();
-    let drawn: Vec<Transform> = digests.iter().map(|d| augmentation.transform(d, size, 0)).collect();
-    assert!(drawn.iter().all(|t| t.top == 0 && t.left <= width - resolution));
+    let drawn: Vec<Transform> = digests.iter().map(|d| augmentation.transform(d, size, target, 0)).collect();
+    assert!(drawn.iter().all(|t| t.top == 0 && t.left <= width - 64));
     let mut columns = [0_u32; 41];
     for t in &drawn {
         columns[t.left as usize] += 1;
@@ -96,22 +96,43 @@ fn random_crops_and_flips_are_drawn_once_per_copy_and_cover_all_places() {
     let flips = drawn.iter().filter(|t| t.flip).count();
     assert!((1850..2150).contains(&flips), "{flips}");
     // Named by content, copy and seed, and by nothing else.
-    assert_eq!(drawn[7], augmentation.transform(&digests[7], size, 0));
+    assert_eq!(drawn[7], augmentation.transform(&digests[7], size, target, 0));
     let different = |other: &dyn Fn(usize) -> Transform| (0..100).filter(|n| other(*n) != drawn[*n]).count();
-    assert!(different(&|n| augmentation.transform(&digests[n], size, 1)) > 80);
-    assert!(different(&|n| Augmentation { seed: 43, ..augmentation }.transform(&digests[n], size, 0)) > 80);
+    assert!(different(&|n| augmentation.transform(&digests[n], size, target, 1)) > 80);
+    assert!(different(&|n| Augmentation { seed: 43, ..augmentation }.transform(&digests[n], size, target, 0)) > 80);
     let plain = Augmentation { center_crop: true, random_flip: false, ..augmentation };
-    assert!((0..50).all(|copy| plain.transform(&digests[0], size, copy) == Transform::center(size, resolution)));
+    assert!((0..50).all(|copy| plain.transform(&digests[0], size, target, copy) == Transform::center(size, target)));
+}
+
+/// Each pixel of a picture that is as large as its target but for a border says where it comes from.
+#[test]
+fn rows_and_columns_of_a_picture_that_is_no_square_stay_where_they_are() {
+    let (width, height) = (40, 24);
+    let data: Vec<u8> = (0..height).flat_map(|y| (0..width).flat_map(move |x| [x as u8, y as u8, 9])).collect();
+    let picture = RgbImage { width, height, data };
+    for (size, top, left, flip) in [((40, 16), 5, 0, false), ((40, 16), 5, 0, true), ((32, 24), 0, 3, false), ((32, 24), 0, 3, true), ((40, 24), 0, 0, false)] {
+        let pixels = Transform { size, flip, top, left }.apply(&picture);
+        let (columns, rows) = (size.0 as usize, size.1 as usize);
+        for (i, red) in pixels.data[..rows * columns].iter().enumerate() {
+            let (x, y) = (i % columns, i / columns);
+            let from = if flip { width as usize - 1 - left as usize - x } else { left as usize + x };
+            let level = |v: f32| (v + 1.0) * 127.5;
+            let green = pixels.data[rows * columns + i];
+            assert!((level(*red) - from as f32).abs() < 1e-3 && (level(green) - (top as usize + y) as f32).abs() < 1e-3, "{size:?} {flip}: {x} {y}");
+        }
+    }
 }
 
 #[test]
 fn every_size_can_be_cropped() {
-    let augmentation = Augmentation { resolution: 48, center_crop: false, random_flip: true, seed: 1 };
+    let augmentation = Augmentation { center_crop: false, random_flip: true, seed: 1 };
     for size in [(1, 1), (1, 30), (47, 48), (48, 48), (49, 1000), (333, 17)] {
         let picture = RgbImage { width: size.0, height: size.1, data: vec![7; (size.0 * size.1 * 3) as usize] };
-        let pixels = augmentation.transform(&sha256(b"x"), size, 0).apply(&picture);
-        assert_eq!(pixels.data.len(), 3 * 48 * 48);
-        assert!(pixels.data.iter().all(|v| (v - (7.0 / 127.5 - 1.0)).abs() < 1e-6), "{size:?}");
+        for target in [(48, 48), (32, 80), (96, 16)] {
+            let pixels = augmentation.transform(&sha256(b"x"), size, target, 0).apply(&picture);
+            assert_eq!((pixels.data.len() as u32, pixels.size), (3 * target.0 * target.1, target));
+            assert!(pixels.data.iter().all(|v| (v - (7.0 / 127.5 - 1.0)).abs() < 1e-6), "{size:?} {target:?}");
+        }
     }
 }
 
@@ -121,7 +142,7 @@ fn a_very_long_picture_costs_no_more_than_its_crop() {
     for (width, height) in [(1, 30_000), (30_000, 1)] {
         let data: Vec<u8> = (0..30_000_u32).flat_map(|i| [(i >> 8) as u8; 3]).collect();
         let picture = RgbImage { width, height, data };
-        let pixels = Transform::center((width, height), 512).apply(&picture);
+        let pixels = Transform::center((width, height), (512, 512)).apply(&picture);
         assert!(pixels.data.iter().all(|v| (v - (58.0 / 127.5 - 1.0)).abs() < 0.01), "{:?}", &pixels.data[..4]);
     }
 }

@@ -1,5 +1,6 @@
 //! Datasets, image transforms, the sampler and the content-addressed cache.
 
+pub mod buckets;
 pub mod cache;
 mod caption_rules;
 pub mod captions;

@@ -7,8 +7,12 @@
 //! With class pictures (prior preservation) every item brings one along, and an epoch is as long as the larger of the two
 //! sets: place i of the order before the permutation has copy i and class picture i, both modulo their numbers.
 //!
+//! With aspect-ratio buckets the copies of each bucket are permuted and cut into batches, whose last one may be smaller, and the batches of all buckets are
+//! permuted: a batch has one shape, and an accumulation window goes on from one bucket to the next.
+//!
 //! The order is a function of `(seed, epoch)` alone, so any position can be resumed without replaying what came before.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -23,7 +27,9 @@ pub struct SamplerConfig {
     pub samples: Arc<[Sha256Digest]>,
     /// Copies of each sample per epoch.
     pub repeats: u32,
-    /// Class pictures of prior preservation; 0: none.
+    /// The bucket of each sample; none: all samples have one shape.
+    pub buckets: Option<Arc<[u32]>>,
+    /// Class pictures of prior preservation; 0: none. Not with buckets.
     pub class_pictures: u32,
     /// Items of a full batch.
     pub batch_size: u32,
@@ -39,6 +45,9 @@ pub enum SamplerError {
     /// No sample, or a count of zero.
     #[error("the sampler needs at least one sample, repeat, batch item and accumulated batch")]
     Empty,
+    /// Buckets that are not those of the samples, or class pictures beside them.
+    #[error("the sampler needs a bucket for each sample, and no class pictures beside buckets")]
+    Buckets,
     /// An epoch is too long.
     #[error("an epoch has {items} items, at most {MAX_ITEMS} are possible: lower dataset.repeats")]
     TooMany {
@@ -105,7 +114,7 @@ pub struct ClassItem {
 }
 
 /// Items that go through the model together.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// Epoch, from 0.
     pub epoch: u64,
@@ -117,7 +126,10 @@ pub struct Batch {
     pub index_in_window: u32,
     /// Whether the gradients are applied after this batch.
     pub sync: bool,
-    /// The items; fewer than the batch size only in the epoch's last batch.
+    /// What the batch's mean loss counts beside those of the others of its window: with buckets as much as it has items, so that every picture of an update
+    /// counts the same (the mean over the window's batches is 1). Always 1 without buckets, as in the reference, where a smaller last batch counts as much.
+    pub share: f64,
+    /// The items; fewer than the batch size only in the epoch's last batch, and in the last batch of a bucket.
     pub items: Vec<Item>,
 }
 
@@ -126,8 +138,19 @@ pub struct Batch {
 pub struct Sampler {
     config: SamplerConfig,
     position: Position,
-    /// The permutation of one epoch, made when first needed.
-    order: Option<(u64, Vec<u32>)>,
+    /// The order of one epoch, made when first needed.
+    order: Option<Order>,
+    batches: u64,
+}
+
+/// The order of an epoch.
+#[derive(Debug, Clone)]
+struct Order {
+    epoch: u64,
+    /// Which of the copies is where.
+    places: Vec<u32>,
+    /// The first place of each batch and, at last, the end; none: all batches but the last are full.
+    starts: Option<Vec<u32>>,
 }
 
 impl Sampler {
@@ -140,11 +163,25 @@ impl Sampler {
         if counts.contains(&0) || config.samples.is_empty() {
             return Err(SamplerError::Empty);
         }
-        let sampler = Self { config, position: Position::default(), order: None };
+        if config.buckets.as_ref().is_some_and(|buckets| buckets.len() != config.samples.len() || config.class_pictures > 0) {
+            return Err(SamplerError::Buckets);
+        }
+        let mut sampler = Self { config, position: Position::default(), order: None, batches: 0 };
         match sampler.items_per_epoch() {
             items if items > MAX_ITEMS => Err(SamplerError::TooMany { items }),
-            _ => Ok(sampler),
+            _ => {
+                sampler.batches = sampler.count_batches();
+                Ok(sampler)
+            }
         }
+    }
+
+    fn count_batches(&self) -> u64 {
+        let size = u64::from(self.config.batch_size);
+        let Some(buckets) = &self.config.buckets else { return self.items_per_epoch().div_ceil(size) };
+        let mut samples: BTreeMap<u32, u64> = BTreeMap::new();
+        buckets.iter().for_each(|bucket| *samples.entry(*bucket).or_default() += 1);
+        samples.values().map(|samples| (samples * u64::from(self.config.repeats)).div_ceil(size)).sum()
     }
 
     /// Copies of all samples.
@@ -157,9 +194,9 @@ impl Sampler {
         self.copies().max(u64::from(self.config.class_pictures))
     }
 
-    /// Batches per epoch; the last one may be partial.
+    /// Batches per epoch; the last one may be partial, and with buckets the last one of each bucket.
     pub fn batches_per_epoch(&self) -> u64 {
-        self.items_per_epoch().div_ceil(u64::from(self.config.batch_size))
+        self.batches
     }
 
     /// Updates per epoch; the last accumulation window may be short.
@@ -201,16 +238,24 @@ impl Sampler {
     }
 
     fn batch_at(&mut self, Position { epoch, batch }: Position) -> Batch {
-        let (items, size) = (self.items_per_epoch(), u64::from(self.config.batch_size));
-        let last_of_epoch = batch + 1 == self.batches_per_epoch();
+        let (all, size, batches) = (self.items_per_epoch(), u64::from(self.config.batch_size), self.batches);
+        let last_of_epoch = batch + 1 == batches;
         let accumulation = u64::from(self.config.accumulation);
-        let (start, end) = (batch * size, ((batch + 1) * size).min(items));
         let (repeats, class_pictures, copies) = (self.config.repeats, self.config.class_pictures, self.copies() as u32);
         let samples = Arc::clone(&self.config.samples);
-        let order = self.order(epoch);
+        let Order { places, starts, .. } = self.order(epoch);
+        let start_of = |batch: u64| starts.as_ref().map_or_else(|| (batch * size).min(all), |starts| u64::from(starts[batch as usize]));
+        let (start, end) = (start_of(batch), start_of(batch + 1));
+        let share = if starts.is_some() {
+            let first = batch / accumulation * accumulation;
+            let after = (first + accumulation).min(batches);
+            ((end - start) * (after - first)) as f64 / (start_of(after) - start_of(first)) as f64
+        } else {
+            1.0
+        };
         let items = (start..end)
             .map(|ordinal| {
-                let place = order[ordinal as usize];
+                let place = places[ordinal as usize];
                 let copy_index = place % copies;
                 let sample = (copy_index / repeats) as usize;
                 let class = (class_pictures > 0).then(|| ClassItem { index: place % class_pictures, ordinal: MAX_ITEMS + ordinal });
@@ -223,27 +268,43 @@ impl Sampler {
             last_of_epoch,
             index_in_window: (batch % accumulation) as u32,
             sync: last_of_epoch || (batch + 1).is_multiple_of(accumulation),
+            share,
             items,
         }
     }
 
-    fn order(&mut self, epoch: u64) -> &[u32] {
-        let (count, seed) = (self.items_per_epoch() as u32, self.config.seed);
-        if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+    fn order(&mut self, epoch: u64) -> &Order {
+        let (count, config) = (self.items_per_epoch() as u32, &self.config);
+        if self.order.as_ref().is_none_or(|order| order.epoch != epoch) {
             self.order = None;
         }
-        let (_, order) = self.order.get_or_insert_with(|| {
-            let mut order: Vec<u32> = (0..count).collect();
-            Stream::new(seed, Purpose::Shuffle, epoch, 0).shuffle(&mut order);
-            (epoch, order)
-        });
-        order
+        self.order.get_or_insert_with(|| {
+            let Some(buckets) = &config.buckets else {
+                let mut places: Vec<u32> = (0..count).collect();
+                Stream::new(config.seed, Purpose::Shuffle, epoch, 0).shuffle(&mut places);
+                return Order { epoch, places, starts: None };
+            };
+            let mut of_bucket: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+            (0..count).for_each(|place| of_bucket.entry(buckets[(place / config.repeats) as usize]).or_default().push(place));
+            // Stream 0 orders the batches, each bucket has one of its own.
+            of_bucket.iter_mut().for_each(|(bucket, places)| Stream::new(config.seed, Purpose::Shuffle, epoch, 1 + u64::from(*bucket)).shuffle(places));
+            let mut batches: Vec<&[u32]> = of_bucket.values().flat_map(|places| places.chunks(config.batch_size as usize)).collect();
+            Stream::new(config.seed, Purpose::Shuffle, epoch, 0).shuffle(&mut batches);
+            let mut starts = Vec::with_capacity(batches.len() + 1);
+            let mut end = 0;
+            for batch in &batches {
+                starts.push(end);
+                end += batch.len() as u32;
+            }
+            starts.push(end);
+            Order { epoch, places: batches.concat(), starts: Some(starts) }
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
     use super::*;
     use finetune_common::digest::sha256;
@@ -253,7 +314,7 @@ mod tests {
     }
 
     fn sampler(samples: usize, repeats: u32, batch_size: u32, accumulation: u32, seed: u64) -> Sampler {
-        Sampler::new(SamplerConfig { samples: keys(samples), repeats, class_pictures: 0, batch_size, accumulation, seed }).unwrap()
+        Sampler::new(SamplerConfig { samples: keys(samples), repeats, buckets: None, class_pictures: 0, batch_size, accumulation, seed }).unwrap()
     }
 
     #[test]
@@ -341,7 +402,7 @@ mod tests {
     #[test]
     fn class_pictures_come_along_and_the_larger_set_decides_the_epoch() {
         for (samples, repeats, class_pictures, items) in [(3, 2, 4, 6), (3, 2, 10, 10), (5, 1, 5, 5), (1, 1, 7, 7)] {
-            let config = SamplerConfig { samples: keys(samples), repeats, class_pictures, batch_size: 4, accumulation: 1, seed: 3 };
+            let config = SamplerConfig { samples: keys(samples), repeats, buckets: None, class_pictures, batch_size: 4, accumulation: 1, seed: 3 };
             let mut sampler = Sampler::new(config).unwrap();
             assert_eq!(sampler.items_per_epoch(), items);
             let copies = samples as u64 * u64::from(repeats);
@@ -365,7 +426,7 @@ mod tests {
         }
         // Without class pictures the order is the same.
         let of = |class_pictures| {
-            let config = SamplerConfig { samples: keys(9), repeats: 1, class_pictures, batch_size: 9, accumulation: 1, seed: 3 };
+            let config = SamplerConfig { samples: keys(9), repeats: 1, buckets: None, class_pictures, batch_size: 9, accumulation: 1, seed: 3 };
             Sampler::new(config).unwrap().next_batch().items.iter().map(|i| (i.sample, i.ordinal)).collect::<Vec<_>>()
         };
         assert_eq!(of(0), of(4));
@@ -393,13 +454,84 @@ mod tests {
         assert!(first.abs_diff(250) < 60, "{first}");
     }
 
+    fn bucketed(buckets: &[u32], repeats: u32, batch_size: u32, accumulation: u32, seed: u64) -> Sampler {
+        let samples = keys(buckets.len());
+        let config = SamplerConfig { samples, repeats, buckets: Some(buckets.into()), class_pictures: 0, batch_size, accumulation, seed };
+        Sampler::new(config).unwrap()
+    }
+
+    /// Random datasets: each copy once per epoch, batches of one shape that are full but for the last of a bucket, the same from any position on, and in an
+    /// update every picture counts the same.
+    #[test]
+    fn batches_of_buckets_have_one_shape_and_every_copy_is_in_exactly_one() {
+        let mut random = Stream::new(9, Purpose::Noise, 0, 0);
+        for round in 0..60 {
+            let mut below = |n: u64| random.below(n) as u32;
+            let (samples, kinds, repeats, batch_size, accumulation) = (1 + below(40), 1 + below(7), 1 + below(3), 1 + below(6), 1 + below(4));
+            let buckets: Vec<u32> = (0..samples).map(|_| 3 * below(u64::from(kinds))).collect();
+            let mut whole = bucketed(&buckets, repeats, batch_size, accumulation, round);
+            let count = |bucket: u32| (buckets.iter().filter(|b| **b == bucket).count() as u32 * repeats) as usize;
+            let distinct: BTreeSet<u32> = buckets.iter().copied().collect();
+            assert_eq!(whole.batches_per_epoch(), distinct.iter().map(|b| count(*b).div_ceil(batch_size as usize) as u64).sum::<u64>());
+            let mut all = Vec::new();
+            let mut orders = Vec::new();
+            for epoch in 0..3 {
+                let (mut seen, mut short) = (Vec::new(), BTreeMap::<u32, u32>::new());
+                let mut window: Vec<(f64, usize)> = Vec::new();
+                for index in 0..whole.batches_per_epoch() {
+                    let batch = whole.next_batch();
+                    assert_eq!((batch.epoch, batch.index_in_epoch, batch.last_of_epoch), (epoch, index, index + 1 == whole.batches_per_epoch()));
+                    assert_eq!(batch.sync, batch.last_of_epoch || batch.index_in_window + 1 == accumulation);
+                    let bucket = buckets[batch.items[0].sample];
+                    assert!(batch.items.iter().all(|item| buckets[item.sample] == bucket), "one shape");
+                    assert!(batch.items.iter().enumerate().all(|(i, item)| item.ordinal == (seen.len() + i) as u64 && item.key == keys(40)[item.sample]));
+                    if batch.items.len() < batch_size as usize {
+                        assert_eq!(batch.items.len(), count(bucket) % batch_size as usize);
+                        *short.entry(bucket).or_default() += 1;
+                    }
+                    window.push((batch.share, batch.items.len()));
+                    if batch.sync {
+                        let items: usize = window.iter().map(|(_, items)| items).sum();
+                        for (share, own) in &window {
+                            // The weight of each of its pictures, of all in the window.
+                            assert!((share / window.len() as f64 / *own as f64 - 1.0 / items as f64).abs() < 1e-12, "{window:?}");
+                        }
+                        window.clear();
+                    }
+                    seen.extend(batch.items.iter().map(|item| (item.sample, item.copy)));
+                    all.push(batch);
+                }
+                assert!(short.values().all(|n| *n == 1), "one short batch of a bucket at most");
+                orders.push(seen.clone());
+                seen.sort_unstable();
+                let copies: Vec<(usize, u32)> = (0..samples as usize).flat_map(|sample| (0..repeats).map(move |copy| (sample, copy))).collect();
+                assert_eq!(seen, copies);
+            }
+            assert!(samples < 8 || orders[0] != orders[1], "each epoch has an order of its own");
+            for (stop, expected) in all.iter().enumerate() {
+                let mut resumed = bucketed(&buckets, repeats, batch_size, accumulation, round);
+                resumed.seek(Position { epoch: expected.epoch, batch: expected.index_in_epoch }).unwrap();
+                assert_eq!(resumed.next_batch(), *expected);
+                assert!(all.get(stop + 1).is_none_or(|next| resumed.next_batch() == *next));
+            }
+        }
+    }
+
+    #[test]
+    fn buckets_that_do_not_belong_to_the_samples_are_an_error() {
+        for (buckets, class_pictures) in [(vec![0; 2], 0), (vec![0; 3], 4)] {
+            let config = SamplerConfig { samples: keys(3), repeats: 1, buckets: Some(buckets.into()), class_pictures, batch_size: 1, accumulation: 1, seed: 0 };
+            assert_eq!(Sampler::new(config).err(), Some(SamplerError::Buckets));
+        }
+    }
+
     #[test]
     fn nothing_to_sample_is_an_error() {
         for (samples, repeats, batch_size, accumulation) in [(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, 0)] {
-            let config = SamplerConfig { samples: keys(samples), repeats, class_pictures: 0, batch_size, accumulation, seed: 0 };
+            let config = SamplerConfig { samples: keys(samples), repeats, buckets: None, class_pictures: 0, batch_size, accumulation, seed: 0 };
             assert_eq!(Sampler::new(config).err(), Some(SamplerError::Empty));
         }
-        let config = SamplerConfig { samples: keys(2), repeats: u32::MAX, class_pictures: 0, batch_size: 1, accumulation: 1, seed: 0 };
+        let config = SamplerConfig { samples: keys(2), repeats: u32::MAX, buckets: None, class_pictures: 0, batch_size: 1, accumulation: 1, seed: 0 };
         assert_eq!(Sampler::new(config).err(), Some(SamplerError::TooMany { items: 2 * u64::from(u32::MAX) }));
     }
 }

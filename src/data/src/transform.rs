@@ -8,8 +8,8 @@ use finetune_common::rng::{Purpose, Stream};
 /// What is done to one picture. Two equal values on equal bytes give equal pixels, so this is part of the cache's key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Transform {
-    /// Side R of the square result; the short side is resized to it.
-    pub resolution: u32,
+    /// Width W and height H of the result; the picture is resized to cover it.
+    pub size: (u32, u32),
     /// Mirror left and right, after resizing and before cropping.
     pub flip: bool,
     /// First row of the crop in the resized picture.
@@ -21,17 +21,15 @@ pub struct Transform {
 /// The model's input.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pixels {
-    /// `[3, R, R]` in [-1, 1].
+    /// `[3, H, W]` in [-1, 1].
     pub data: Vec<f32>,
-    /// R.
-    pub resolution: u32,
+    /// W and H.
+    pub size: (u32, u32),
 }
 
 /// How crops and flips are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Augmentation {
-    /// Side of the square result.
-    pub resolution: u32,
     /// The middle rather than a random place.
     pub center_crop: bool,
     /// Mirror half of the copies.
@@ -40,20 +38,23 @@ pub struct Augmentation {
     pub seed: u64,
 }
 
-/// `(width, height)` after resizing the short side to `resolution`; the long side is truncated.
-pub fn resized((width, height): (u32, u32), resolution: u32) -> (u32, u32) {
-    let long = |long: u32, short: u32| (u64::from(resolution) * u64::from(long) / u64::from(short.max(1))).min(u64::from(u32::MAX)) as u32;
-    if width <= height { (resolution, long(height, width)) } else { (long(width, height), resolution) }
+/// `(width, height)` of a picture that is resized to cover `to`: one side is as long as there, the other is truncated and at least as long. Of a square the
+/// short side is the one, as in the reference.
+pub fn cover((width, height): (u32, u32), to: (u32, u32)) -> (u32, u32) {
+    let (width, height) = (u64::from(width.max(1)), u64::from(height.max(1)));
+    let (to_width, to_height) = (u64::from(to.0), u64::from(to.1));
+    let side = |side: u64| side.min(u64::from(u32::MAX)) as u32;
+    if width * to_height <= height * to_width { (to.0, side(to_width * height / width)) } else { (side(to_height * width / height), to.1) }
 }
 
 impl Augmentation {
-    /// The transform of a copy of a picture, from its content digest and its upright `(width, height)`.
+    /// The transform of a copy of a picture to `target`, from its content digest and its upright `(width, height)`.
     ///
     /// Crop and flip are drawn once per copy and run (not anew in each epoch), from the streams
     /// `(seed, Crop | Flip, first 64 bits of the digest, copy)`: the order and number of other pictures do not matter.
-    pub fn transform(&self, image_digest: &Sha256Digest, size: (u32, u32), copy: u32) -> Transform {
-        let (width, height) = resized(size, self.resolution);
-        let (free_rows, free_columns) = (height - self.resolution, width - self.resolution);
+    pub fn transform(&self, image_digest: &Sha256Digest, size: (u32, u32), target: (u32, u32), copy: u32) -> Transform {
+        let (width, height) = cover(size, target);
+        let (free_rows, free_columns) = (height - target.1, width - target.0);
         let stream = |purpose| Stream::new(self.seed, purpose, leading_u64(image_digest), u64::from(copy));
         let (top, left) = if self.center_crop {
             (round_half_even(free_rows), round_half_even(free_columns))
@@ -63,7 +64,7 @@ impl Augmentation {
             (draw(free_rows), draw(free_columns))
         };
         let flip = self.random_flip && stream(Purpose::Flip).uniform_f32() < 0.5;
-        Transform { resolution: self.resolution, flip, top, left }
+        Transform { size: target, flip, top, left }
     }
 }
 
@@ -74,38 +75,48 @@ fn round_half_even(n: u32) -> u32 {
 }
 
 impl Transform {
-    /// The middle crop without a flip, for a picture of this upright `(width, height)`.
-    pub fn center(size: (u32, u32), resolution: u32) -> Self {
-        Augmentation { resolution, center_crop: true, random_flip: false, seed: 0 }.transform(&[0; 32], size, 0)
+    /// The middle crop to `target` without a flip, for a picture of this upright `(width, height)`.
+    pub fn center(size: (u32, u32), target: (u32, u32)) -> Self {
+        Augmentation { center_crop: true, random_flip: false, seed: 0 }.transform(&[0; 32], size, target, 0)
     }
 
     /// Applies the transform: resize, flip, crop, then `v / 255` and `(v - 0.5) / 0.5`.
     ///
     /// A crop that does not fit in the resized picture is moved to its edge.
     pub fn apply(&self, picture: &RgbImage) -> Pixels {
-        let side = self.resolution as usize;
-        let (width, height) = resized((picture.width, picture.height), self.resolution);
-        let top = self.top.min(height - self.resolution) as usize;
-        let left = self.left.min(width - self.resolution) as usize;
+        let (columns, rows) = (self.size.0 as usize, self.size.1 as usize);
+        let (width, height) = cover((picture.width, picture.height), self.size);
+        let top = self.top.min(height - self.size.1) as usize;
+        let left = self.left.min(width - self.size.0) as usize;
         // The crop's place in the picture before it is mirrored.
-        let first_column = if self.flip { width as usize - left - side } else { left };
+        let first_column = if self.flip { width as usize - left - columns } else { left };
         let from = (picture.width as usize, picture.height as usize);
-        let crop = resample::bilinear_rgb(&picture.data, from, (width as usize, height as usize), first_column..first_column + side, top..top + side);
-        let mut data = vec![0.0; 3 * side * side];
-        for y in 0..side {
-            for x in 0..side {
-                let at = (y * side + if self.flip { side - 1 - x } else { x }) * 3;
+        let crop = resample::bilinear_rgb(&picture.data, from, (width as usize, height as usize), first_column..first_column + columns, top..top + rows);
+        let mut data = vec![0.0; 3 * rows * columns];
+        for y in 0..rows {
+            for x in 0..columns {
+                let at = (y * columns + if self.flip { columns - 1 - x } else { x }) * 3;
                 for c in 0..3 {
-                    data[(c * side + y) * side + x] = (f32::from(crop[at + c]) / 255.0 - 0.5) / 0.5;
+                    data[(c * rows + y) * columns + x] = (f32::from(crop[at + c]) / 255.0 - 0.5) / 0.5;
                 }
             }
         }
-        Pixels { data, resolution: self.resolution }
+        Pixels { data, size: self.size }
     }
 
     /// Digest of the transform and of the arithmetic behind it, for cache keys.
     pub fn digest(&self) -> Sha256Digest {
-        let numbers = [self.resolution, u32::from(self.flip), self.top, self.left].map(u32::to_le_bytes);
-        sha256_parts([&b"rgb8 bilinear-antialias short-side flip crop [-1,1] v1"[..], numbers.as_flattened()])
+        let (width, height) = self.size;
+        let place = [u32::from(self.flip), self.top, self.left];
+        if width == height {
+            let numbers = [[width].as_slice(), &place].concat();
+            return of_numbers(b"rgb8 bilinear-antialias short-side flip crop [-1,1] v1", &numbers);
+        }
+        of_numbers(b"rgb8 bilinear-antialias cover flip crop [-1,1] v1", &[[width, height].as_slice(), &place].concat())
     }
+}
+
+fn of_numbers(what: &[u8], numbers: &[u32]) -> Sha256Digest {
+    let numbers: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+    sha256_parts([what, &numbers])
 }

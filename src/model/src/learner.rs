@@ -173,7 +173,15 @@ impl<D: Device> Learner for OnDevice<D> {
     }
 
     fn accumulate(&mut self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<Vec<f64>, MmditError> {
-        let step = catch(|| self.model.flow_step_into(inputs, dropout, target, self.parameters.sums()));
+        let mut attempt = || catch(|| self.model.flow_step_into(inputs, dropout, target, self.parameters.sums()));
+        let step = match attempt() {
+            // The sums are as they were: gradients are added to them when all else is done.
+            Err(error) if error.is_out_of_memory() && self.model.stop_recording() => {
+                tracing::info!("too little GPU memory for the recorded steps of several sizes: steps are not recorded from now on");
+                attempt()
+            }
+            step => step,
+        };
         if step.is_err() {
             self.model.clear_recorded();
         }

@@ -3,6 +3,7 @@
 use finetune_api::OutputDtype;
 use finetune_api::plan::{ModelSource, TrainConfig};
 use finetune_compute::kernels::Precision;
+use finetune_data::buckets::{Bucket, Shapes};
 use finetune_data::dataset::Sample;
 use finetune_model::survey::Published;
 
@@ -19,6 +20,8 @@ pub struct About<'a> {
     pub common_caption: Option<&'a str>,
     /// Pictures in the dataset.
     pub pictures: usize,
+    /// The shapes in which they were trained, where they are known.
+    pub shapes: Option<&'a Shapes>,
     /// Optimizer updates.
     pub steps: u64,
     /// Passes over the dataset.
@@ -41,6 +44,11 @@ impl About<'_> {
     /// What calls what was learned: the trigger word, else the caption of all pictures.
     pub fn trigger_phrase(&self) -> Option<&str> {
         self.trigger_word().or(self.common_caption)
+    }
+
+    /// The buckets with pictures; none where all were squares.
+    pub fn buckets(&self) -> &[Bucket] {
+        self.shapes.map_or(&[], Shapes::buckets)
     }
 
     /// The base model's name in prose: its repository, or its shape's name.
@@ -101,7 +109,17 @@ pub(super) mod tests {
 
     /// A run of `config`.
     pub(crate) fn about(config: &TrainConfig) -> About<'_> {
-        About { config, published: None, base_digest: "sha256:00", common_caption: None, pictures: 12, steps: 500, epochs: 41.5, precision: Precision::Bf16 }
+        About {
+            config,
+            published: None,
+            base_digest: "sha256:00",
+            common_caption: None,
+            pictures: 12,
+            shapes: None,
+            steps: 500,
+            epochs: 41.5,
+            precision: Precision::Bf16,
+        }
     }
 
     #[test]

@@ -167,12 +167,14 @@ fn settings(about: &About<'_>, dtype: OutputDtype) -> String {
     let training = &about.config.training;
     let (lora, optimizer, schedule) = (&training.lora, &training.optimizer, &training.learning_rate_schedule);
     let published = about.published.map_or("a size of its own", |published| published.name);
+    let buckets = about.buckets().iter().map(|bucket| format!("{} x {} ({})", bucket.size.0, bucket.size.1, bucket.pictures)).collect::<Vec<_>>().join(", ");
     let rows = [
         ("base model", format!("{} ({published})", about.base_label())),
         ("digest of the base model's files", about.base_digest.to_owned()),
         ("rank, alpha, dropout", format!("{}, {}, {}", lora.rank, lora.alpha, lora.dropout)),
         ("modules", lora.target_modules.iter().map(|module| code(module)).collect::<Vec<_>>().join(" ")),
-        ("resolution", format!("{0} x {0}", training.resolution)),
+        ("resolution", format!("{0} x {0}{1}", training.resolution, if about.buckets().is_empty() { "" } else { ", the area of a bucket at most" })),
+        ("buckets", buckets),
         ("steps, epochs", format!("{}, {:.1}", about.steps, about.epochs)),
         ("pictures per step", format!("{} x {} accumulated", training.batch_size, training.gradient_accumulation_steps)),
         ("optimizer", format!("{:?}, learning rate {}, weight decay {}", optimizer.kind, optimizer.learning_rate, optimizer.weight_decay)),
@@ -182,7 +184,7 @@ fn settings(about: &About<'_>, dtype: OutputDtype) -> String {
         ("seed", training.seed.to_string()),
     ];
     let mut part = "\n## Training\n\n| setting | value |\n|---|---|\n".to_owned();
-    for (name, value) in rows {
+    for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
         let _infallible = writeln!(part, "| {name} | {value} |");
     }
     let _infallible = write!(part, "\nLosses and digests of all files are in `result.json`. Trained with finetune-operator {}.\n", env!("CARGO_PKG_VERSION"));

@@ -4,14 +4,16 @@ use std::io::Cursor;
 
 use image::{ImageFormat, RgbImage};
 
+use super::error::TrainError;
 use super::interrupt::Interrupt;
 use super::result::Comparison;
 use super::trainer::Trainer;
 use super::validation::{Painter, ValidationError};
-use finetune_api::plan::{DatasetConfig, ValidationConfig};
+use finetune_api::plan::{TrainConfig, ValidationConfig};
 use finetune_compute::kernels::Engine;
-use finetune_data::dataset::{Dataset, DatasetError};
-use finetune_data::transform::Transform;
+use finetune_data::buckets::Shapes;
+use finetune_data::dataset::Dataset;
+use finetune_data::transform::{Pixels, Transform};
 use finetune_model::ModelDir;
 use finetune_model::sample::{COLUMNS, Sheet, SheetRow, in_groups};
 use finetune_store::Store;
@@ -35,32 +37,39 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Reads the first pictures of the folder at `store`, by file name, each with its (first) caption. `dataset` gives its form.
+    /// Reads the first pictures of the folder at `store`, by file name, each with its (first) caption: in the form of the run's dataset, cropped as the run's
+    /// pictures are, to sides of at most `largest` pixels.
     ///
     /// # Errors
-    /// If the folder is not a dataset; every problem is listed.
-    pub async fn load(store: &Store, dataset: &DatasetConfig, resolution: u32) -> Result<Self, DatasetError> {
-        let found = Dataset::scan(store, &dataset.held_out(store.uri())).await?;
+    /// If the folder is not a dataset, or a picture fits no bucket; every problem is listed.
+    pub async fn load(store: &Store, config: &TrainConfig, largest: usize) -> Result<Self, TrainError> {
+        let found = Dataset::scan(store, &config.dataset.held_out(store.uri())).await?;
         found.log();
         let pictures = found.pictures(store);
         let mut samples = found.samples;
         samples.truncate(MAX_PICTURES);
+        let shapes = Shapes::new(&config.training, &samples)?;
+        shapes.check(&samples, largest)?;
         let mut held_out = Self { captions: Vec::new(), truth: Vec::new() };
-        for sample in samples {
+        for (i, sample) in samples.into_iter().enumerate() {
             let picture = pictures.load(&sample).await?;
-            let pixels = Transform::center(sample.size, resolution).apply(&picture);
-            held_out.truth.push(to_picture(&pixels.data, resolution));
+            held_out.truth.push(to_picture(&Transform::center(sample.size, shapes.of(i)).apply(&picture)));
             held_out.captions.extend(sample.captions.into_iter().next());
         }
         Ok(held_out)
     }
+
+    /// Captions, and the sizes of their pictures.
+    fn wanted(&self) -> Vec<(&str, (u32, u32))> {
+        self.captions.iter().map(String::as_str).zip(self.truth.iter().map(RgbImage::dimensions)).collect()
+    }
 }
 
-/// The picture of `[3, R, R]` values in [-1, 1]: a model's input as people see it.
-pub(super) fn to_picture(values: &[f32], resolution: u32) -> RgbImage {
-    let side = resolution as usize;
-    let level = |c: usize, x: u32, y: u32| ((values[(c * side + y as usize) * side + x as usize] / 2.0 + 0.5) * 255.0).round() as u8;
-    RgbImage::from_fn(resolution, resolution, |x, y| image::Rgb([level(0, x, y), level(1, x, y), level(2, x, y)]))
+/// A model's input as people see it.
+pub(super) fn to_picture(Pixels { data, size: (width, height) }: &Pixels) -> RgbImage {
+    let (columns, rows) = (*width as usize, *height as usize);
+    let level = |c: usize, x: u32, y: u32| ((data[(c * rows + y as usize) * columns + x as usize] / 2.0 + 0.5) * 255.0).round() as u8;
+    RgbImage::from_fn(*width, *height, |x, y| image::Rgb([level(0, x, y), level(1, x, y), level(2, x, y)]))
 }
 
 /// Draws the comparison: its numbers and its sheet as PNG; none if the run is asked to stop meanwhile.
@@ -70,15 +79,15 @@ pub(super) fn to_picture(values: &[f32], resolution: u32) -> RgbImage {
 pub fn draw(
     config: &ValidationConfig,
     held_out: &HeldOut,
-    resolution: u32,
     model: &ModelDir,
     trainer: &Trainer,
     engine: &Engine,
     interrupt: &Interrupt,
 ) -> Result<Option<(Comparison, Vec<u8>)>, ValidationError> {
-    let painter = Painter::new(config, resolution, model, trainer, engine, interrupt)?;
-    let Some(base) = painter.draw(&held_out.captions, 0.0)? else { return Ok(None) };
-    let Some(lora) = painter.draw(&held_out.captions, 1.0)? else { return Ok(None) };
+    let painter = Painter::new(config, model, trainer, engine, interrupt)?;
+    let wanted = held_out.wanted();
+    let Some(base) = painter.draw(&wanted, 0.0)? else { return Ok(None) };
+    let Some(lora) = painter.draw(&wanted, 1.0)? else { return Ok(None) };
     let comparison =
         Comparison { pictures: held_out.truth.len() as u64, base_distance: distance(&held_out.truth, &base), lora_distance: distance(&held_out.truth, &lora) };
     let row = |label: String, pictures: &[RgbImage], captions: bool| SheetRow {
@@ -123,10 +132,18 @@ mod tests {
 
     #[test]
     fn values_become_pixels_in_their_places() {
-        let mut values = vec![-1.0; 12];
-        values[1] = 1.0; // red, row 0, column 1
-        let picture = to_picture(&values, 2);
-        assert_eq!(picture.get_pixel(1, 0).0, [255, 0, 0]);
-        assert_eq!(picture.get_pixel(0, 1).0, [0, 0, 0]);
+        let mut data = vec![-1.0; 18];
+        data[2] = 1.0; // red, row 0, column 2
+        data[6 + 4] = 1.0; // green, row 1, column 1
+        let picture = to_picture(&Pixels { data, size: (3, 2) });
+        assert_eq!(picture.dimensions(), (3, 2));
+        for (x, y, pixel) in picture.enumerate_pixels() {
+            let expected = match (x, y) {
+                (2, 0) => [255, 0, 0],
+                (1, 1) => [0, 255, 0],
+                _ => [0, 0, 0],
+            };
+            assert_eq!(pixel.0, expected, "{x} {y}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use super::validation::ValidationError;
 use finetune_api::Reason;
 use finetune_api::plan::{GpuTooSmall, Problem};
 use finetune_compute::kernels::DeviceError;
+use finetune_data::buckets::BucketError;
 use finetune_data::cache::CacheError;
 use finetune_data::dataset::DatasetError;
 use finetune_model::layout::LayoutError;
@@ -45,6 +46,9 @@ pub enum TrainError {
         /// What was found.
         found: String,
     },
+    /// Pictures fit no bucket, or buckets do not fit the model.
+    #[error(transparent)]
+    Buckets(#[from] BucketError),
     /// The model cannot be fetched.
     #[error("failed to fetch the model")]
     ModelSource(#[from] ModelSourceError),
@@ -129,7 +133,7 @@ impl TrainError {
             Self::Start(StartError::NotFound { .. }) => Reason::NotFound,
             Self::Layout(_) | Self::Weights(_) => Reason::ModelLoadFailed,
             Self::Mmdit(error) => mmdit_reason(error),
-            Self::Lora(_) | Self::Folders(_) => Reason::InvalidConfig,
+            Self::Lora(_) | Self::Folders(_) | Self::Buckets(_) => Reason::InvalidConfig,
             Self::Prepare(error) => match error {
                 PrepareError::ModelSource(error) => model_reason(error),
                 PrepareError::Store(error) => store_reason(error),

@@ -24,7 +24,7 @@ fn draw(objective: &Objective, example: &Example, sample: usize, index: u64) -> 
     stream(Purpose::EvaluationNoise).fill_normal(&mut noise);
     let u = (index as f64 + stream(Purpose::EvaluationTimestep).uniform_f64()) / TIMESTEPS as f64;
     let x0 = example.mean.iter().map(|z| objective.latents.normalise(*z)).collect();
-    Draw { x0, noise, level: objective.table.index(u) }
+    Draw { x0, noise, level: objective.table(example.shape).index(u) }
 }
 
 /// The mean loss over the subset and its timesteps. `examples` are those of [`subset`], with their sample numbers; every
@@ -72,6 +72,7 @@ mod tests {
     fn timesteps_are_stratified_over_the_noise_levels() {
         let objective = Objective {
             table: SigmaTable::default(),
+            table_of: std::collections::BTreeMap::new(),
             density: TimestepDensity::default(),
             kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
             latents: LatentScaling { scale: 1.0, shift: 0.0 },

@@ -64,6 +64,8 @@ pub(super) struct Fed {
 pub(super) struct FedBatch {
     /// Its samples.
     pub(super) items: usize,
+    /// As [`Batch::share`].
+    pub(super) share: f64,
     /// Whether the gradients are applied after it.
     pub(super) sync: bool,
     /// The place of the batch after it.
@@ -122,16 +124,16 @@ impl Drop for Feed {
 impl Source {
     /// The micro-batch `place` of the batch, after which the sampler is at `next`.
     fn micro_batch(&self, batch: &Batch, place: usize, next: Position) -> Result<Fed, FeedError> {
-        let Batch { epoch, items, sync, .. } = batch;
+        let Batch { epoch, items, sync, share, .. } = batch;
         let (first, end) = (place * self.micro_batch, ((place + 1) * self.micro_batch).min(items.len()));
         let own = &items[first..end];
         let (examples, ordinals) = self.examples(*epoch, own)?;
-        let weight = 1.0 / items.len() as f64 / f64::from(self.accumulation);
+        let weight = share / items.len() as f64 / f64::from(self.accumulation);
         let coefficients = step::coefficients(own.len(), weight, self.prior_weight);
         Ok(Fed {
             micro_batch: MicroBatch::draw(&self.objective, &examples, &ordinals, *epoch, coefficients)?,
             samples: own.len(),
-            batch: (end == items.len()).then_some(FedBatch { items: items.len(), sync: *sync, next }),
+            batch: (end == items.len()).then_some(FedBatch { items: items.len(), share: *share, sync: *sync, next }),
         })
     }
 
@@ -153,6 +155,7 @@ impl Source {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::path::Path;
 
     use super::*;
@@ -165,6 +168,7 @@ mod tests {
     use finetune_common::tensor::HostTensor;
     use finetune_compute::kernels::Precision;
     use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
+    use finetune_data::buckets::Shapes;
     use finetune_data::cache::{CachedTensor, TensorCache};
     use finetune_data::dataset::{Dataset, Sample};
     use finetune_data::sampler::SamplerConfig;
@@ -191,7 +195,8 @@ mod tests {
 
     /// A feed of numbers that depend on picture or caption alone.
     async fn source(folder: &Path, dataset: &Dataset, dropout: f64) -> Source {
-        let keys = Keys::new(&config(), &Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 });
+        let shapes = Shapes::new(&config().training, &dataset.samples).unwrap();
+        let keys = Keys::new(&config(), shapes, &Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 });
         let mut cache = TensorCache::open(folder, None).await.unwrap();
         let values = |name: &[u8], shape: &[usize]| {
             let mut stream = Stream::new(u64::from(sha256(name)[0]), Purpose::Noise, u64::from(sha256(name)[1]), 0);
@@ -209,6 +214,7 @@ mod tests {
         let scaling = LatentScaling { scale: 1.5, shift: 0.1 };
         let objective = Objective {
             table: SigmaTable::default(),
+            table_of: BTreeMap::new(),
             density: TimestepDensity::default(),
             kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
             latents: scaling,
@@ -223,7 +229,8 @@ mod tests {
     async fn fed(dataset: &Dataset, dropout: f64, position: Position, count: usize) -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         let samples = dataset.samples.iter().map(|sample| sample.image_digest).collect();
-        let mut sampler = Sampler::new(SamplerConfig { samples, repeats: 1, class_pictures: 0, batch_size: 3, accumulation: 1, seed: SEED }).unwrap();
+        let mut sampler =
+            Sampler::new(SamplerConfig { samples, repeats: 1, buckets: None, class_pictures: 0, batch_size: 3, accumulation: 1, seed: SEED }).unwrap();
         sampler.seek(position).unwrap();
         let mut feed = Feed::start(source(folder.path(), dataset, dropout).await, sampler).unwrap();
         (0..count).map(|_| format!("{:?}", feed.next().unwrap())).collect()

@@ -7,7 +7,8 @@ use super::environment::{self, JobEnvironment};
 use super::look::{self, LookError};
 use super::model_files;
 use super::prepare::{PrepareError, captions};
-use finetune_api::plan::{DatasetConfig, TrainConfig};
+use finetune_api::plan::{DatasetConfig, TrainConfig, TrainingConfig};
+use finetune_data::buckets::{BucketError, Shapes};
 use finetune_data::dataset::{Dataset, DatasetError};
 use finetune_model::survey::Model;
 use finetune_store::model_source::{ModelFolder, Parts};
@@ -49,6 +50,17 @@ async fn truncation(config: &TrainConfig, dataset: &Dataset, folder: &ModelFolde
     folder.fetch(Parts::TOKENIZERS, &environment.reporter).await?;
     let (clip_limit, lengths) = tokio::task::block_in_place(|| captions::lengths(folder, dataset))?;
     Ok(Truncation::of(dataset, &lengths, config.training.max_sequence_length, clip_limit, !folder.is_without_t5()))
+}
+
+/// The buckets of a dataset's pictures as the end of a sentence (empty without buckets), and what is lost in them. `largest`: the longest side that the model
+/// takes, where it is known.
+///
+/// # Errors
+/// Names the pictures that fit no bucket, or whose bucket does not fit the model.
+pub fn buckets(training: &TrainingConfig, dataset: &Dataset, largest: Option<usize>) -> Result<(String, Option<String>), BucketError> {
+    let shapes = Shapes::new(training, &dataset.samples)?;
+    largest.map_or(Ok(()), |largest| shapes.check(&dataset.samples, largest))?;
+    Ok((if training.buckets.is_some() { format!(" in {shapes}") } else { String::new() }, shapes.warning()))
 }
 
 fn impatient(policy: &RetryPolicy) -> RetryPolicy {

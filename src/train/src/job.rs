@@ -4,6 +4,7 @@
 
 mod show;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,11 +26,12 @@ use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
 use super::{device, division, look, model_files, start};
-use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
+use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, ShiftConfig, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
 use finetune_api::{Reason, Stage};
 use finetune_common::digest;
 use finetune_compute::kernels::Engine;
 use finetune_compute::optim::Param;
+use finetune_data::buckets::Shapes;
 use finetune_data::dataset::Dataset;
 use finetune_data::sampler::{Sampler, SamplerConfig};
 use finetune_model::ModelDir;
@@ -83,6 +85,7 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
     let budget = device::limit_memory(&engine);
     let (folder, base) = look_at_model(config, environment, budget).await?;
     let Sources { dataset, digests } = sources(config, environment, &folder).await?;
+    let shapes = shapes(config, &dataset, &base)?;
 
     let (claim, alive) = claim(config, environment, &output).await?;
     let attempt = async {
@@ -98,8 +101,8 @@ pub async fn run(config: &TrainConfig, environment: &JobEnvironment) -> Result<O
             ResumePolicy::Never => Checkpoints::restart(store, claim, identity).await?,
             ResumePolicy::Auto | ResumePolicy::Required => Checkpoints::open(store, claim, identity).await?,
         };
-        let held_out = held_out(config, environment).await?;
-        let run = Run { config, environment, engine, budget, dataset, folder, held_out, checkpoints, base };
+        let held_out = held_out(config, environment, &base).await?;
+        let run = Run { config, environment, engine, budget, dataset, shapes, folder, held_out, checkpoints, base };
         let trained = run.whole(&output).await;
         if let Err(error) = &trained {
             run.keep_log(error).await;
@@ -223,12 +226,25 @@ async fn scan(config: &TrainConfig, environment: &JobEnvironment) -> Result<Data
     }
 }
 
+/// What the pictures are cropped to, if the model takes it: before anything is prepared.
+fn shapes(config: &TrainConfig, dataset: &Dataset, base: &Model) -> Result<Shapes, TrainError> {
+    let shapes = Shapes::new(&config.training, &dataset.samples)?;
+    shapes.check(&dataset.samples, base.largest_side())?;
+    if config.training.buckets.is_some() {
+        tracing::info!("{shapes}");
+    }
+    if let Some(warning) = shapes.warning() {
+        tracing::warn!("{warning}");
+    }
+    Ok(shapes)
+}
+
 /// The held-out pictures, if the job has any.
-async fn held_out(config: &TrainConfig, environment: &JobEnvironment) -> Result<Option<HeldOut>, TrainError> {
+async fn held_out(config: &TrainConfig, environment: &JobEnvironment, base: &Model) -> Result<Option<HeldOut>, TrainError> {
     let Some(uri) = config.validation.as_ref().and_then(|v| v.dataset_uri.as_ref()) else { return Ok(None) };
     let store = environment.open(uri, config)?;
-    let load = async { Ok(HeldOut::load(&store, &config.dataset, config.training.resolution).await?) };
-    unless_interrupted(environment, load).await.map(Some)
+    let held_out = unless_interrupted(environment, HeldOut::load(&store, config, base.largest_side())).await?;
+    Ok(Some(held_out))
 }
 
 /// Stops waiting when somebody asks to.
@@ -246,6 +262,7 @@ struct Run<'a> {
     /// What the process may hold on the device, as it was found at the start.
     budget: MemoryBudget,
     dataset: Dataset,
+    shapes: Shapes,
     folder: ModelFolder,
     held_out: Option<HeldOut>,
     checkpoints: Checkpoints,
@@ -300,6 +317,7 @@ impl Run<'_> {
         let prepared = match prepare::prepare(
             config,
             dataset,
+            self.shapes.clone(),
             held_out.as_ref().map_or(&[], |h| &h.captions),
             &dataset_store,
             folder,
@@ -350,13 +368,20 @@ impl Run<'_> {
         self.environment.reporter.show(|page| page.memory = Some(memory.clone()));
         let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
-        let [_, height, width] = prepared.example(0, 0, 0).map_err(super::trainer::TrainerError::from)?.shape;
-        let patches = (height / transformer.patch_size) * (width / transformer.patch_size);
-        let table = setup::noise_levels(&training.flow_matching, &scheduler, patches)
-            .map_err(|problem| LayoutError::Unsupported { path: model.path(Part::Scheduler), problem })?;
+        let table = |(width, height): (u32, u32)| {
+            let latent = [height, width].map(|side| side as usize / self.base.downscale);
+            let patches = latent.iter().map(|side| side / transformer.patch_size).product();
+            let table = setup::noise_levels(&training.flow_matching, &scheduler, patches);
+            table.map(|table| (latent, table)).map_err(|problem| LayoutError::Unsupported { path: model.path(Part::Scheduler), problem })
+        };
+        let table_of = match training.flow_matching.shift {
+            Some(ShiftConfig::ByResolution) => self.shapes.buckets().iter().map(|bucket| table(bucket.size)).collect::<Result<_, _>>()?,
+            _ => BTreeMap::new(),
+        };
+        let (_, table) = table((training.resolution, training.resolution))?;
         let (density, kind) = setup::flow_matching(&training.flow_matching);
         let settings = Settings {
-            objective: Objective { table, density, kind, latents: prepared.scaling(), seed: training.seed, dropout: training.lora.dropout > 0.0 },
+            objective: Objective { table, table_of, density, kind, latents: prepared.scaling(), seed: training.seed, dropout: training.lora.dropout > 0.0 },
             accumulation: training.gradient_accumulation_steps,
             caption_dropout: self.config.dataset.captions.as_ref().map_or(0.0, |captions| captions.dropout),
             prior_weight: training.prior_preservation.as_ref().map(|prior| prior.weight),
@@ -373,6 +398,7 @@ impl Run<'_> {
         let sampler = Sampler::new(SamplerConfig {
             samples: self.dataset.samples.iter().map(|s| s.image_digest).collect(),
             repeats: self.config.dataset.repeats,
+            buckets: self.shapes.of_each(),
             class_pictures: training.prior_preservation.as_ref().map_or(0, |prior| prior.images),
             batch_size: training.batch_size,
             accumulation: training.gradient_accumulation_steps,
@@ -390,7 +416,7 @@ impl Run<'_> {
     }
 
     fn total_steps(&self) -> u64 {
-        StepPlan::new(&self.config.training, self.config.dataset.repeats, Some(self.dataset.samples.len() as u64)).total_steps.unwrap_or_default()
+        StepPlan::new(&self.config.training, self.config.dataset.repeats, Some(&self.shapes.pictures())).total_steps.unwrap_or_default()
     }
 
     /// Updates until the end, with checkpoints on the way and one at the end.
@@ -500,7 +526,7 @@ impl Run<'_> {
         let settings = warnings(&self.config.training, Some(self.total_steps())).into_iter().map(|warning| warning.to_string());
         let truncation = trainer.prepared().truncation().map(ToString::to_string);
         let without_t5 = self.folder.is_without_t5().then(|| "the model leaves T5 out: captions were read by CLIP alone, 75 tokens of each".to_owned());
-        settings.chain(truncation).chain(without_t5).chain(trainer.history().worse(trainer.step())).collect()
+        settings.chain(self.shapes.warning()).chain(truncation).chain(without_t5).chain(trainer.history().worse(trainer.step())).collect()
     }
 
     /// Writes the results and cleans up.
@@ -509,11 +535,11 @@ impl Run<'_> {
         let pictures = validation::kept(&self.checkpoints, trainer).await?;
         let encoders: &[&str] = if self.folder.is_without_t5() { &["CLIP-L", "CLIP-G"] } else { &["CLIP-L", "CLIP-G", "T5"] };
         let warnings = self.warnings(trainer);
-        let (mut result, mut files) = output::make(self.config, &self.dataset, &self.checkpoints, encoders, warnings, trainer, &pictures, &self.engine)?;
+        let (mut result, mut files) =
+            output::make(self.config, &self.dataset, &self.shapes, &self.checkpoints, encoders, warnings, trainer, &pictures, &self.engine)?;
         if let (Some(validation), Some(held_out)) = (&self.config.validation, &self.held_out) {
-            let resolution = self.config.training.resolution;
             trainer.learner().trim()?;
-            let drawn = block_in_place(|| comparison::draw(validation, held_out, resolution, model, trainer, &self.engine, &self.environment.interrupt))?;
+            let drawn = block_in_place(|| comparison::draw(validation, held_out, model, trainer, &self.engine, &self.environment.interrupt))?;
             let Some((comparison, png)) = drawn else { return Err(TrainError::Interrupted { checkpoint: None }) };
             result.comparison = Some(comparison);
             result.files.insert(comparison::FILE_NAME.to_owned(), FileDigest::of(&png));

@@ -8,6 +8,7 @@ use futures::future::try_join_all;
 
 use finetune_api::Reason;
 use finetune_api::plan::{MemoryBudget, Problem, TrainConfig, memory_plan};
+use finetune_data::buckets::Buckets;
 use finetune_model::ModelDir;
 use finetune_model::layout::Part;
 use finetune_model::lora::LoraLayout;
@@ -125,6 +126,15 @@ fn settings(config: &TrainConfig, model: &Model) -> Vec<Problem> {
         problem("resolution", format!("{resolution} is more than this model takes: its table of position embeddings reaches to {largest} pixels"));
     } else if step == 0 || !resolution.is_multiple_of(step) {
         problem("resolution", format!("{resolution} is not a multiple of {step}, a patch of this model"));
+    }
+    if let Some(buckets) = &config.training.buckets {
+        let longest = Buckets::new(config.training.resolution, buckets).longest_side().filter(|&side| side as usize > largest);
+        if let Some(longest) = longest {
+            problem("buckets.maxSize", format!("buckets have sides up to {longest} pixels: this model's table of position embeddings reaches to {largest}"));
+        }
+        if step == 0 || !(buckets.step as usize).is_multiple_of(step) {
+            problem("buckets.step", format!("{} is not a multiple of {step}, a patch of this model", buckets.step));
+        }
     }
     let lora = setup::lora(&config.training.lora);
     if let Err(error) = LoraLayout::new(&lora, &model.transformer.linear_sites()) {

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+
 use finetune_api::OutputDtype;
-use finetune_api::plan::OutputFormat;
+use finetune_api::plan::{BucketsConfig, OutputFormat};
 use finetune_common::digest;
 use finetune_compute::optim::Param;
+use finetune_data::buckets::{Bucket, Shapes};
 use finetune_model::lora::{LoraLayout, kohya, metadata_json};
 
 use super::about::{About, job_name};
@@ -96,15 +99,18 @@ fn kohya_header(about: &About<'_>, content: &str) -> BTreeMap<String, String> {
     let training = &config.training;
     let (lora, optimizer, schedule) = (&training.lora, &training.optimizer, &training.learning_rate_schedule);
     let architecture = about.published.map_or("stable-diffusion-v3", |published| published.architecture);
+    let shape = match about.buckets() {
+        [] => format!("of {} pixels", training.resolution),
+        buckets => format!("in buckets of {} shapes, each of the area of {1} x {1} pixels at most", buckets.len(), training.resolution),
+    };
     let description = format!(
-        "LoRA of rank {} and alpha {} for {}, trained for {} steps on {} {} of {} pixels",
+        "LoRA of rank {} and alpha {} for {}, trained for {} steps on {} {} {shape}",
         lora.rank,
         lora.alpha,
         about.base_name(),
         about.steps,
         about.pictures,
-        if about.pictures == 1 { "picture" } else { "pictures" },
-        training.resolution
+        if about.pictures == 1 { "picture" } else { "pictures" }
     );
     let mut header: BTreeMap<&str, String> = [
         ("format", "pt".to_owned()),
@@ -146,7 +152,25 @@ fn kohya_header(about: &About<'_>, content: &str) -> BTreeMap<String, String> {
     if let Some(trigger) = about.trigger_phrase() {
         header.insert("modelspec.trigger_phrase", trigger.to_owned());
     }
+    if let (Some(buckets), Some(shapes)) = (&training.buckets, about.shapes) {
+        header.extend(bucket_header(buckets, shapes, config.dataset.repeats));
+    }
     header.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+/// What kohya's scripts write of buckets; their counts are those of the copies.
+fn bucket_header(config: &BucketsConfig, shapes: &Shapes, repeats: u32) -> [(&'static str, String); 5] {
+    let python = |given: bool| if given { "True" } else { "False" }.to_owned();
+    let side = |side: Option<u32>| side.map_or_else(|| "None".to_owned(), |side| side.to_string());
+    let bucket = |(i, bucket): (usize, &Bucket)| (i.to_string(), json!({"resolution": bucket.size, "count": bucket.pictures * u64::from(repeats)}));
+    let buckets: serde_json::Map<_, _> = shapes.buckets().iter().enumerate().map(bucket).collect();
+    [
+        ("ss_enable_bucket", python(true)),
+        ("ss_bucket_no_upscale", python(config.upscale.is_none())),
+        ("ss_min_bucket_reso", side(config.upscale.map(|sides| sides.min))),
+        ("ss_max_bucket_reso", side(config.upscale.map(|sides| sides.max))),
+        ("ss_bucket_info", json!({"buckets": buckets, "mean_img_ar_error": shapes.ratio_error()}).to_string()),
+    ]
 }
 
 /// SHA-256 of the values, without the header, in hexadecimal digits: ModelSpec's `hash_sha256` and kohya's `sshs_model_hash`.

@@ -19,6 +19,7 @@ use super::result::{Artifact, Evaluation, FileDigest, LoraSummary, LossSummary, 
 use super::trainer::Trainer;
 use finetune_api::plan::TrainConfig;
 use finetune_compute::kernels::Engine;
+use finetune_data::buckets::Shapes;
 use finetune_data::dataset::Dataset;
 use finetune_model::survey;
 use finetune_store::{Store, StoreError};
@@ -34,6 +35,7 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 pub fn make(
     config: &TrainConfig,
     dataset: &Dataset,
+    shapes: &Shapes,
     checkpoints: &Checkpoints,
     text_encoders: &[&str],
     warnings: Vec<String>,
@@ -49,6 +51,7 @@ pub fn make(
         base_digest: &checkpoints.digests().model,
         common_caption: about::common_caption(&dataset.samples),
         pictures: dataset.samples.len(),
+        shapes: Some(shapes),
         steps: trainer.step(),
         epochs: trainer.epochs(),
         precision: compute.precision(),

@@ -3,6 +3,8 @@
 //! Every random number is a function of (seed, epoch, ordinal of the item within the epoch, purpose): neither the size of
 //! the micro-batch nor what ran before changes it.
 
+use std::collections::BTreeMap;
+
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
 use finetune_compute::nn::DropoutKey;
@@ -15,6 +17,8 @@ use finetune_model::mmdit::{FlowTarget, MmditError, MmditInputs};
 pub struct Objective {
     /// Noise levels.
     pub table: SigmaTable,
+    /// Those of latents of these heights and widths, where they differ by shape.
+    pub table_of: BTreeMap<[usize; 2], SigmaTable>,
     /// How timesteps are drawn.
     pub density: TimestepDensity,
     /// Target and weighting.
@@ -70,6 +74,11 @@ pub struct Draw {
 }
 
 impl Objective {
+    /// The noise levels for latents [C, h, w].
+    pub fn table(&self, [_, height, width]: [usize; 3]) -> &SigmaTable {
+        self.table_of.get(&[height, width]).unwrap_or(&self.table)
+    }
+
     /// Redraws the posterior, the noise and the timestep of the item `ordinal` of `epoch`.
     pub fn draw(&self, example: &Example, epoch: u64, ordinal: u64) -> Draw {
         let stream = |purpose| Stream::new(self.seed, purpose, epoch, ordinal);
@@ -78,7 +87,7 @@ impl Objective {
         let x0 = example.mean.iter().zip(&example.logvar).map(z).map(|z| self.latents.normalise(z)).collect();
         let mut noise = vec![0.0; example.mean.len()];
         stream(Purpose::Noise).fill_normal(&mut noise);
-        let level = self.table.index(self.density.draw(&mut stream(Purpose::Timestep)));
+        let level = self.table(example.shape).index(self.density.draw(&mut stream(Purpose::Timestep)));
         Draw { x0, noise, level }
     }
 }
@@ -104,11 +113,12 @@ impl Inputs {
     ///
     /// # Errors
     /// If examples have different shapes.
-    pub fn new(table: &SigmaTable, examples: &[&Example], draws: &[Draw]) -> Result<Self, ShapeError> {
+    pub fn new(objective: &Objective, examples: &[&Example], draws: &[Draw]) -> Result<Self, ShapeError> {
+        let [c, h, w] = examples.first().map_or([0; 3], |e| e.shape);
+        let table = objective.table([c, h, w]);
         let x0: Vec<f32> = draws.iter().flat_map(|d| d.x0.iter().copied()).collect();
         let noise: Vec<f32> = draws.iter().flat_map(|d| d.noise.iter().copied()).collect();
         let sigmas: Vec<f32> = draws.iter().map(|d| table.sigma(d.level)).collect();
-        let [c, h, w] = examples.first().map_or([0; 3], |e| e.shape);
         Ok(Self {
             x: HostTensor::new(flow_matching::mix(&x0, &noise, &sigmas), [draws.len(), c, h, w])?,
             timestep: HostTensor::vector(draws.iter().map(|d| table.timestep(d.level)).collect()),
@@ -145,7 +155,7 @@ impl MicroBatch {
     /// If examples have different shapes.
     pub fn draw(objective: &Objective, examples: &[Example], ordinals: &[u64], epoch: u64, coefficients: Vec<f64>) -> Result<Self, ShapeError> {
         let draws: Vec<Draw> = examples.iter().zip(ordinals).map(|(example, ordinal)| objective.draw(example, epoch, *ordinal)).collect();
-        let inputs = Inputs::new(&objective.table, &examples.iter().collect::<Vec<_>>(), &draws)?;
+        let inputs = Inputs::new(objective, &examples.iter().collect::<Vec<_>>(), &draws)?;
         let names = || DropoutKey { seed: objective.seed, samples: ordinals.iter().map(|ordinal| (epoch, *ordinal)).collect() };
         Ok(Self { inputs, dropout: objective.dropout.then(names), kind: objective.kind, coefficients })
     }
@@ -178,7 +188,7 @@ pub fn micro_batch(learner: &mut dyn Learner, batch: &MicroBatch) -> Result<Vec<
 /// # Errors
 /// If the model refuses the inputs.
 pub fn losses(learner: &dyn Learner, objective: &Objective, examples: &[&Example], draws: &[Draw]) -> Result<Vec<f64>, MmditError> {
-    let inputs = Inputs::new(&objective.table, examples, draws)?;
+    let inputs = Inputs::new(objective, examples, draws)?;
     let velocity = learner.predict(inputs.model())?;
     Ok(flow_matching::loss(objective.kind, velocity.values(), &inputs.x0, &inputs.noise, &inputs.sigmas, &vec![1.0; draws.len()]).per_sample)
 }
@@ -191,6 +201,7 @@ mod tests {
     fn objective() -> Objective {
         Objective {
             table: SigmaTable::default(),
+            table_of: BTreeMap::new(),
             density: TimestepDensity::default(),
             kind: LossKind { weighting: Weighting::LogitNormal, precondition_outputs: true },
             latents: LatentScaling { scale: 1.5305, shift: 0.0609 },

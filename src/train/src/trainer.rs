@@ -263,8 +263,8 @@ impl Trainer {
             loss += own;
             prior_loss += class;
             let Some(batch) = batch else { continue };
-            window.loss += std::mem::take(&mut loss) / batch.items as f64;
-            window.prior_loss += std::mem::take(&mut prior_loss) / batch.items as f64;
+            window.loss += std::mem::take(&mut loss) / batch.items as f64 * batch.share;
+            window.prior_loss += std::mem::take(&mut prior_loss) / batch.items as f64 * batch.share;
             window.batches += 1;
             if batch.sync {
                 window.end = batch.next;

@@ -57,7 +57,6 @@ pub struct Painter<'a> {
     negative: PromptEmbedding,
     settings: Denoise,
     seed: u64,
-    side: usize,
 }
 
 impl<'a> Painter<'a> {
@@ -65,14 +64,7 @@ impl<'a> Painter<'a> {
     ///
     /// # Errors
     /// If a part of the model is missing.
-    pub fn new(
-        config: &ValidationConfig,
-        resolution: u32,
-        model: &ModelDir,
-        trainer: &'a Trainer,
-        engine: &Engine,
-        interrupt: &'a Interrupt,
-    ) -> Result<Self, ValidationError> {
+    pub fn new(config: &ValidationConfig, model: &ModelDir, trainer: &'a Trainer, engine: &Engine, interrupt: &'a Interrupt) -> Result<Self, ValidationError> {
         let decoder = VaeDecoder::load(model, engine)?;
         let (embeds, pooled) = trainer.prepared().prompt("")?;
         Ok(Self {
@@ -82,24 +74,24 @@ impl<'a> Painter<'a> {
             negative: PromptEmbedding { embeds, pooled },
             settings: Denoise { steps: config.steps as usize, guidance_scale: config.guidance_scale, lora_scale: 1.0, skip_layers: None },
             seed: config.seed,
-            side: resolution as usize / decoder.config().downscale(),
             decoder,
         })
     }
 
-    /// One picture for each prompt, the `i`-th from the `i`-th noise; none if the run is asked to stop meanwhile.
+    /// One picture for each prompt, of this width and height, the `i`-th from the `i`-th noise; none if the run is asked to stop meanwhile.
     ///
     /// # Errors
     /// If the model fails.
-    pub fn draw(&self, prompts: &[String], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
+    pub fn draw(&self, prompts: &[(&str, (u32, u32))], lora_scale: f64) -> Result<Option<Vec<RgbImage>>, ValidationError> {
         let negative = PromptBatch::stack(&[&self.negative])?;
         let settings = Denoise { lora_scale, ..self.settings.clone() };
         let channels = self.trainer.learner().config().in_channels;
         let mut pictures = Vec::new();
-        for (index, text) in prompts.iter().enumerate() {
+        for (index, (text, (width, height))) in prompts.iter().enumerate() {
             let (embeds, pooled) = self.trainer.prepared().prompt(text)?;
             let prompt = PromptBatch::stack(&[&PromptEmbedding { embeds, pooled }])?;
-            let noise = initial_latents(self.seed, index as u64, channels, self.side, self.side);
+            let [height, width] = [height, width].map(|side| *side as usize / self.decoder.config().downscale());
+            let noise = initial_latents(self.seed, index as u64, channels, height, width);
             let mut on_step = |_| if self.interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let latents = match denoise(self.trainer.learner(), &self.scheduler, &noise, &prompt, &negative, &settings, &mut on_step) {
                 Err(SampleError::Stopped) => return Ok(None),
@@ -123,7 +115,8 @@ pub fn draw(
     engine: &Engine,
     interrupt: &Interrupt,
 ) -> Result<Option<Vec<Picture>>, ValidationError> {
-    let Some(drawn) = Painter::new(config, resolution, model, trainer, engine, interrupt)?.draw(&config.prompts, 1.0)? else { return Ok(None) };
+    let wanted: Vec<_> = config.prompts.iter().map(|prompt| (prompt.as_str(), (resolution, resolution))).collect();
+    let Some(drawn) = Painter::new(config, model, trainer, engine, interrupt)?.draw(&wanted, 1.0)? else { return Ok(None) };
     let mut pictures = Vec::new();
     for (prompt, picture) in drawn.iter().enumerate() {
         let mut png = Cursor::new(Vec::new());

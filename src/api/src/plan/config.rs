@@ -170,8 +170,11 @@ pub struct TrainingConfig {
     /// Passes over the dataset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epochs: Option<u64>,
-    /// Side of the training pictures in pixels.
+    /// Side of the training pictures in pixels; with buckets, the side of the square whose area they have at most.
     pub resolution: u32,
+    /// Aspect-ratio buckets; square pictures where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub buckets: Option<BucketsConfig>,
     /// Pictures per pass.
     pub batch_size: u32,
     /// Passes per update.
@@ -201,6 +204,37 @@ pub struct TrainingConfig {
     /// Prior preservation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prior_preservation: Option<PriorPreservationConfig>,
+}
+
+/// Aspect-ratio buckets.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BucketsConfig {
+    /// What sides are multiples of.
+    pub step: u32,
+    /// The sides of buckets into which small pictures are enlarged; where absent, no picture is enlarged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upscale: Option<SidesConfig>,
+}
+
+/// Sides of buckets.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SidesConfig {
+    /// The shortest.
+    pub min: u32,
+    /// The longest.
+    pub max: u32,
+}
+
+impl fmt::Display for BucketsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sides in steps of {}", self.step)?;
+        match self.upscale {
+            Some(SidesConfig { min, max }) => write!(f, " from {min} to {max}, small pictures are enlarged"),
+            None => f.write_str(", no picture is enlarged"),
+        }
+    }
 }
 
 /// Noise levels.

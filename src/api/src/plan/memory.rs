@@ -4,6 +4,8 @@
 //! key, value, attention's output, and the 4 `D` of the feed-forward), 5 `D` more for a second attention. A block that is computed again keeps
 //! its input alone; the others then leave the modulated inputs out, and their activations are gone when the first of them is computed again, which
 //! keeps all 11 `D` meanwhile. The block at work needs 11 `D` beside what is kept. Attention never holds its scores.
+//!
+//! With buckets the figures are those of the square: no bucket has a larger area, and nothing here depends on a picture's sides otherwise.
 
 use serde::{Deserialize, Serialize};
 

@@ -20,14 +20,14 @@ pub use crate::{
 };
 pub use canonical::canonical_json;
 pub use config::{
-    CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig,
-    OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig,
-    ValidationConfig,
+    BucketsConfig, CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource,
+    OptimizerConfig, OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, SidesConfig, StorageConfig, TrainConfig,
+    TrainingConfig, ValidationConfig,
 };
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
 pub use read::ConfigError;
 pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
 pub use shape::{EncoderShape, ModelShape};
-pub use steps::{StepPlan, updates_per_epoch};
+pub use steps::StepPlan;
 pub use warnings::{Warning, warnings};

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::config::{
-    CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource, OptimizerConfig,
-    OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, StorageConfig, TrainConfig, TrainingConfig,
-    ValidationConfig,
+    BucketsConfig, CONFIG_VERSION, CaptionsConfig, CheckpointConfig, DatasetConfig, DeviceRequest, FlowMatchingConfig, LoraConfig, ModelConfig, ModelSource,
+    OptimizerConfig, OutputConfig, PriorPreservationConfig, ProdigyConfig, ResumeConfig, ScheduleConfig, ShiftConfig, SidesConfig, StorageConfig, TrainConfig,
+    TrainingConfig, ValidationConfig,
 };
 use super::folders::{Folder, Use, default_checkpoint_uri, overlaps};
 use super::identity::Identity;
@@ -21,7 +21,7 @@ pub const MODEL_CREDENTIALS_PREFIX: &str = "MODEL_";
 /// What is known of the world; each part may be unknown.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Facts {
-    /// Usable samples of the dataset.
+    /// Usable samples of the dataset. With buckets an epoch's length depends on their shapes, too, and stays unknown.
     pub dataset_size: Option<u64>,
     /// The device that the trainer has found.
     pub device: Option<DeviceFacts>,
@@ -158,7 +158,8 @@ pub fn resolve(spec: &FineTuneJobSpec, namespace: &str, name: &str, facts: &Fact
     let spec_hash = identity.hash().map_err(PlanError::Identity)?;
     let checkpoint_uri = spec.checkpoint.uri.clone().unwrap_or_else(|| default_checkpoint_uri(&spec.output.uri, &spec_hash));
     let nonzero = |value: u64| (value > 0).then_some(value);
-    let steps = StepPlan::new(&training, dataset.repeats, facts.dataset_size);
+    let pictures = facts.dataset_size.filter(|_| training.buckets.is_none()).map(|pictures| [pictures]);
+    let steps = StepPlan::new(&training, dataset.repeats, pictures.as_ref().map(|pictures| &pictures[..]));
     let config = TrainConfig {
         config_version: CONFIG_VERSION,
         job: format!("{namespace}/{name}"),
@@ -266,6 +267,7 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
         max_steps,
         epochs,
         resolution: spec.resolution,
+        buckets: spec.buckets.as_ref().map(|buckets| self::buckets(buckets, spec, reader)),
         batch_size: spec.batch_size,
         gradient_accumulation_steps: spec.gradient_accumulation_steps,
         gradient_checkpointing: spec.gradient_checkpointing,
@@ -302,6 +304,31 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
             precision: prior.precision,
         }),
     }
+}
+
+/// Shortest and longest side of kohya's buckets, where nothing is said.
+const USUAL_SIDES: SidesConfig = SidesConfig { min: 256, max: 1024 };
+
+fn buckets(spec: &crate::BucketsSpec, training: &crate::TrainingSpec, reader: &mut Reader) -> BucketsConfig {
+    let (step, resolution) = (spec.step.max(1), training.resolution);
+    let min = spec.min_size.unwrap_or_else(|| (USUAL_SIDES.min.min(resolution) / step * step).max(step));
+    let max = spec.max_size.unwrap_or_else(|| USUAL_SIDES.max.max(resolution).next_multiple_of(step));
+    let mut refuse = |wrong: bool, field: &str, message: &str| {
+        if wrong {
+            reader.problem(&format!("spec.training.buckets{field}"), message);
+        }
+    };
+    refuse(
+        training.prior_preservation.is_some(),
+        "",
+        "class pictures of priorPreservation are square and share no batch with buckets: leave one of the two out",
+    );
+    refuse(step > resolution, ".step", "must not exceed training.resolution");
+    refuse(!spec.upscale && (spec.min_size.is_some() || spec.max_size.is_some()), ".upscale", "must be true with minSize or maxSize");
+    refuse(!min.is_multiple_of(step) || !max.is_multiple_of(step), "", "minSize and maxSize must be multiples of step");
+    refuse(spec.min_size.is_some_and(|min| min > resolution), ".minSize", "must not exceed training.resolution");
+    refuse(spec.max_size.is_some_and(|max| max < resolution), ".maxSize", "must be at least training.resolution");
+    BucketsConfig { step, upscale: spec.upscale.then_some(SidesConfig { min, max }) }
 }
 
 fn optimizer(spec: &crate::OptimizerSpec, reader: &mut Reader) -> OptimizerConfig {
@@ -472,6 +499,7 @@ mod tests {
             json!({"training": {"precision": "FP32"}}),
             json!({"training": {"flowMatching": {"shift": "3"}}}),
             json!({"training": {"flowMatching": {"shift": "ByResolution"}}}),
+            json!({"training": {"buckets": {}}}),
             json!({"training": {"optimizer": {"type": "Prodigy"}}}),
             json!({"dataset": {"repeats": 2}}),
             json!({"dataset": {"captions": {"triggerWord": "ohwx"}}}),
@@ -504,6 +532,37 @@ mod tests {
         let prior = json!({"training": {"epochs": 1, "priorPreservation": {"classPrompt": "a dog", "images": 100}}});
         assert_eq!(steps(prior).updates_per_epoch, Some(9));
         assert_eq!(plan(json!({"training": {"epochs": 10}})).steps, StepPlan { total_steps: None, updates_per_epoch: None, epochs: None });
+    }
+
+    /// How many pictures each bucket has is known once they have been looked at.
+    #[test]
+    fn the_length_of_an_epoch_with_buckets_is_not_guessed() {
+        let facts = Facts { dataset_size: Some(25), ..Facts::default() };
+        let steps = resolve(&spec(json!({"training": {"buckets": {}, "epochs": 2}})), "n", "j", &facts).unwrap().steps;
+        assert_eq!(steps, StepPlan { total_steps: None, updates_per_epoch: None, epochs: None });
+    }
+
+    #[test]
+    fn buckets_get_kohyas_sides_and_what_cannot_be_is_refused() {
+        let of = |training: Value| resolve(&spec(json!({ "training": training })), "n", "j", &Facts::default()).map(|plan| plan.config.training.buckets);
+        assert_eq!(of(json!({"buckets": {}})).unwrap(), Some(BucketsConfig { step: 64, upscale: None }));
+        for (resolution, step, min, max) in [(512, 64, 256, 1024), (1536, 64, 256, 1536), (96, 32, 96, 1024), (512, 48, 240, 1056)] {
+            let found = of(json!({"resolution": resolution, "buckets": {"step": step, "upscale": true}})).unwrap();
+            assert_eq!(found, Some(BucketsConfig { step, upscale: Some(SidesConfig { min, max }) }), "{resolution} {step}");
+        }
+        let sides = of(json!({"buckets": {"upscale": true, "minSize": 128, "maxSize": 768}})).unwrap();
+        assert_eq!(sides, Some(BucketsConfig { step: 64, upscale: Some(SidesConfig { min: 128, max: 768 }) }));
+        for (bad, path) in [
+            (json!({"buckets": {}, "priorPreservation": {"classPrompt": "a dog"}}), "spec.training.buckets"),
+            (json!({"resolution": 48, "buckets": {}}), "spec.training.buckets.step"),
+            (json!({"buckets": {"minSize": 128}}), "spec.training.buckets.upscale"),
+            (json!({"buckets": {"upscale": true, "minSize": 144}}), "spec.training.buckets"),
+            (json!({"buckets": {"upscale": true, "minSize": 576}}), "spec.training.buckets.minSize"),
+            (json!({"buckets": {"upscale": true, "maxSize": 448}}), "spec.training.buckets.maxSize"),
+        ] {
+            let PlanError::Invalid(problems) = of(bad.clone()).unwrap_err() else { panic!("{bad}") };
+            assert_eq!(problems.iter().map(|problem| problem.path.as_str()).collect::<Vec<_>>(), [path], "{bad}");
+        }
     }
 
     #[test]

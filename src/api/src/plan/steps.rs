@@ -16,23 +16,16 @@ pub struct StepPlan {
     pub epochs: Option<u64>,
 }
 
-/// Updates per epoch of `samples` pictures: the last batch may be short, and so may the last accumulation; both count.
-///
-/// `ceil(ceil(samples * repeats / batch_size) / gradient_accumulation_steps)`, at least 1 where there is a sample.
-pub fn updates_per_epoch(samples: u64, repeats: u32, batch_size: u32, gradient_accumulation_steps: u32) -> u64 {
-    let batches = samples.saturating_mul(u64::from(repeats)).div_ceil(u64::from(batch_size).max(1));
-    batches.div_ceil(u64::from(gradient_accumulation_steps).max(1))
-}
-
 impl StepPlan {
-    /// The length of a run of `training` over a dataset of `samples` pictures, each occurring `repeats` times.
+    /// The length of a run of `training` over a dataset with so many pictures in each bucket (all of them in one, where there are none), each occurring
+    /// `repeats` times. Every bucket may have a short batch.
     ///
     /// With prior preservation an epoch is as long as the larger of the two sets.
-    pub fn new(training: &TrainingConfig, repeats: u32, samples: Option<u64>) -> Self {
-        let updates_per_epoch = samples.map(|samples| {
+    pub fn new(training: &TrainingConfig, repeats: u32, buckets: Option<&[u64]>) -> Self {
+        let updates_per_epoch = buckets.map(|buckets| {
             let class_images = training.prior_preservation.as_ref().map_or(0, |prior| u64::from(prior.images));
-            let occurrences = samples.saturating_mul(u64::from(repeats)).max(class_images);
-            updates_per_epoch(occurrences, 1, training.batch_size, training.gradient_accumulation_steps)
+            let batches = |pictures: &u64| pictures.saturating_mul(u64::from(repeats)).max(class_images).div_ceil(u64::from(training.batch_size).max(1));
+            buckets.iter().map(batches).sum::<u64>().div_ceil(u64::from(training.gradient_accumulation_steps).max(1))
         });
         let total_steps = match (training.max_steps, training.epochs) {
             (Some(steps), _) => Some(steps),
@@ -49,14 +42,26 @@ impl StepPlan {
 
 #[cfg(test)]
 mod tests {
-    use super::updates_per_epoch;
+    use super::*;
+    use crate::plan::{Facts, resolve};
 
     #[test]
     fn short_batches_and_short_accumulations_count() {
-        for (samples, repeats, batch, accumulation, updates) in
+        let updates = |buckets: &[u64], repeats, batch: u32, accumulation: u32| {
+            let spec = serde_json::json!({
+                "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/"}, "output": {"uri": "s3://o/"},
+                "training": {"batchSize": batch, "gradientAccumulationSteps": accumulation},
+            });
+            let config = resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &Facts::default()).unwrap().config;
+            StepPlan::new(&config.training, repeats, Some(buckets)).updates_per_epoch.unwrap()
+        };
+        for (samples, repeats, batch, accumulation, expected) in
             [(25, 1, 4, 3, 3), (24, 1, 4, 3, 2), (1, 1, 4, 3, 1), (13, 2, 4, 3, 3), (38, 1, 8, 1, 5), (0, 1, 4, 3, 0), (10_000, 1, 4, 3, 834)]
         {
-            assert_eq!(updates_per_epoch(samples, repeats, batch, accumulation), updates, "{samples} x {repeats} / {batch} / {accumulation}");
+            assert_eq!(updates(&[samples], repeats, batch, accumulation), expected, "{samples} x {repeats} / {batch} / {accumulation}");
         }
+        // 5 batches, 1 and 2 of buckets with 17, 1 and 6 pictures: an accumulation goes on from one bucket to the next.
+        assert_eq!((updates(&[17, 1, 6], 1, 4, 1), updates(&[17, 1, 6], 1, 4, 3)), (8, 3));
+        assert_eq!(updates(&[17, 1, 6], 2, 4, 1), 9 + 1 + 3);
     }
 }

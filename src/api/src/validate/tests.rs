@@ -75,7 +75,7 @@ fn an_example_with_every_field_comes_through_unchanged() {
     let mut absent = Vec::new();
     missing(&schema().unwrap()["properties"]["spec"], &written["spec"], "spec", &mut absent);
     absent.retain(|path| !path.starts_with("spec.scheduling.affinity."));
-    assert_eq!(absent, ["spec.model.source.huggingFace", "spec.model.source.persistentVolumeClaim", "spec.training.epochs"]);
+    assert_eq!(absent, ["spec.model.source.huggingFace", "spec.model.source.persistentVolumeClaim", "spec.training.buckets", "spec.training.epochs"]);
 }
 
 #[test]
@@ -141,6 +141,11 @@ fn each_bound_and_each_rule_of_one_field_holds_both_ways() {
         ("spec.training.epochs", json!(0), json!(3)),
         ("spec.training.resolution", json!(500), json!(512)),
         ("spec.training.resolution", json!(4096), json!(2048)),
+        ("spec.training.buckets.step", json!(72), json!(80)),
+        ("spec.training.buckets.step", json!(8), json!(16)),
+        ("spec.training.buckets", json!({"upscale": true, "maxSize": 16384}), json!({"upscale": true, "maxSize": 4096})),
+        ("spec.training.buckets", json!({"minSize": 256}), json!({"upscale": true, "minSize": 256})),
+        ("spec.training.buckets", json!({"upscale": true, "maxSize": 1040}), json!({"upscale": true, "step": 16, "maxSize": 1040})),
         ("spec.training.batchSize", json!(0), json!(256)),
         ("spec.training.gradientAccumulationSteps", json!(0), json!(1)),
         ("spec.training.gradientCheckpointing", json!("Sometimes"), json!("Never")),
@@ -264,6 +269,26 @@ fn each_rule_over_several_fields_holds_both_ways() {
             vec![(source, json!({"objectStore": {"uri": "s3://models/sd3_medium.safetensors"}}))],
         ),
         (vec![("spec.training.maxSteps", json!(1)), ("spec.training.epochs", json!(1))], "not both", vec![("spec.training.epochs", json!(1))]),
+        (
+            vec![("spec.training.buckets", json!({})), ("spec.training.priorPreservation", json!({"classPrompt": "a dog"}))],
+            "exclude each other",
+            vec![("spec.training.buckets", json!({})), ("spec.training.resolution", json!(64))],
+        ),
+        (
+            vec![("spec.training.buckets", json!({})), ("spec.training.resolution", json!(48))],
+            "buckets.step must not exceed",
+            vec![("spec.training.buckets", json!({"step": 48})), ("spec.training.resolution", json!(48))],
+        ),
+        (
+            vec![("spec.training.buckets", json!({"upscale": true, "minSize": 576}))],
+            "buckets.minSize must not exceed",
+            vec![("spec.training.buckets", json!({"upscale": true, "minSize": 512}))],
+        ),
+        (
+            vec![("spec.training.buckets", json!({"upscale": true, "maxSize": 448}))],
+            "buckets.maxSize must be at least",
+            vec![("spec.training.buckets", json!({"upscale": true, "maxSize": 512}))],
+        ),
         (
             vec![("spec.training.optimizer", json!({"prodigy": {}}))],
             "needs type Prodigy",

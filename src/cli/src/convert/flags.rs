@@ -1,4 +1,5 @@
-//! The flags of the article's script, of diffusers' `train_dreambooth_lora_sd3.py`, and those of kohya's scripts on captions; and what becomes of each.
+//! The flags of the article's script, of diffusers' `train_dreambooth_lora_sd3.py`, and those of kohya's scripts on captions and buckets; and what becomes
+//! of each.
 
 /// What follows a flag.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -137,6 +138,11 @@ pub(super) const FLAGS: &[Flag] = &[
     field("keep_tokens", "dataset.captions.keepTags", "only with --shuffle_caption; the script counts the tags of --caption_prefix as well"),
     field("caption_prefix", "dataset.captions.triggerWord", "with a comma and a space behind it; it is not shuffled"),
     field("caption_suffix", "dataset.captions.triggerWord", "only without --caption_prefix; with a comma and a space before it; it is not shuffled"),
+    switch("enable_bucket", "training.buckets", "of kohya's scripts, as the flags below; training.centerCrop is set, as the scripts crop the middle"),
+    field("bucket_reso_steps", "training.buckets.step", "only with --enable_bucket; a multiple of 16"),
+    switch("bucket_no_upscale", "training.buckets.upscale", "only with --enable_bucket; without the flag true"),
+    field("min_bucket_reso", "training.buckets.minSize", "only with --enable_bucket and without --bucket_no_upscale, as in the scripts"),
+    field("max_bucket_reso", "training.buckets.maxSize", "only with --enable_bucket and without --bucket_no_upscale, as in the scripts"),
     dropped("caption_separator", "tags stand between commas"),
     dropped("caption_dropout_every_n_epochs", "--caption_dropout_rate decides for each draw"),
     dropped("caption_tag_dropout_rate", "captions are left out as a whole, with --caption_dropout_rate"),

@@ -1,5 +1,6 @@
 //! From flags to a FineTuneJob.
 
+mod buckets;
 mod captions;
 
 use std::collections::BTreeMap;
@@ -94,7 +95,7 @@ fn parse(args: &[String], remarks: &mut Vec<String>) -> anyhow::Result<Given> {
         };
         let (name, inline) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
         let Some(flag) = find(name) else {
-            problems.push(format!("--{name} is not a flag of the article's script or of diffusers', nor one of kohya's on captions"));
+            problems.push(format!("--{name} is not a flag of the article's script or of diffusers', nor one of kohya's on captions and buckets"));
             if inline.is_none() && args.peek().is_some_and(|next| !next.starts_with("--")) {
                 args.next();
             }
@@ -267,6 +268,7 @@ impl Job {
         self.optimizer(accumulation)?;
         self.schedule()?;
         self.lora()?;
+        self.buckets()?;
         self.prior_preservation()
     }
 

@@ -174,6 +174,29 @@ fn numbers_and_repeated_prompts_are_what_the_schema_takes() {
 }
 
 #[test]
+fn kohyas_buckets_become_those_of_the_api() {
+    let of = |flags: &str| {
+        let found = converted(&format!("{NEEDED} {flags}")).unwrap();
+        validate::check(&yaml::to_string(&found.manifest).unwrap()).unwrap_or_else(|error| panic!("{flags}: {error:?}"));
+        let training = &found.manifest["spec"]["training"];
+        (training.get("buckets").cloned(), training.get("centerCrop").cloned(), found.remarks)
+    };
+    let remark = |remarks: &[String], part: &str| assert!(remarks.iter().any(|remark| remark.contains(part)), "{part}: {remarks:?}");
+    let (buckets, center, _) = of("--enable_bucket");
+    assert_eq!((buckets, center), (Some(json!({"step": 64, "upscale": true})), Some(json!(true))));
+    let (buckets, _, remarks) = of("--enable_bucket --min_bucket_reso=200 --max_bucket_reso 1000 --bucket_reso_steps 48");
+    assert_eq!(buckets, Some(json!({"step": 48, "upscale": true, "minSize": 192, "maxSize": 1008})));
+    remark(&remarks, "--min_bucket_reso 200 becomes 192");
+    let (buckets, _, remarks) = of("--enable_bucket --bucket_no_upscale --max_bucket_reso 1024 --bucket_reso_steps 8");
+    assert_eq!(buckets, Some(json!({"step": 16, "upscale": false})));
+    remark(&remarks, "--max_bucket_reso is without effect with --bucket_no_upscale");
+    remark(&remarks, "--bucket_reso_steps 8 becomes 16");
+    let (buckets, _, remarks) = of("--bucket_no_upscale");
+    assert_eq!(buckets, None);
+    remark(&remarks, "--bucket_no_upscale is without effect unless --enable_bucket is given");
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (line, message) in [
         ("--dataset_name d", "--pretrained_model_name_or_path is needed"),
@@ -185,6 +208,7 @@ fn what_is_wrong_is_named() {
         ("--dataset_name d --pretrained_model_name_or_path m --lr_scheduler zigzag", "is none of constant"),
         ("--dataset_name d --pretrained_model_name_or_path m --use_8bit_adam=1", "takes no value"),
         ("--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation", "needs --class_prompt"),
+        ("--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation --class_prompt p --enable_bucket", "share no batch with buckets"),
         ("--dataset_name d --pretrained_model_name_or_path m --lora_blocks 0,99", "\"99\" is no block"),
         ("--dataset_name d --pretrained_model_name_or_path m stray", "belongs to no flag"),
     ] {
@@ -208,6 +232,9 @@ fn every_flag_of_the_table_is_handled() {
         "adam_beta1" | "adam_beta2" | "prodigy_beta3" | "lora_dropout" | "learning_rate" => "0.3",
         "revision" => "0123456789abcdef0123456789abcdef01234567",
         "resolution" => "256",
+        "bucket_reso_steps" => "32",
+        "min_bucket_reso" => "128",
+        "max_bucket_reso" => "1024",
         _ => "1",
     };
     for flag in FLAGS {
@@ -217,6 +244,8 @@ fn every_flag_of_the_table_is_handled() {
             "revision" => "--dataset_name d --pretrained_model_name_or_path a/b",
             name if name.starts_with("prodigy") => "--dataset_name d --pretrained_model_name_or_path m --optimizer prodigy",
             "keep_tokens" => "--dataset_name d --pretrained_model_name_or_path m --shuffle_caption",
+            "enable_bucket" => "--dataset_name d --pretrained_model_name_or_path m",
+            name if name.contains("bucket") => "--dataset_name d --pretrained_model_name_or_path m --enable_bucket",
             "num_validation_images" => "--dataset_name d --pretrained_model_name_or_path m --validation_prompt p",
             "class_prompt" => "--dataset_name d --pretrained_model_name_or_path m --with_prior_preservation",
             "lr_num_cycles" => "--dataset_name d --pretrained_model_name_or_path m --lr_scheduler cosine_with_restarts",

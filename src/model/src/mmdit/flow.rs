@@ -1,5 +1,6 @@
 //! One micro-batch from inputs to gradients: forward, loss of flow matching, backward.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::run::{Inputs, Mode, check_dropout, unscaled};
@@ -79,6 +80,13 @@ impl<D: Device> Mmdit<D> {
         self.recorded.clear();
     }
 
+    /// Forgets recorded steps and records no others: where there is too little memory for those of several sizes, each step has all of it to itself. Returns
+    /// whether any was recorded.
+    pub fn stop_recording(&self) -> bool {
+        self.recorded.off.store(true, Ordering::Relaxed);
+        self.recorded.clear() > 0
+    }
+
     /// Steps with smaller and smaller gradients until `take` takes them. It is given them, what they were multiplied with, and
     /// whether there will be no others.
     #[expect(clippy::type_complexity, reason = "a callback, used here alone")]
@@ -123,9 +131,9 @@ impl<D: Device> Mmdit<D> {
             (losses.collect(), take(gradients))
         };
         // Each step has its own dropout masks.
-        let records = device.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0);
+        let records = device.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0) && !self.recorded.off.load(Ordering::Relaxed);
         let key = (x.shape().to_vec(), prompt_embeds.shape().to_vec(), target.kind.precondition_outputs);
-        let mut recorded = self.recorded.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recorded = self.recorded.steps.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = recorded.iter().position(|step| step.key == key).filter(|_| records);
         if let Some(State::Recorded(step)) = seen.map(|i| &mut recorded[i].state) {
             let RecordedStep { recording, inputs, data, gradients, sums } = &mut **step;
@@ -138,9 +146,9 @@ impl<D: Device> Mmdit<D> {
         let data = device.flow_data(target.x0, target.noise, &samples);
         let Some(seen) = seen else {
             let (gradients, sums) = self.flow_operations(&inputs, &data, dropout, key.2);
-            if records {
-                recorded.truncate(RECORDINGS - 1);
-                recorded.insert(0, Step { key, state: State::Seen });
+            // A size beyond those that are recorded is done as it is: to record it in place of another costs more than it saves.
+            if records && recorded.len() < RECORDINGS {
+                recorded.push(Step { key, state: State::Seen });
             }
             return Ok(outcome(&gradients, &sums));
         };
@@ -162,16 +170,19 @@ impl<D: Device> Mmdit<D> {
     }
 }
 
-/// Most sizes that are recorded at a time.
-const RECORDINGS: usize = 8;
+/// Most sizes that are recorded: shapes of buckets, and their short batches.
+const RECORDINGS: usize = 16;
 
 /// Steps that a GPU has recorded. They hold memory that nothing else can use.
 #[derive(Debug)]
-pub(super) struct Recorded<D: Device>(Mutex<Vec<Step<D>>>);
+pub(super) struct Recorded<D: Device> {
+    steps: Mutex<Vec<Step<D>>>,
+    off: AtomicBool,
+}
 
 impl<D: Device> Default for Recorded<D> {
     fn default() -> Self {
-        Self(Mutex::default())
+        Self { steps: Mutex::default(), off: AtomicBool::new(false) }
     }
 }
 
@@ -203,9 +214,12 @@ struct RecordedStep<D: Device> {
 }
 
 impl<D: Device> Recorded<D> {
-    /// Forgets all of them and gives their memory back to everybody.
-    pub(super) fn clear(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// Forgets all of them and gives their memory back to everybody. Returns how many there were.
+    pub(super) fn clear(&self) -> usize {
+        let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        let recorded = steps.iter().filter(|step| matches!(step.state, State::Recorded(_))).count();
+        steps.clear();
+        recorded
     }
 }
 

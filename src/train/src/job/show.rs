@@ -29,6 +29,7 @@ impl Run<'_> {
             dataset_digest: self.dataset.digest.clone(),
             model_digest: self.checkpoints.digests().model.clone(),
             samples: self.dataset.samples.len(),
+            buckets: self.shapes.buckets().to_vec(),
             device: device::name(&self.engine).to_owned(),
             dtype: self.engine.precision().to_string(),
         };
@@ -65,15 +66,16 @@ impl Run<'_> {
                 break;
             };
             let embedded = loaded.map_err(|error| error.to_string()).and_then(|pixels| {
-                tokio::task::block_in_place(|| Embedded::new(&comparison::to_picture(&pixels.data, pixels.resolution), TRAINING))
-                    .map_err(|error| error.to_string())
+                tokio::task::block_in_place(|| Embedded::new(&comparison::to_picture(&pixels), TRAINING)).map_err(|error| error.to_string())
             });
+            let bucket = self.config.training.buckets.is_some().then(|| page::shape(self.shapes.of(sample)));
             let sample = &self.dataset.samples[sample];
             let (picture, problem) = match embedded {
                 Ok(picture) => (Some(picture), None),
                 Err(problem) => (None, Some(problem)),
             };
-            pictures.push(TrainingPicture { file: sample.file_name.clone(), captions: self.dataset.captions_of(sample).cloned().collect(), picture, problem });
+            let captions = self.dataset.captions_of(sample).cloned().collect();
+            pictures.push(TrainingPicture { file: sample.file_name.clone(), captions, bucket, picture, problem });
         }
         pictures
     }

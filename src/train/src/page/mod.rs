@@ -15,11 +15,13 @@ use serde::Serialize;
 pub use curves::Curves;
 pub use pictures::{COMPARISON, Embedded, Gallery, TRAINING, TRAINING_PICTURES};
 pub use stages::Stages;
+pub(crate) use view::shape;
 
 use crate::history::History;
 use crate::result::RunResult;
 use finetune_api::Progress;
 use finetune_api::plan::{MemoryPlan, TrainConfig};
+use finetune_data::buckets::Bucket;
 
 /// Name below the output prefix, and while training below the folder of the attempt's logs.
 pub const FILE_NAME: &str = "report.html";
@@ -78,6 +80,8 @@ pub struct Run {
     pub model_digest: String,
     /// Pictures in the dataset.
     pub samples: usize,
+    /// Their buckets; none where all are squares.
+    pub buckets: Vec<Bucket>,
     /// `cpu` or the accelerator's name.
     pub device: String,
     /// Type of frozen weights and activations.
@@ -91,6 +95,8 @@ pub struct TrainingPicture {
     pub file: String,
     /// Its captions as they are trained.
     pub captions: Vec<String>,
+    /// The shape of its bucket, as text; none where all are squares.
+    pub bucket: Option<String>,
     /// The picture.
     pub picture: Option<Embedded>,
     /// Why there is none.
@@ -156,8 +162,16 @@ mod tests {
             "validation": {"prompts": [evil]},
         });
         let config = finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config;
-        let run = Run { config, dataset_digest: String::new(), model_digest: String::new(), samples: 1, device: "cpu".into(), dtype: "f32".into() };
-        let training = vec![TrainingPicture { file: evil.into(), captions: vec![evil.into()], picture: None, problem: Some(evil.into()) }];
+        let run = Run {
+            config,
+            dataset_digest: String::new(),
+            model_digest: String::new(),
+            samples: 1,
+            buckets: Vec::new(),
+            device: "cpu".into(),
+            dtype: "f32".into(),
+        };
+        let training = vec![TrainingPicture { file: evil.into(), captions: vec![evil.into()], bucket: None, picture: None, problem: Some(evil.into()) }];
         let page = Page { run: Some(run), training, warnings: vec![evil.into()], ..Page::default() };
         let html = page.html().unwrap();
         assert!(!html.contains("<script>alert") && !html.contains("<img src=x"), "{html}");

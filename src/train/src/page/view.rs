@@ -10,6 +10,7 @@ use crate::comparison;
 use crate::result::RunResult;
 use finetune_api::plan::Stage as MemoryStage;
 use finetune_api::{OutputFormat, Stage};
+use finetune_data::buckets::Size;
 
 /// The fixed parts and the data of the page.
 #[derive(Serialize)]
@@ -45,6 +46,10 @@ pub(super) struct View<'a> {
     comparison_file: &'static str,
     training: &'a [TrainingPicture],
     samples: usize,
+    /// Shape and number of pictures of each bucket.
+    buckets: Vec<(String, u64)>,
+    /// How buckets are chosen.
+    bucket_rule: Option<String>,
     /// What is done to the captions.
     captions: Option<String>,
     memory: Vec<MemoryRow>,
@@ -131,6 +136,8 @@ impl<'a> View<'a> {
             comparison_file: comparison::FILE_NAME,
             training: &page.training,
             samples: run.map_or(0, |run| run.samples),
+            buckets: run.map_or(&[][..], |run| &run.buckets).iter().map(|bucket| (shape(bucket.size), bucket.pictures)).collect(),
+            bucket_rule: run.and_then(|run| run.config.training.buckets.as_ref()).map(ToString::to_string),
             captions: run.and_then(|run| run.config.dataset.captions.as_ref()).map(ToString::to_string),
             memory: memory(page),
             measured: measured(page),
@@ -141,6 +148,11 @@ impl<'a> View<'a> {
             version: env!("CARGO_PKG_VERSION"),
         }
     }
+}
+
+/// Width and height of a bucket.
+pub(crate) fn shape((width, height): Size) -> String {
+    format!("{width} × {height}")
 }
 
 fn is_done(page: &Page) -> bool {

@@ -3,6 +3,7 @@
 use finetune_api::plan::{PriorPreservationConfig, TrainConfig, TrainingConfig};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_compute::kernels::Precision;
+use finetune_data::buckets::Shapes;
 use finetune_data::cache;
 use finetune_data::dataset::Dataset;
 use finetune_data::transform::{Augmentation, Transform};
@@ -15,6 +16,10 @@ pub struct Keys {
     vae: Sha256Digest,
     tokens: u32,
     augmentation: Augmentation,
+    /// What each sample's picture is cropped to.
+    shapes: Shapes,
+    /// Side of class pictures.
+    resolution: u32,
     /// Of all class pictures together.
     class: Option<Sha256Digest>,
 }
@@ -33,12 +38,12 @@ pub struct Fingerprints {
 }
 
 impl Keys {
-    /// Keys for a run with this model.
-    pub fn new(config: &TrainConfig, model: &Fingerprints) -> Self {
+    /// Keys for a run with this model, whose pictures are trained in these shapes.
+    pub fn new(config: &TrainConfig, shapes: Shapes, model: &Fingerprints) -> Self {
         let training = &config.training;
-        let augmentation =
-            Augmentation { resolution: training.resolution, center_crop: training.center_crop, random_flip: training.random_flip, seed: training.seed };
-        let keys = Self { encoders: model.encoders, vae: model.vae, tokens: training.max_sequence_length, augmentation, class: None };
+        let augmentation = Augmentation { center_crop: training.center_crop, random_flip: training.random_flip, seed: training.seed };
+        let (tokens, resolution) = (training.max_sequence_length, training.resolution);
+        let keys = Self { encoders: model.encoders, vae: model.vae, tokens, augmentation, shapes, resolution, class: None };
         let class = training.prior_preservation.as_ref().map(|prior| keys.class(training, prior, model, &super::class::settings()));
         Self { class, ..keys }
     }
@@ -66,7 +71,7 @@ impl Keys {
 
     /// What is done to class pictures: they have the right size already.
     pub fn class_transform(&self) -> Transform {
-        Transform { resolution: self.augmentation.resolution, flip: false, top: 0, left: 0 }
+        Transform { size: (self.resolution, self.resolution), flip: false, top: 0, left: 0 }
     }
 
     /// Of the latents of a class picture; none without prior preservation.
@@ -87,8 +92,9 @@ impl Keys {
 
     /// What is done to a copy of a sample's picture.
     pub fn transform(&self, dataset: &Dataset, sample: usize, copy: u32) -> Transform {
+        let target = self.shapes.of(sample);
         let sample = &dataset.samples[sample];
-        self.augmentation.transform(&sample.image_digest, sample.size, copy)
+        self.augmentation.transform(&sample.image_digest, sample.size, target, copy)
     }
 
     /// Of the latents of a copy of a sample's picture.
@@ -105,11 +111,43 @@ impl Keys {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::captions::tests::dataset_of;
+    use finetune_data::dataset::Sample;
+
+    fn config_with(training: &serde_json::Value) -> TrainConfig {
+        let spec = serde_json::json!({
+            "model": {"source": {"objectStore": {"uri": "s3://m/"}}}, "dataset": {"uri": "s3://d/"}, "output": {"uri": "s3://o/"}, "training": training,
+        });
+        finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config
+    }
+
+    fn no_shapes() -> Shapes {
+        Shapes::new(&config_with(&serde_json::json!({})).training, &[]).unwrap()
+    }
+
+    /// Other buckets give other latents; a picture whose bucket is the square has those of a run without buckets.
+    #[test]
+    fn latents_are_keyed_by_the_shape_of_their_bucket() {
+        let sample = |i: u8, size| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [i; 32], size };
+        let dataset = dataset_of(vec![sample(0, (900, 600)), sample(1, (512, 512))]);
+        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 };
+        let keys = |training: serde_json::Value| {
+            let config = config_with(&training);
+            let keys = Keys::new(&config, Shapes::new(&config.training, &dataset.samples).unwrap(), &model);
+            [0, 1].map(|i| (keys.transform(&dataset, i, 0).size, keys.latents(&dataset, i, 0)))
+        };
+        let square = keys(serde_json::json!({}));
+        let buckets = keys(serde_json::json!({"buckets": {}}));
+        let fine = keys(serde_json::json!({"buckets": {"step": 16}}));
+        assert_eq!([square[0].0, buckets[0].0, fine[0].0], [(512, 512), (576, 384), (624, 416)]);
+        assert!(square[0].1 != buckets[0].1 && buckets[0].1 != fine[0].1 && square[0].1 != fine[0].1);
+        assert_eq!(square[1], buckets[1]);
+    }
 
     #[test]
     fn every_part_of_a_prompts_key_counts() {
-        let augmentation = Augmentation { resolution: 64, center_crop: true, random_flip: false, seed: 1 };
-        let keys = Keys { encoders: [1; 32], vae: [2; 32], tokens: 77, augmentation, class: None };
+        let augmentation = Augmentation { center_crop: true, random_flip: false, seed: 1 };
+        let keys = Keys { encoders: [1; 32], vae: [2; 32], tokens: 77, augmentation, shapes: no_shapes(), resolution: 64, class: None };
         let key = keys.prompt("a");
         assert_eq!(key, keys.clone().prompt("a"));
         assert_ne!(key, keys.prompt("b"));
@@ -135,7 +173,7 @@ mod tests {
             finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config
         };
         let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::Bf16 };
-        let key = |change, model: &Fingerprints| Keys::new(&config(change), model).class_picture(0).unwrap();
+        let key = |change, model: &Fingerprints| Keys::new(&config(change), no_shapes(), model).class_picture(0).unwrap();
         let none = || serde_json::json!({});
         let base = key(none(), &model);
         for same in [
@@ -144,7 +182,7 @@ mod tests {
         ] {
             assert_eq!(key(same.clone(), &model), base, "{same}");
         }
-        let mut seen = std::collections::BTreeSet::from([base, Keys::new(&config(none()), &model).class_picture(1).unwrap()]);
+        let mut seen = std::collections::BTreeSet::from([base, Keys::new(&config(none()), no_shapes(), &model).class_picture(1).unwrap()]);
         for other in [
             serde_json::json!({"priorPreservation": {"classPrompt": "a cat"}}),
             serde_json::json!({"seed": 7}),
@@ -163,7 +201,7 @@ mod tests {
         }
         // What was asked for has no part in it, what does the drawing has: the CPU draws in f32 whatever is asked.
         assert_eq!(key(none(), &model), key(serde_json::json!({"priorPreservation": {"precision": "FP16"}}), &model));
-        let keys = Keys::new(&config(none()), &model);
+        let keys = Keys::new(&config(none()), no_shapes(), &model);
         assert_ne!(keys.class_latents(0), keys.class_latents(1));
         assert_ne!(keys.class_latents(0), keys.class_picture(0));
     }

@@ -83,7 +83,7 @@ mod tests {
         let config = finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config;
         let dataset = Dataset::scan(&store, &config.dataset).await.unwrap();
         let loader = Loader::new(dataset.pictures(&store));
-        let transform = Transform { resolution: 16, flip: false, top: 0, left: 0 };
+        let transform = Transform { size: (16, 16), flip: false, top: 0, left: 0 };
         let loading: BTreeMap<String, Loading> = dataset.samples.iter().map(|s| (s.captions[0].clone(), loader.load(s.clone(), transform))).collect();
         for (caption, loading) in loading {
             let pixels = loading.wait().await.unwrap();

@@ -33,6 +33,7 @@ use finetune_api::plan::TrainConfig;
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, Precision};
+use finetune_data::buckets::Shapes;
 use finetune_data::cache::{CachedTensor, TensorCache};
 use finetune_data::dataset::Dataset;
 use finetune_data::transform::Pixels;
@@ -56,6 +57,7 @@ const PICTURE_WRITE_INTERVAL: Duration = Duration::from_secs(10);
 pub async fn prepare(
     config: &TrainConfig,
     dataset: &Dataset,
+    shapes: Shapes,
     held_out: &[String],
     pictures: &Store,
     folder: &ModelFolder,
@@ -81,7 +83,7 @@ pub async fn prepare(
         drawn_in: drawing.precision(),
     };
     let preparation =
-        Preparation { config, dataset, held_out, pictures, folder, engine, drawing: &drawing, environment, keys: Keys::new(config, &fingerprints) };
+        Preparation { config, dataset, held_out, pictures, folder, engine, drawing: &drawing, environment, keys: Keys::new(config, shapes, &fingerprints) };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -305,38 +307,20 @@ impl Preparation<'_> {
                 cache.flush().await?;
                 written = Instant::now();
             }
-            let (mut keys, mut values, mut failed) = (Vec::new(), Vec::new(), None);
+            let (mut ready, mut failed) = (Vec::new(), None);
             for picture in chunk {
                 match picture {
-                    Ok((key, Source::Class(index), _)) => {
-                        values.extend(block_in_place(|| self.class_pixels(cache, index))?.data);
-                        keys.push(key);
-                    }
-                    Ok((key, Source::Sample(..), pixels)) => {
-                        values.extend(pixels.into_iter().flat_map(|pixels: Pixels| pixels.data));
-                        keys.push(key);
-                    }
+                    Ok((key, Source::Class(index), _)) => ready.push((key, block_in_place(|| self.class_pixels(cache, index))?)),
+                    Ok((key, Source::Sample(..), pixels)) => ready.extend(pixels.map(|pixels| (key, pixels))),
                     Err(error) => {
                         failed = Some(error);
                         break;
                     }
                 }
             }
-            if !keys.is_empty() {
-                block_in_place(|| {
-                    let side = self.config.training.resolution as usize;
-                    let posterior = encoder.encode(&HostTensor::new(values, [keys.len(), 3, side, side])?)?;
-                    for (i, key) in keys.iter().enumerate() {
-                        let own = |batch: &HostTensor| {
-                            let own = batch.part(i..i + 1)?;
-                            let shape = own.shape()[1..].to_vec();
-                            own.reshaped(shape).map(|own| CachedTensor::f32(&own))
-                        };
-                        cache.put(*key, &[("mean", own(&posterior.mean)?), ("logvar", own(&posterior.logvar)?)])?;
-                    }
-                    Ok::<_, PrepareError>(())
-                })?;
-                reporter.advance(keys.len() as u64);
+            for same_shape in ready.chunk_by(|(_, a), (_, b)| a.size == b.size) {
+                block_in_place(|| encode(&encoder, cache, same_shape))?;
+                reporter.advance(same_shape.len() as u64);
             }
             if let Some(error) = failed {
                 return Err(error);
@@ -347,4 +331,20 @@ impl Preparation<'_> {
         cache.put(self.keys.scaling(), &[("scaling", CachedTensor::f32(&HostTensor::vector(vec![scaling.scale, scaling.shift])))])?;
         Ok(scaling)
     }
+}
+
+/// Encodes pictures of one shape, and keeps their latents.
+fn encode(encoder: &VaeEncoder, cache: &mut TensorCache, pictures: &[(Sha256Digest, Pixels)]) -> Result<(), PrepareError> {
+    let Some((_, Pixels { size: (width, height), .. })) = pictures.first() else { return Ok(()) };
+    let values = pictures.iter().flat_map(|(_, pixels)| pixels.data.iter().copied()).collect();
+    let posterior = encoder.encode(&HostTensor::new(values, [pictures.len(), 3, *height as usize, *width as usize])?)?;
+    for (i, (key, _)) in pictures.iter().enumerate() {
+        let own = |batch: &HostTensor| {
+            let own = batch.part(i..i + 1)?;
+            let shape = own.shape()[1..].to_vec();
+            own.reshaped(shape).map(|own| CachedTensor::f32(&own))
+        };
+        cache.put(*key, &[("mean", own(&posterior.mean)?), ("logvar", own(&posterior.logvar)?)])?;
+    }
+    Ok(())
 }

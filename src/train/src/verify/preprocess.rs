@@ -18,7 +18,7 @@ pub(super) fn run(case: &Case, _engine: &Engine) -> Result<Report, VerifyError> 
         let path = case.dir().join("images").join(name);
         let bytes = std::fs::read(&path).map_err(|source| VerifyError::Read { path, source })?;
         let picture = decode(&bytes, &ImageLimits::default()).map_err(VerifyError::product)?;
-        let pixels = Transform::center((picture.width, picture.height), resolution).apply(&picture);
+        let pixels = Transform::center((picture.width, picture.height), (resolution, resolution)).apply(&picture);
         let side = resolution as usize;
         let got = HostTensor::new(pixels.data, [3, side, side])?;
         report.compare(case, name, &got, &expected)?;
