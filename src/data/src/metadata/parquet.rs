@@ -1,4 +1,4 @@
-//! Parquet files: a row is a picture with its captions. What is read here are the captions alone; the pictures are in [`crate::shard`].
+//! Parquet files: a row is a picture with its captions. What is read here are the captions alone; the pictures are in `crate::shard`.
 
 use std::sync::Arc;
 
