@@ -22,34 +22,25 @@ import threading
 import time
 
 import torch
-from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
+import models
 from finetune_run import BUCKET, command, entries
 
 GIB = 1 << 30
 BUDGET = 14.5
+DIVIDED = "out of GPU memory: the step is divided further and computed again"
 
 
 def free():
     return torch.cuda.mem_get_info()[0]
 
 
-def model(folder):
-    """The quickstart's model with a transformer of SD3-Medium's width and depth."""
-    shutil.copytree(BUCKET / "models/tiny-sd3", folder / "models/tiny-sd3")
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        transformer = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            joint_attention_dim=192, caption_projection_dim=1536, pooled_projection_dim=160, pos_embed_max_size=192,
-        ).half()  # fmt: skip
-    shutil.rmtree(folder / "models/tiny-sd3/transformer")
-    transformer.save_pretrained(folder / "models/tiny-sd3/transformer", max_shard_size="20GB")
-    del transformer
-    torch.cuda.empty_cache()
+def prepare(folder, model):
+    """The model with the quickstart's encoders, and its datasets."""
+    models.trained_size(model, folder / "models" / model)
     for name in ("robi", "robi-held-out"):
-        shutil.copytree(BUCKET / "datasets" / name, folder / "datasets" / name)
+        shutil.copytree(BUCKET / "datasets" / name, folder / "datasets" / name, dirs_exist_ok=True)
 
 
 class Ballast:
@@ -77,8 +68,8 @@ class Ballast:
         self.process.wait()
 
 
-def run(binary, folder, name, ballast=None, squeeze=0):
-    """One run; its plan, the most it took of the card in GiB, its log and its LoRA."""
+def run(binary, folder, name, model, shape, rank=4, ballast=None, squeeze=0):
+    """One run of four updates; its plan, the most it took of the card in GiB, its log and its LoRA."""
     begin, least, done = free(), free(), threading.Event()
 
     def watch():
@@ -92,8 +83,9 @@ def run(binary, folder, name, ballast=None, squeeze=0):
     output = f"s3://quickstart/loras/{name}/"
     process = subprocess.Popen(
         command(binary, folder, folder / "cache", (
-            "training.maxSteps=4", "training.resolution=1024", "training.batchSize=4", "training.precision=BF16", f"output.uri={output}",
-            "validation=null", "training.lora.rank=4", "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]",
+            f"model.source.objectStore.uri=s3://quickstart/models/{model}/", "training.maxSteps=4", f"training.resolution={shape[0]}",
+            f"training.batchSize={shape[1]}", "training.precision=BF16", f"output.uri={output}", "validation=null", f"training.lora.rank={rank}",
+            "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]",
         )),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
@@ -109,13 +101,14 @@ def run(binary, folder, name, ballast=None, squeeze=0):
     done.set()
     watcher.join()
     for entry in fields:
-        if entry.get("message") in ("memory plan", "out of GPU memory: the step is divided further and computed again") or code:
+        if entry.get("message") in ("memory plan", DIVIDED) or code:
             print(name, json.dumps(entry), flush=True)
     plan = next((entry for entry in fields if entry.get("message") == "memory plan"), {})
     path = folder / "loras" / name / "pytorch_lora_weights.safetensors"
     lora = load_file(path) if path.exists() else {}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
     result = {"run": name, "exit": code, "taken_gib": round((begin - least - taken) / GIB, 3), "planned_gib": round(plan.get("bytes", 0) / GIB, 3), "lora": digest}
+    result |= {key: plan.get(key) for key in ("weights", "micro_batch", "recomputed_blocks")}
     print(json.dumps(result), flush=True)
     return result, fields, lora
 
@@ -123,7 +116,8 @@ def run(binary, folder, name, ballast=None, squeeze=0):
 def main():
     binary = sys.argv[1]
     folder = pathlib.Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
-    model(folder)
+    job = ("sd3-medium", (1024, 4))
+    prepare(folder, job[0])
     torch.zeros(1, device="cuda")
     wrong = []
 
@@ -133,11 +127,11 @@ def main():
 
     ballast = Ballast(int(14.75 * GIB))
     try:
-        beside, _, lora = run(binary, folder, "ballast", ballast)
-        again, fields, divided = run(binary, folder, "squeezed", ballast, 2 * GIB)
+        beside, _, lora = run(binary, folder, "ballast", *job, ballast=ballast)
+        again, fields, divided = run(binary, folder, "squeezed", *job, ballast=ballast, squeeze=2 * GIB)
     finally:
         ballast.stop()
-    alone, _, _ = run(binary, folder, "alone")
+    alone, _, _ = run(binary, folder, "alone", *job)
     for result in (alone, beside, again):
         check(result["exit"] == 0, f"{result['run']} ended with {result['exit']}")
         check(result["taken_gib"] <= BUDGET, f"{result['run']} took {result['taken_gib']} GiB")
@@ -145,7 +139,7 @@ def main():
         share = result["taken_gib"] / max(result["planned_gib"], 1e-9)
         check(abs(share - 1) <= 0.05, f"{result['run']}: the card showed {share:.3f} of the plan")
     check(alone["lora"] == beside["lora"], "the LoRA is not the same alone and beside ballast")
-    check(any("divided further" in entry.get("message", "") for entry in fields), "the squeezed run did not run out of memory")
+    check(any(entry.get("message") == DIVIDED for entry in fields), "the squeezed run did not run out of memory")
     worst = max(((divided[key] - lora[key]).norm() / lora[key].norm()).item() for key in lora) if lora and divided else float("inf")
     print(json.dumps({"largest relative difference after division": worst}))
     check(worst < 0.02, f"the divided run's LoRA differs by {worst}")

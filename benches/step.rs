@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Engine, WeightFormat};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
 use finetune_compute::optim::{AdamWSettings, OptimizerSettings};
 use finetune_model::Weights;
@@ -74,7 +74,7 @@ fn main() -> Result<()> {
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: options.targets.clone() };
     let layout = LoraLayout::new(&spec, &config.linear_sites())?;
     let (params, adamw) = (layout.init(1), OptimizerSettings::AdamW(AdamWSettings::default()));
-    let mut learner = learner::load(Arc::new(Weights::open(&folder)?), config.clone(), &Engine::cpu(), layout, &params, adamw)?;
+    let mut learner = learner::load(Arc::new(Weights::open(&folder)?), config.clone(), &Engine::cpu(), WeightFormat::Float, layout, &params, adamw)?;
     learner.set_recompute(&vec![options.recompute; config.num_layers]);
     let load_seconds = started.elapsed().as_secs_f64();
 
@@ -97,7 +97,8 @@ fn main() -> Result<()> {
         let x_t = HostTensor::new(mix(&x0, &noise, &sigmas), latents)?;
         let inputs = MmditInputs { x: &x_t, timestep: &timesteps, prompt_embeds: &prompt, pooled: &pooled };
         let target = FlowTarget { kind, x0: &x0, noise: &noise, sigmas: &sigmas, coefficients: &vec![1.0 / batch as f64; batch] };
-        last_loss = learner.accumulate(inputs, None, &target)?.iter().sum::<f64>() / batch as f64;
+        learner.accumulate(inputs, None, &target)?;
+        last_loss = learner.losses()?.iter().sum::<f64>() / batch as f64;
         learner.clip(1.0)?;
         learner.step(1e-4)?;
         times.push(started.elapsed().as_secs_f64() * 1e3);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A whole job beside its step: `finetune run` of SD3-Medium's full size, random weights, 40 pictures, from process start to published LoRA.
+"""A whole job beside its step: `finetune run` of a published model's full size, random weights, 40 pictures, from process start to published LoRA.
 
-    benches/whole_job.py FINETUNE_BINARY BENCH_BINARY [--work FOLDER] [--updates 40] [--cpus N] SIZE/BATCH...
+    benches/whole_job.py FINETUNE_BINARY BENCH_BINARY [--model sd3-medium] [--work FOLDER] [--updates 40] [--cpus N] SIZE/BATCH...
 
 BENCH_BINARY is what `cargo bench --features cuda --bench gpu_step --no-run` prints. Needs a GPU with nothing else on it, torch, diffusers and transformers. For each shape, one JSON
 line: milliseconds of a micro-step by the benchmark and in the whole job (from the fourth update's end to the last's; the first three record the step), their ratio, how busy the GPU
@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,52 +20,11 @@ import time
 
 import torch
 
-from finetune_run import BUCKET, command, entries
+import models
+from finetune_run import command, entries
 
 ACCUMULATION = 5
 PICTURES = 40
-
-
-def model(folder):
-    """SD3-Medium's sizes in every part, the quickstart's tokenizers and scheduler. No trained weights: time does not depend on them."""
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    source, target = BUCKET / "models/tiny-sd3", folder / "models/sd3"
-    if target.exists():
-        return
-    for part in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(source / part, target / part)
-    shutil.copy(source / "model_index.json", target)
-    vocabulary = json.loads((source / "text_encoder/config.json").read_text())
-    clip = lambda width, layers, act: CLIPTextConfig(  # noqa: E731
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64, projection_dim=width, hidden_act=act,
-        vocab_size=vocabulary["vocab_size"], bos_token_id=vocabulary.get("bos_token_id"), eos_token_id=vocabulary.get("eos_token_id"),
-        pad_token_id=vocabulary.get("pad_token_id"),
-    )  # fmt: skip
-    parts = {
-        "transformer": lambda: SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192,
-        ),
-        "vae": lambda: AutoencoderKL(
-            in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
-            use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
-        ),
-        "text_encoder": lambda: CLIPTextModelWithProjection(clip(768, 12, "quick_gelu")),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(clip(1280, 32, "gelu")),
-        "text_encoder_3": lambda: T5EncoderModel(T5Config(
-            d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        )),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    for name, make in parts.items():
-        with torch.device("cuda"):
-            made = make().half()
-        made.save_pretrained(target / name, max_shard_size="20GB")
-        del made
-        torch.cuda.empty_cache()
 
 
 def dataset(folder):
@@ -111,11 +69,11 @@ class Busy:
         return round(statistics.mean(inside), 1) if inside else None
 
 
-def run(binary, folder, shape, updates, cpus):
+def run(binary, folder, model, shape, updates, cpus):
     size, batch = (int(word) for word in shape.split("/"))
-    name = shape.replace("/", "-")
+    name = f"{model}-{shape.replace('/', '-')}"
     changes = (
-        "model.source.objectStore.uri=s3://quickstart/models/sd3/", "dataset.uri=s3://quickstart/datasets/pictures/", f"training.maxSteps={updates}",
+        f"model.source.objectStore.uri=s3://quickstart/models/{model}/", "dataset.uri=s3://quickstart/datasets/pictures/", f"training.maxSteps={updates}",
         f"training.resolution={size}", f"training.batchSize={batch}", f"training.gradientAccumulationSteps={ACCUMULATION}",
         "training.maxSequenceLength=77", "training.precision=BF16", "training.lora.rank=4", "training.lora.alpha=4",
         "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]", "training.optimizer.learningRate=1e-5", f"output.uri=s3://quickstart/loras/{name}/", "validation=null",
@@ -131,7 +89,7 @@ def run(binary, folder, shape, updates, cpus):
         if level in ("WARN", "ERROR"):
             print(level, json.dumps(fields), file=sys.stderr)
         if fields.get("message") == "memory plan":
-            plan = {key: fields[key] for key in ("micro_batch", "recomputed_blocks", "bytes")}
+            plan = {key: fields[key] for key in ("weights", "micro_batch", "recomputed_blocks", "bytes")}
         stages.append((round(time.time() - begin, 2), fields.get("message")))
     code, end = process.wait(), time.time()
     busy.stop()
@@ -142,6 +100,7 @@ def run(binary, folder, shape, updates, cpus):
     seconds = [record["stepSeconds"] for record in records]
     first, last = records[3]["time"], records[-1]["time"]
     return {
+        "model": model,
         "shape": shape,
         "plan": plan,
         "update_ms": round(1e3 * statistics.median(seconds[3:]) / ACCUMULATION, 2),
@@ -153,9 +112,10 @@ def run(binary, folder, shape, updates, cpus):
     }
 
 
-def benchmark(bench, shape, recompute):
+def benchmark(bench, model, shape, plan):
     """Milliseconds of a micro-step divided as the run's plan divides it."""
-    measured = subprocess.run([bench, "--steps", "20", "--recompute", str(recompute), shape], check=True, capture_output=True, text=True).stdout
+    options = ["--model", model, "--steps", "20", "--recompute", str(plan["recomputed_blocks"])] + ["--int8"] * (plan["weights"] == "Int8")
+    measured = subprocess.run([bench, *options, shape], check=True, capture_output=True, text=True).stdout
     reports = [json.loads(line) for line in measured.splitlines() if line.startswith("{")]
     return next(round(report["step_ms"], 2) for report in reports if report.get("shape") == shape)
 
@@ -165,16 +125,17 @@ def main():
     parser.add_argument("finetune", type=pathlib.Path)
     parser.add_argument("bench", type=pathlib.Path)
     parser.add_argument("shapes", nargs="+")
+    parser.add_argument("--model", choices=models.TRANSFORMERS, default="sd3-medium")
     parser.add_argument("--work", type=pathlib.Path, default=None)
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--cpus", type=int, default=None)
     args = parser.parse_args()
     folder = args.work or pathlib.Path(tempfile.mkdtemp())
-    model(folder)
+    models.full_size(args.model, folder / "models" / args.model)
     dataset(folder)
     for shape in args.shapes:
-        result = run(args.finetune, folder, shape, args.updates, args.cpus)
-        result["benchmark_ms"] = benchmark(args.bench, shape, result["plan"]["recomputed_blocks"])
+        result = run(args.finetune, folder, args.model, shape, args.updates, args.cpus)
+        result["benchmark_ms"] = benchmark(args.bench, args.model, shape, result["plan"])
         result["ratio"] = round(result["between_updates_ms"] / result["benchmark_ms"], 3)
         print(json.dumps(result), flush=True)
 

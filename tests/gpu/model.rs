@@ -1,10 +1,11 @@
 //! The whole transformer on both devices: velocity and every gradient.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Cpu, Cuda, Device, Precision};
+use finetune_compute::kernels::{Cpu, Cuda, Device, Int8Matrix, Precision, StoredMatrix, WeightFormat};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{LossKind, Weighting, mix};
 use finetune_compute::optim::Param;
@@ -70,8 +71,15 @@ struct Step {
     gradients: Vec<Vec<f32>>,
 }
 
-fn step<D: Device>(device: &D, config: &MmditConfig, weights: &Arc<Weights>, targets: &[&str], dropout: f64, recompute: &[bool]) -> Step {
-    let mut model = Mmdit::load(Arc::clone(weights), config.clone(), device).unwrap();
+fn step<D: Device>(
+    (device, format): (&D, WeightFormat),
+    config: &MmditConfig,
+    weights: &Arc<Weights>,
+    targets: &[&str],
+    dropout: f64,
+    recompute: &[bool],
+) -> Step {
+    let mut model = Mmdit::load_as(Arc::clone(weights), config.clone(), device, format).unwrap();
     let spec = LoraSpec { rank: 3, alpha: 6.0, dropout, target_modules: targets.iter().map(|t| (*t).to_owned()).collect() };
     let mut params = model.attach_lora(&spec).unwrap().init(1);
     for (i, param) in params.iter_mut().enumerate().filter(|(_, p)| p.name.contains("lora_B")) {
@@ -103,23 +111,25 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 #[ignore = "needs an NVIDIA GPU"]
 fn the_transformer_computes_the_same_on_both_devices() {
     let mut failures = Vec::new();
-    for (heads, head_dim, dual, targets, dropout) in [
-        (3, 12, &[][..], &ATTENTION[..], 0.0),
-        (3, 12, &[0, 2], &EVERY_TARGET, 0.3),
-        (2, 64, &[], &ATTENTION, 0.0),
-        (2, 64, &[0, 1], &EVERY_TARGET, 0.2),
-        (2, 64, &[0, 1], &ATTENTION, 0.0),
-        (3, 12, &[1], &EVERY_TARGET, 0.0),
-        (2, 64, &[], &["ff_context.net.0.proj"], 0.0),
+    for (heads, head_dim, dual, targets, dropout, format) in [
+        (3, 12, &[][..], &ATTENTION[..], 0.0, WeightFormat::Float),
+        (3, 12, &[0, 2], &EVERY_TARGET, 0.3, WeightFormat::Float),
+        (2, 64, &[], &ATTENTION, 0.0, WeightFormat::Float),
+        (2, 64, &[0, 1], &EVERY_TARGET, 0.2, WeightFormat::Float),
+        (2, 64, &[0, 1], &ATTENTION, 0.0, WeightFormat::Float),
+        (3, 12, &[1], &EVERY_TARGET, 0.0, WeightFormat::Float),
+        (2, 64, &[], &["ff_context.net.0.proj"], 0.0, WeightFormat::Float),
+        (3, 12, &[1], &EVERY_TARGET, 0.2, WeightFormat::Int8),
+        (2, 64, &[0, 1], &ATTENTION, 0.0, WeightFormat::Int8),
     ] {
         let config = config(heads, head_dim, dual);
         let (_dir, weights) = weights(&config);
-        let want = step(&Cpu::default(), &config, &weights, targets, dropout, &[]);
+        let want = step((&Cpu::default(), format), &config, &weights, targets, dropout, &[]);
         for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::F16, 1e-2), (Precision::Bf16, 8e-2)] {
             let gpu = Cuda::open(0, precision).unwrap();
             poison(&gpu);
-            let got = step(&gpu, &config, &weights, targets, dropout, &[]);
-            let again = step(&gpu, &config, &weights, targets, dropout, &[true, false, true]);
+            let got = step((&gpu, format), &config, &weights, targets, dropout, &[]);
+            let again = step((&gpu, format), &config, &weights, targets, dropout, &[true, false, true]);
             assert!(got.velocity == again.velocity && got.gradients == again.gradients, "{precision}: recomputed blocks give other bits");
             let mut worst = (relative(&got.velocity, &want.velocity), String::from("velocity"), 1.0);
             for ((name, got), want) in want.names.iter().zip(&got.gradients).zip(&want.gradients) {
@@ -133,7 +143,7 @@ fn the_transformer_computes_the_same_on_both_devices() {
                 }
             }
             let line = format!(
-                "{precision} {heads}x{head_dim} {dual:?} {} targets: worst {:.2e} at {} (cosine {:.6}), velocity {:.2e}",
+                "{precision} {format:?} {heads}x{head_dim} {dual:?} {} targets: worst {:.2e} at {} (cosine {:.6}), velocity {:.2e}",
                 targets.len(),
                 worst.0,
                 worst.1,
@@ -203,6 +213,40 @@ fn recorded_steps_give_the_same_bits_and_follow_inputs_and_parameters() {
         for (got, want) in first.1.iter().zip(&gradients) {
             let error = relative(got, want);
             assert!(want.iter().all(|v| *v == 0.0) || error < tolerance, "{precision}: {error}");
+        }
+    }
+}
+
+/// The codes and scales are those of the CPU, bit for bit, for weights stored in each type and rows of any length.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn weights_are_quantised_to_the_same_codes_on_both_devices() {
+    struct Stored(Vec<f32>, usize, Option<(Precision, Vec<u8>)>);
+    impl StoredMatrix for Stored {
+        fn read_block(&self, rows: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+            for (row, out) in rows.zip(out.chunks_exact_mut(columns.len())) {
+                out.copy_from_slice(&self.0[row * self.1..][columns.clone()]);
+            }
+        }
+
+        fn stored(&self) -> Option<(Precision, &[u8])> {
+            self.2.as_ref().map(|(precision, bytes)| (*precision, &bytes[..]))
+        }
+    }
+    let gpu = Cuda::open(0, Precision::Bf16).unwrap();
+    for (outputs, inputs) in [(64, 1536), (33, 50), (5, 7), (128, 64), (1, 4097)] {
+        let values = random(outputs * inputs, 77);
+        let half: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
+        let brain: Vec<half::bf16> = values.iter().map(|v| half::bf16::from_f32(*v)).collect();
+        for matrix in [
+            Stored(values.clone(), inputs, None),
+            Stored(values.clone(), inputs, Some((Precision::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect()))),
+            Stored(half.iter().map(|v| v.to_f32()).collect(), inputs, Some((Precision::F16, half.iter().flat_map(|v| v.to_le_bytes()).collect()))),
+            Stored(brain.iter().map(|v| v.to_f32()).collect(), inputs, Some((Precision::Bf16, brain.iter().flat_map(|v| v.to_le_bytes()).collect()))),
+        ] {
+            let want = Int8Matrix::quantize(outputs, inputs, &matrix);
+            let (codes, scales) = gpu.int8_codes(&gpu.frozen_int8(outputs, inputs, Arc::new(matrix))).unwrap();
+            assert!(codes == want.codes() && scales == want.scales(), "{outputs} x {inputs}");
         }
     }
 }

@@ -24,3 +24,4 @@ mod single_files;
 mod support;
 mod two_jobs;
 mod warnings;
+mod weights;

@@ -59,5 +59,5 @@ pub use storage::{AddressingStyle, ConfigMapKeyRef, CredentialsSpec, LocalRef, S
 pub use text::clean;
 pub use training::{
     BucketsSpec, FlowMatchingSpec, GradientCheckpointing, LearningRateScheduleSpec, LoraSpec, OptimizerKind, OptimizerSpec, Precision, PriorPreservationSpec,
-    ProdigySpec, ScheduleKind, TrainingSpec, ValidationSpec, WeightingScheme,
+    ProdigySpec, ScheduleKind, TrainingSpec, ValidationSpec, WeightingScheme, Weights,
 };

@@ -45,6 +45,9 @@ pub struct TrainingSpec {
     /// Number format of the frozen model and of its activations. The LoRA itself is always kept in 32 bits.
     #[serde(default)]
     pub precision: Precision,
+    /// How the frozen weights of the transformer's blocks are kept.
+    #[serde(default)]
+    pub weights: Weights,
     /// Seed of all random numbers.
     #[serde(default = "seed")]
     #[schemars(range(max = 9_007_199_254_740_991_u64))]
@@ -129,6 +132,25 @@ pub enum Precision {
     FP16,
     /// 32 bits.
     FP32,
+}
+
+/// How frozen weights are kept.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum Weights {
+    /// `Float` where the training then fits the GPU, else `Int8`; `Float` on the CPU.
+    #[default]
+    Auto,
+    /// In the number format of `precision`.
+    Float,
+    /// In 8 bits with a scale per output: half the memory of 16 bits, and gradients with the error of the rounding.
+    Int8,
+}
+
+impl Weights {
+    /// Whether it is the default.
+    pub(crate) fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// Which noise levels are trained.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use finetune_compute::kernels::{Engine, Precision};
+use finetune_compute::kernels::{Engine, Precision, WeightFormat};
 
 /// `--device`.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -22,6 +22,24 @@ pub(super) enum PrecisionName {
     Fp16,
     /// bfloat16: from compute capability 8.0 on.
     Bf16,
+}
+
+/// `--weights`.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(super) enum WeightsName {
+    /// In the number format that the device computes in.
+    Float,
+    /// In 8 bits with a scale per output: half the memory, as with `training.weights: Int8`.
+    Int8,
+}
+
+impl From<WeightsName> for WeightFormat {
+    fn from(name: WeightsName) -> Self {
+        match name {
+            WeightsName::Float => Self::Float,
+            WeightsName::Int8 => Self::Int8,
+        }
+    }
 }
 
 impl From<PrecisionName> for Precision {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::validate;
-use finetune_api::plan::{self, Facts, ModelShape, Plan, PriorPreservationConfig};
+use finetune_api::plan::{self, Facts, FrozenWeights, ModelShape, Plan, PriorPreservationConfig};
 use finetune_api::{FineTuneJob, Reason};
 
 /// How to print.
@@ -28,6 +28,9 @@ enum Model {
     /// Stable Diffusion 3.5 Medium.
     #[value(name = "sd3.5-medium")]
     Sd35Medium,
+    /// Stable Diffusion 3.5 Large.
+    #[value(name = "sd3.5-large")]
+    Sd35Large,
 }
 
 /// Arguments of `finetune plan`.
@@ -64,6 +67,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let asked = args.model.map(|model| match model {
         Model::Sd3Medium => ModelShape::SD3_MEDIUM,
         Model::Sd35Medium => ModelShape::SD35_MEDIUM,
+        Model::Sd35Large => ModelShape::SD35_LARGE,
     });
     let mut plans = Vec::new();
     for job in &jobs {
@@ -133,6 +137,11 @@ fn text(plan: &Plan, shape: &ModelShape) -> String {
         format!("{} of {} pictures at once", plan.memory.micro_batch, training.batch_size)
     };
     row("division", format!("{division}, {} of {} blocks computed again", plan.memory.recomputed_blocks, shape.layers));
+    let weights = match plan.memory.weights {
+        FrozenWeights::Float => "in the precision of the training",
+        FrozenWeights::Int8 => "in 8 bits",
+    };
+    row("frozen weights", weights.to_owned());
     if let Some(flops) = flops(plan, shape) {
         row("work", format!("{:.1} PFLOP, about {:.1} h on a T4", flops / 1e15, flops / T4_FLOPS / 3600.0));
         #[cfg(feature = "train")]

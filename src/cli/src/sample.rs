@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use image::RgbImage;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::device::{DeviceName, PrecisionName};
+use super::device::{DeviceName, PrecisionName, WeightsName};
 use super::model::{self, ModelArgs};
 use finetune_compute::kernels::Engine;
 use finetune_model::lora::LoraState;
@@ -89,6 +89,10 @@ pub(super) struct Args {
     /// What the GPU computes in.
     #[arg(long, value_enum, default_value = "bf16")]
     precision: PrecisionName,
+
+    /// How the weights of the transformer's blocks are kept.
+    #[arg(long, value_enum, default_value = "float")]
+    weights: WeightsName,
 }
 
 fn parse_size(text: &str) -> Result<(u32, u32), String> {
@@ -175,7 +179,7 @@ fn loras(args: &Args) -> Result<Vec<(LoraState, f64)>> {
 
 fn draw(args: &Args, prompts: &[String], engine: &Engine) -> Result<Vec<Vec<RgbImage>>> {
     let model = model::open(&args.model, &args.files)?;
-    let mut pipeline = Pipeline::open(&model, engine)?;
+    let mut pipeline = Pipeline::open(&model, engine)?.with_weights(args.weights.into());
     for (lora, factor) in loras(args)? {
         pipeline = pipeline.with_lora(lora, factor);
     }

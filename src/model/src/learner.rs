@@ -1,13 +1,14 @@
 //! A transformer in training: model, parameters, sums of gradients and optimizer on one device, behind an object without its type.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::lora::{LoraError, LoraLayout};
-use crate::mmdit::{FlowTarget, Mmdit, MmditConfig, MmditError, MmditInputs};
+use crate::mmdit::{FlowTarget, Mmdit, MmditConfig, MmditError, MmditInputs, PendingLosses};
 use crate::sample::{PromptBatch, SampleError, Velocity};
 use crate::weights::Weights;
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Device, DeviceError, Engine, catch};
+use finetune_compute::kernels::{Device, DeviceError, Engine, WeightFormat, catch};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::optim::{OptimizerSettings, Param, Parameters, StateError, StateTensor};
 use finetune_compute::with_device;
@@ -43,17 +44,24 @@ pub trait Learner: Velocity + Send + Sync {
     /// If the device fails.
     fn trim(&self) -> Result<(), DeviceError>;
 
-    /// Begins an update: sums of gradients are zero.
+    /// Begins an update: sums of gradients are zero, and losses that were not taken are forgotten.
     ///
     /// # Errors
     /// If the device fails.
     fn begin(&mut self) -> Result<(), DeviceError>;
 
-    /// Adds the gradients of a micro-batch to the sums; returns each sample's loss.
+    /// Adds the gradients of a micro-batch to the sums. On a GPU it may return before they are computed, so that the next micro-batch can be put on the
+    /// stream meanwhile; [`Learner::losses`] returns what they are the gradients of.
     ///
     /// # Errors
     /// If the model refuses the inputs, or the device fails.
-    fn accumulate(&mut self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<Vec<f64>, MmditError>;
+    fn accumulate(&mut self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<(), MmditError>;
+
+    /// Each sample's loss in the earliest micro-batch of this update whose losses were not taken yet; waits for it. Empty if there is none.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn losses(&mut self) -> Result<Vec<f64>, DeviceError>;
 
     /// The velocity [B, C, h, w] with the present parameters, without dropout.
     ///
@@ -98,7 +106,8 @@ pub trait Learner: Velocity + Send + Sync {
     fn restore(&mut self, params: Vec<Param>, state: Vec<StateTensor>) -> Result<(), RestoreError>;
 }
 
-/// Loads a transformer onto the engine's device to train these modules, at update 0 from these parameters (the layout's, in canonical order).
+/// Loads a transformer onto the engine's device to train these modules, at update 0 from these parameters (the layout's, in canonical order). `format`: as
+/// [`Mmdit::load_as`].
 ///
 /// # Errors
 /// If a weight or the parameters do not fit, or the device fails.
@@ -106,34 +115,37 @@ pub fn load(
     weights: Arc<Weights>,
     config: MmditConfig,
     engine: &Engine,
+    format: WeightFormat,
     layout: LoraLayout,
     params: &[Param],
     optimizer: OptimizerSettings,
 ) -> Result<Box<dyn Learner>, MmditError> {
-    with_device!(engine, device => Ok(Box::new(OnDevice::load(weights, config, device, layout, params, optimizer)?)))
+    with_device!(engine, device => Ok(Box::new(OnDevice::load(weights, config, (device, format), layout, params, optimizer)?)))
 }
 
 struct OnDevice<D: Device> {
     model: Mmdit<D>,
     parameters: Parameters<D>,
+    /// Of this update's micro-batches, in order.
+    losses: VecDeque<PendingLosses<D>>,
 }
 
 impl<D: Device> OnDevice<D> {
     fn load(
         weights: Arc<Weights>,
         config: MmditConfig,
-        device: &D,
+        (device, format): (&D, WeightFormat),
         layout: LoraLayout,
         params: &[Param],
         optimizer: OptimizerSettings,
     ) -> Result<Self, MmditError> {
         layout.check(params)?;
         catch(|| {
-            let mut model = Mmdit::load(weights, config, device)?;
+            let mut model = Mmdit::load_as(weights, config, device, format)?;
             model.attach_layout(layout)?;
             let parameters = Parameters::new(device, optimizer, params);
             model.set_lora_from(parameters.values());
-            Ok(Self { model, parameters })
+            Ok(Self { model, parameters, losses: VecDeque::new() })
         })?
     }
 }
@@ -169,10 +181,11 @@ impl<D: Device> Learner for OnDevice<D> {
     }
 
     fn begin(&mut self) -> Result<(), DeviceError> {
+        self.losses.clear();
         catch(|| self.parameters.begin())
     }
 
-    fn accumulate(&mut self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<Vec<f64>, MmditError> {
+    fn accumulate(&mut self, inputs: MmditInputs<'_>, dropout: Option<&DropoutKey>, target: &FlowTarget<'_>) -> Result<(), MmditError> {
         let mut attempt = || catch(|| self.model.flow_step_into(inputs, dropout, target, self.parameters.sums()));
         let step = match attempt() {
             // The sums are as they were: gradients are added to them when all else is done.
@@ -185,7 +198,13 @@ impl<D: Device> Learner for OnDevice<D> {
         if step.is_err() {
             self.model.clear_recorded();
         }
-        step?
+        self.losses.push_back(step??);
+        Ok(())
+    }
+
+    fn losses(&mut self) -> Result<Vec<f64>, DeviceError> {
+        let Some(losses) = self.losses.pop_front() else { return Ok(Vec::new()) };
+        catch(|| losses.receive(self.model.device()))
     }
 
     fn predict(&self, inputs: MmditInputs<'_>) -> Result<HostTensor, MmditError> {

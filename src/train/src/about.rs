@@ -1,7 +1,7 @@
 //! What a run's files say of it to people and to other programs: names, numbers, and the phrase that calls what was learned.
 
 use finetune_api::OutputDtype;
-use finetune_api::plan::{ModelSource, TrainConfig};
+use finetune_api::plan::{FrozenWeights, ModelSource, TrainConfig};
 use finetune_compute::kernels::Precision;
 use finetune_data::buckets::{Bucket, Shapes};
 use finetune_data::dataset::Sample;
@@ -26,8 +26,10 @@ pub struct About<'a> {
     pub steps: u64,
     /// Passes over the dataset.
     pub epochs: f64,
-    /// Number format of the frozen weights.
+    /// Number format of activations, and of frozen weights that are not in 8 bits.
     pub precision: Precision,
+    /// How the blocks' frozen weights were kept.
+    pub weights: FrozenWeights,
 }
 
 impl About<'_> {
@@ -119,6 +121,7 @@ pub(super) mod tests {
             steps: 500,
             epochs: 41.5,
             precision: Precision::Bf16,
+            weights: FrozenWeights::Float,
         }
     }
 

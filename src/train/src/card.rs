@@ -168,6 +168,7 @@ fn settings(about: &About<'_>, dtype: OutputDtype) -> String {
     let (lora, optimizer, schedule) = (&training.lora, &training.optimizer, &training.learning_rate_schedule);
     let published = about.published.map_or("a size of its own", |published| published.name);
     let buckets = about.buckets().iter().map(|bucket| format!("{} x {} ({})", bucket.size.0, bucket.size.1, bucket.pictures)).collect::<Vec<_>>().join(", ");
+    let weights = if about.weights.is_float() { "" } else { ", the blocks' frozen weights in 8 bits" };
     let rows = [
         ("base model", format!("{} ({published})", about.base_label())),
         ("digest of the base model's files", about.base_digest.to_owned()),
@@ -180,7 +181,7 @@ fn settings(about: &About<'_>, dtype: OutputDtype) -> String {
         ("optimizer", format!("{:?}, learning rate {}, weight decay {}", optimizer.kind, optimizer.learning_rate, optimizer.weight_decay)),
         ("learning rate schedule", format!("{:?}, {} steps of warm-up", schedule.kind, schedule.warmup_steps)),
         ("noise levels", format!("{:?}", training.flow_matching.weighting_scheme)),
-        ("precision", format!("{} (LoRA f32; files {dtype})", about.precision)),
+        ("precision", format!("{} (LoRA f32; files {dtype}){weights}", about.precision)),
         ("seed", training.seed.to_string()),
     ];
     let mut part = "\n## Training\n\n| setting | value |\n|---|---|\n".to_owned();

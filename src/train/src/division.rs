@@ -39,9 +39,10 @@ pub fn smaller(plan: &ExecutionPlan, layers: u32, checkpointing: GradientCheckpo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use finetune_api::plan::FrozenWeights;
 
     fn plan(micro_batch: u32, recomputed_blocks: u32) -> ExecutionPlan {
-        ExecutionPlan { device: "cuda".into(), dtype: "bf16".into(), micro_batch, recomputed_blocks }
+        ExecutionPlan { device: "cuda".into(), dtype: "bf16".into(), weights: FrozenWeights::Float, micro_batch, recomputed_blocks }
     }
 
     fn fallbacks(first: ExecutionPlan, layers: u32, checkpointing: GradientCheckpointing) -> Vec<(u32, u32)> {

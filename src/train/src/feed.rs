@@ -162,7 +162,7 @@ mod tests {
     use crate::captions::tests::dataset_of;
     use crate::prepare::{Fingerprints, Keys};
     use crate::step::LatentScaling;
-    use finetune_api::plan::{Facts, TrainConfig, resolve};
+    use finetune_api::plan::{Facts, FrozenWeights, TrainConfig, resolve};
     use finetune_common::digest::sha256;
     use finetune_common::rng::{Purpose, Stream};
     use finetune_common::tensor::HostTensor;
@@ -196,7 +196,11 @@ mod tests {
     /// A feed of numbers that depend on picture or caption alone.
     async fn source(folder: &Path, dataset: &Dataset, dropout: f64) -> Source {
         let shapes = Shapes::new(&config().training, &dataset.samples).unwrap();
-        let keys = Keys::new(&config(), shapes, &Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 });
+        let keys = Keys::new(
+            &config(),
+            shapes,
+            &Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32, weights: FrozenWeights::Float },
+        );
         let mut cache = TensorCache::open(folder, None).await.unwrap();
         let values = |name: &[u8], shape: &[usize]| {
             let mut stream = Stream::new(u64::from(sha256(name)[0]), Purpose::Noise, u64::from(sha256(name)[1]), 0);

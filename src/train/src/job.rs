@@ -25,8 +25,8 @@ use super::setup;
 use super::step::Objective;
 use super::trainer::{Settings, Trainer, Update};
 use super::validation;
-use super::{device, division, look, model_files, start};
-use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, ShiftConfig, StepPlan, TrainConfig, ValidationConfig, memory_plan, warnings};
+use super::{device, look, model_files, start};
+use finetune_api::plan::{MemoryBudget, MemoryPlan, ResumePolicy, ShiftConfig, StepPlan, TrainConfig, ValidationConfig, warnings};
 use finetune_api::{Reason, Stage};
 use finetune_common::digest;
 use finetune_compute::kernels::Engine;
@@ -203,7 +203,7 @@ async fn look_at_model(config: &TrainConfig, environment: &JobEnvironment, budge
     let folder = open_model(config, environment).await?;
     unless_interrupted(environment, async {
         let model = look::look(config, &folder).await?;
-        look::memory(config, &model, budget)?;
+        look::memory(config, &model, budget, None)?;
         tracing::info!(model = finetune_model::survey::name(&model.transformer), t5 = model.t5, "the model is complete");
         Ok((folder, model))
     })
@@ -312,6 +312,7 @@ impl Run<'_> {
             _ => None,
         };
 
+        let memory = self.memory(snapshot.as_ref())?;
         let prepared_store = checkpoints.store().child(PREPARED)?;
         let dataset_store = environment.open(&config.dataset.uri, config)?;
         let prepared = match prepare::prepare(
@@ -323,6 +324,7 @@ impl Run<'_> {
             folder,
             &prepared_store,
             &self.engine,
+            memory.weights,
             environment,
         )
         .await
@@ -338,7 +340,7 @@ impl Run<'_> {
         })
         .await?;
         let model = ModelDir::open(folder.folder())?;
-        let trainer = block_in_place(|| self.trainer(&model, prepared, snapshot, warm))?;
+        let trainer = block_in_place(|| self.trainer(&model, prepared, snapshot, warm, memory))?;
         Ok((trainer, model))
     }
 
@@ -355,17 +357,32 @@ impl Run<'_> {
         }
     }
 
-    fn trainer(&self, model: &ModelDir, prepared: Prepared, snapshot: Option<Snapshot>, warm: Option<Vec<Param>>) -> Result<Trainer, TrainError> {
+    /// How the work is divided. A run that goes on where it began keeps its weights as they were.
+    fn memory(&self, snapshot: Option<&Snapshot>) -> Result<MemoryPlan, TrainError> {
+        let began = snapshot.map(|snapshot| &snapshot.state.plan);
+        let here = (device::name(&self.engine), self.engine.precision().to_string());
+        let kept = began.filter(|plan| (plan.device.as_str(), &plan.dtype) == (here.0, &here.1)).map(|plan| plan.weights);
+        let memory = look::memory(self.config, &self.base, self.budget, kept)?;
+        let MemoryPlan { weights, micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
+        let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
+        tracing::info!(?weights, micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
+        self.environment.reporter.show(|page| page.memory = Some(memory.clone()));
+        Ok(memory)
+    }
+
+    fn trainer(
+        &self,
+        model: &ModelDir,
+        prepared: Prepared,
+        snapshot: Option<Snapshot>,
+        warm: Option<Vec<Param>>,
+        memory: MemoryPlan,
+    ) -> Result<Trainer, TrainError> {
         let training = &self.config.training;
         let scheduler = model.scheduler()?;
         let weights = Arc::new(Weights::open(&model.path(Part::Transformer))?);
         let transformer = MmditConfig::open(&model.path(Part::Transformer))?;
         let layout = LoraLayout::new(&setup::lora(&training.lora), &transformer.linear_sites())?;
-        let memory = memory_plan(training, self.config.validation.as_ref(), &division::shape(&transformer), self.budget)?;
-        let MemoryPlan { micro_batch, recomputed_blocks, budget_bytes, .. } = memory;
-        let bytes = memory.stages.last().map(finetune_api::plan::Stage::bytes);
-        tracing::info!(micro_batch, recomputed_blocks, bytes, budget_bytes, "memory plan");
-        self.environment.reporter.show(|page| page.memory = Some(memory.clone()));
         let params = warm.unwrap_or_else(|| layout.init(training.seed));
         let total_steps = self.total_steps();
         let table = |(width, height): (u32, u32)| {
@@ -391,6 +408,7 @@ impl Run<'_> {
             plan: ExecutionPlan {
                 device: device::name(&self.engine).to_owned(),
                 dtype: self.engine.precision().to_string(),
+                weights: memory.weights,
                 micro_batch: memory.micro_batch,
                 recomputed_blocks: memory.recomputed_blocks,
             },
@@ -406,7 +424,8 @@ impl Run<'_> {
         })
         .map_err(super::trainer::TrainerError::from)?;
         layout.check(&params).map_err(super::trainer::TrainerError::from)?;
-        let mut learner = learner::load(weights, transformer, &self.engine, layout, &params, setup::optimizer(&training.optimizer))?;
+        let format = setup::format(memory.weights);
+        let mut learner = learner::load(weights, transformer, &self.engine, format, layout, &params, setup::optimizer(&training.optimizer))?;
         learner.set_recompute(&vec![true; memory.recomputed_blocks as usize]);
         let mut trainer = Trainer::new(settings, learner, sampler, prepared);
         if let Some(snapshot) = snapshot {

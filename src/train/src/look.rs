@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use futures::future::try_join_all;
 
 use finetune_api::Reason;
-use finetune_api::plan::{MemoryBudget, Problem, TrainConfig, memory_plan};
+use finetune_api::plan::{FrozenWeights, GpuTooSmall, MemoryBudget, MemoryPlan, Problem, TrainConfig, TrainingConfig, Weights, memory_plan};
 use finetune_data::buckets::Buckets;
 use finetune_model::ModelDir;
 use finetune_model::layout::Part;
@@ -143,10 +143,19 @@ fn settings(config: &TrainConfig, model: &Model) -> Vec<Problem> {
     problems
 }
 
-/// Whether the training fits a device, before anything is loaded onto it.
+/// How the training fits a device, before anything is loaded onto it. A run that goes on keeps its `weights` as they were, so that it ends in the same
+/// bits; where they do not fit any more, they are kept as a run that begins would keep them.
 ///
 /// # Errors
 /// Says what is too large.
-pub fn memory(config: &TrainConfig, model: &Model, budget: MemoryBudget) -> Result<(), finetune_api::plan::GpuTooSmall> {
-    memory_plan(&config.training, config.validation.as_ref(), &division::shape(&model.transformer), budget).map(|_| ())
+pub fn memory(config: &TrainConfig, model: &Model, budget: MemoryBudget, weights: Option<FrozenWeights>) -> Result<MemoryPlan, GpuTooSmall> {
+    let plan = |training| memory_plan(training, config.validation.as_ref(), &division::shape(&model.transformer), budget);
+    let kept = weights.map(|weights| match weights {
+        FrozenWeights::Float => Weights::Float,
+        FrozenWeights::Int8 => Weights::Int8,
+    });
+    match kept.filter(|_| config.training.weights == Weights::Auto) {
+        Some(weights) => plan(&TrainingConfig { weights, ..config.training.clone() }).or_else(|_| plan(&config.training)),
+        None => plan(&config.training),
+    }
 }

@@ -55,6 +55,7 @@ pub fn make(
         steps: trainer.step(),
         epochs: trainer.epochs(),
         precision: compute.precision(),
+        weights: trainer.plan().weights,
     };
     let mut files = BTreeMap::new();
     let mut artifacts = Vec::new();
@@ -113,6 +114,7 @@ pub fn make(
         base_model: serde_json::to_value(&config.model.source).map_err(local("describe the model's source"))?,
         device: device::name(compute).to_owned(),
         dtype: compute.precision().to_string(),
+        weights: trainer.plan().weights,
         started: rfc3339(trainer.started()),
         completed: Timestamp::now().to_string(),
         training_seconds: trainer.training_seconds(),

@@ -342,6 +342,7 @@ fn training_style() -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use finetune_api::plan::FrozenWeights;
 
     #[test]
     fn reports_are_believed_by_the_operator_and_estimates_are_absolute() {
@@ -360,7 +361,10 @@ mod tests {
     fn metrics_are_in_prometheus_text_format() {
         let reporter = Reporter::new();
         reporter.training(0, 10);
-        reporter.execution(&ExecutionPlan { device: "cuda".into(), dtype: "bf16".into(), micro_batch: 4, recomputed_blocks: 10 }, 1 << 33);
+        reporter.execution(
+            &ExecutionPlan { device: "cuda".into(), dtype: "bf16".into(), weights: FrozenWeights::Float, micro_batch: 4, recomputed_blocks: 10 },
+            1 << 33,
+        );
         reporter.update(&Record { step: 1, loss: Some(0.25), ..Record::default() }, Some(0.25));
         finetune_store::Progress::start(&reporter, "a", 10, 0);
         finetune_store::Progress::advance(&reporter, "a", 7);

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Digests;
+use finetune_api::plan::FrozenWeights;
 use finetune_api::{OutputDtype, OutputFormat};
 use finetune_common::digest;
 
@@ -69,6 +70,9 @@ pub struct RunResult {
     pub device: String,
     /// Type of frozen weights and activations.
     pub dtype: String,
+    /// How the blocks' frozen weights were kept.
+    #[serde(default, skip_serializing_if = "FrozenWeights::is_float")]
+    pub weights: FrozenWeights,
     /// When the first attempt began (RFC 3339).
     pub started: String,
     /// When the winner was done (RFC 3339).

@@ -1,6 +1,9 @@
 //! From the resolved configuration to the parts of a run. Pure.
 
-use finetune_api::plan::{FlowMatchingConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShiftConfig, WeightingScheme};
+use finetune_api::plan::{
+    FlowMatchingConfig, FrozenWeights, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig, ScheduleKind, ShiftConfig, WeightingScheme,
+};
+use finetune_compute::kernels::WeightFormat;
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, TimestepDensity, Weighting};
 use finetune_compute::optim::schedule::Shape;
 use finetune_compute::optim::{AdamWSettings, OptimizerSettings, ProdigySettings, Schedule};
@@ -27,6 +30,14 @@ pub fn optimizer(config: &OptimizerConfig) -> OptimizerSettings {
                 ..defaults
             }))
         }
+    }
+}
+
+/// How the transformer keeps its blocks' weights.
+pub fn format(weights: FrozenWeights) -> WeightFormat {
+    match weights {
+        FrozenWeights::Float => WeightFormat::Float,
+        FrozenWeights::Int8 => WeightFormat::Int8,
     }
 }
 

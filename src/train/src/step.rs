@@ -175,11 +175,11 @@ pub fn coefficients(samples: usize, weight: f64, prior: Option<f64>) -> Vec<f64>
     coefficients
 }
 
-/// Forward, loss and backward of one micro-batch: returns each sample's loss and adds the gradients of the weighted loss to the learner's sums.
+/// Forward, loss and backward of one micro-batch: adds the gradients of the weighted loss to the learner's sums. [`Learner::losses`] returns each sample's loss.
 ///
 /// # Errors
 /// If the model refuses the inputs, or the device fails.
-pub fn micro_batch(learner: &mut dyn Learner, batch: &MicroBatch) -> Result<Vec<f64>, MmditError> {
+pub fn micro_batch(learner: &mut dyn Learner, batch: &MicroBatch) -> Result<(), MmditError> {
     learner.accumulate(batch.inputs.model(), batch.dropout.as_ref(), &batch.target())
 }
 
@@ -242,7 +242,7 @@ mod tests {
     /// loss that it has alone. Cosmap weighs samples by their noise level, so a weight that is taken from the other half would show.
     #[test]
     fn the_gradient_of_a_batch_with_class_pictures_is_the_sum_of_both_parts() {
-        use finetune_compute::kernels::Engine;
+        use finetune_compute::kernels::{Engine, WeightFormat};
         use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param};
         use finetune_model::learner;
         use finetune_model::lora::{LoraLayout, LoraSpec};
@@ -268,7 +268,7 @@ mod tests {
             .collect();
         let (channels, joint, pooled) = (config.in_channels, config.joint_attention_dim, config.pooled_projection_dim);
         let adamw = OptimizerSettings::AdamW(AdamWSettings::default());
-        let mut learner = learner::load(weights, config, &Engine::cpu(), layout, &params, adamw).unwrap();
+        let mut learner = learner::load(weights, config, &Engine::cpu(), WeightFormat::Float, layout, &params, adamw).unwrap();
         let tensor = |shape: &[usize], index| HostTensor::new(random(shape.iter().product(), index), shape).unwrap();
         let examples: Vec<Example> = (0..4)
             .map(|i| Example {
@@ -285,7 +285,8 @@ mod tests {
             let ordinals: Vec<u64> = range.clone().map(|i| i as u64).collect();
             let batch = MicroBatch::draw(&objective, &examples[range], &ordinals, 3, coefficients.to_vec()).unwrap();
             learner.begin().unwrap();
-            (micro_batch(learner.as_mut(), &batch).unwrap(), learner.gradients().unwrap())
+            micro_batch(learner.as_mut(), &batch).unwrap();
+            (learner.losses().unwrap(), learner.gradients().unwrap())
         };
         assert_eq!(coefficients(2, weight, None), [weight; 2]);
         let mixed = run(0..4, &coefficients(2, weight, Some(prior)));

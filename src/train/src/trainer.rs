@@ -1,5 +1,6 @@
 //! The state of a run in training: parameters, optimizer, sampler, history; one optimizer update at a time.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -100,6 +101,10 @@ pub struct Settings {
     pub plan: ExecutionPlan,
 }
 
+/// Micro-batches that may be on the device's stream while the losses of the one before them are read: with one, a GPU has work while the host takes the losses
+/// and prepares what comes next.
+const UNDER_WAY: usize = 1;
+
 /// See the module's documentation.
 pub struct Trainer {
     settings: Settings,
@@ -157,11 +162,15 @@ impl Trainer {
     pub fn restore(&mut self, snapshot: Snapshot) -> Result<(), TrainerError> {
         let Snapshot { state, params, optimizer, history } = snapshot;
         let (began, now) = (&state.plan, &self.settings.plan);
-        if (&began.device, &began.dtype) == (&now.device, &now.dtype) {
+        if (&began.device, &began.dtype, began.weights) == (&now.device, &now.dtype, now.weights) {
             self.learner.set_recompute(&vec![true; began.recomputed_blocks as usize]);
             self.settings.plan = state.plan.clone();
         } else {
-            tracing::warn!(?began, ?now, "the run goes on with another device or type than it began; the results may differ in the last bits");
+            tracing::warn!(
+                ?began,
+                ?now,
+                "the run goes on with another device, type or format of weights than it began; the results may differ in the last bits"
+            );
         }
         self.learner.restore(params, optimizer)?;
         self.sampler.seek(state.position)?;
@@ -251,12 +260,22 @@ impl Trainer {
         let mut window = Window::default();
         self.learner.begin()?;
         let (mut loss, mut prior_loss) = (0.0, 0.0);
+        let (mut under_way, mut complete) = (VecDeque::new(), false);
         loop {
             if interrupt.requested() {
                 return Ok(None);
             }
-            let Fed { micro_batch, samples, batch } = self.next_micro_batch()?;
-            let losses = step::micro_batch(self.learner.as_mut(), &micro_batch)?;
+            if !complete {
+                let Fed { micro_batch, samples, batch } = self.next_micro_batch()?;
+                step::micro_batch(self.learner.as_mut(), &micro_batch)?;
+                complete = batch.as_ref().is_some_and(|batch| batch.sync);
+                under_way.push_back((samples, batch));
+            }
+            if under_way.len() <= UNDER_WAY && !complete {
+                continue;
+            }
+            let Some((samples, batch)) = under_way.pop_front() else { return Ok(Some(window)) };
+            let losses = self.learner.losses()?;
             let (own, class) = losses.split_at(samples);
             let (own, class): (f64, f64) = (own.iter().sum(), class.iter().sum());
             finite(step, "loss", own + class)?;
@@ -266,10 +285,7 @@ impl Trainer {
             window.loss += std::mem::take(&mut loss) / batch.items as f64 * batch.share;
             window.prior_loss += std::mem::take(&mut prior_loss) / batch.items as f64 * batch.share;
             window.batches += 1;
-            if batch.sync {
-                window.end = batch.next;
-                return Ok(Some(window));
-            }
+            window.end = batch.next;
         }
     }
 

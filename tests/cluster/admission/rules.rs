@@ -384,6 +384,7 @@ async fn bounds_formats_and_unknown_fields_are_judged() {
         ("spec.training.buckets", json!({"step": 72})),
         ("spec.training.lora.rank", json!(0)),
         ("spec.training.precision", json!("FP8")),
+        ("spec.training.weights", json!("Int4")),
         ("spec.training.priorPreservation", json!({"classPrompt": "a dog", "sampleBatchSize": 65})),
         ("spec.training.optimizer.learningRate", json!(0.0001)),
         ("spec.training.optimizer.learningRate", json!("fast")),

@@ -118,10 +118,10 @@ async fn deadlines_and_limits_follow_the_spec() {
 async fn a_gpu_that_is_too_small_is_told_before_any_pod_is_made() {
     let stage = Stage::new("too-small").await;
     let operator = stage.operator().await;
-    stage.create("tight", |job| job["spec"]["scheduling"]["gpu"] = json!({"minMemoryMiB": 4000})).await;
+    stage.create("tight", |job| job["spec"]["scheduling"]["gpu"] = json!({"minMemoryMiB": 3000})).await;
     let refused = stage.condition("tight", "Validated", "False", "GPUTooSmall").await;
     let (_, _, message) = kubernetes::condition(&refused, "Validated").expect("Validated");
-    assert!(message.contains("GiB and the budget is 3.91 GiB"), "{message}");
+    assert!(message.contains("GiB and the budget is 2.93 GiB"), "{message}");
     assert_eq!(refused["status"]["phase"], "Failed");
     assert_eq!(refused["status"]["failure"]["reason"], "GPUTooSmall", "shown by kubectl get");
     assert!(kubernetes::is_true(&refused, "Stalled"), "kstatus must see it");

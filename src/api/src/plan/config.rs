@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
-    ScheduleKind, TriggerPosition, WeightingScheme,
+    ScheduleKind, TriggerPosition, WeightingScheme, Weights,
 };
 
 /// Version of the configuration. Higher where a trainer that knows only the one before must not run it: where something that it would leave out changes what
@@ -183,6 +183,9 @@ pub struct TrainingConfig {
     pub gradient_checkpointing: GradientCheckpointing,
     /// Number format of the frozen model.
     pub precision: Precision,
+    /// How frozen weights are kept.
+    #[serde(default, skip_serializing_if = "Weights::is_auto")]
+    pub weights: Weights,
     /// Seed of all random numbers.
     pub seed: u64,
     /// Tokens of the caption for T5.

@@ -5,11 +5,14 @@
 //! its input alone; the others then leave the modulated inputs out, and their activations are gone when the first of them is computed again, which
 //! keeps all 11 `D` meanwhile. The block at work needs 11 `D` beside what is kept. Attention never holds its scores.
 //!
+//! Frozen weights in 8 bits take a byte each and four for each output's scale, and while a product reads one it lies beside them in the device's
+//! precision.
+//!
 //! With buckets the figures are those of the square: no bucket has a larger area, and nothing here depends on a picture's sides otherwise.
 
 use serde::{Deserialize, Serialize};
 
-use super::{GradientCheckpointing, ModelShape, Precision, TrainingConfig, ValidationConfig};
+use super::{GradientCheckpointing, ModelShape, Precision, TrainingConfig, ValidationConfig, Weights};
 
 const GIB: f64 = 1_073_741_824.0;
 
@@ -45,6 +48,23 @@ pub enum MemoryBudget {
     Gpu(u64),
     /// The CPU: figures are given, nothing is refused.
     Cpu,
+}
+
+/// How the frozen weights of the blocks are kept.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub enum FrozenWeights {
+    /// In the device's precision.
+    #[default]
+    Float,
+    /// In 8 bits.
+    Int8,
+}
+
+impl FrozenWeights {
+    /// Whether they are numbers of the device's precision.
+    pub fn is_float(&self) -> bool {
+        *self == Self::Float
+    }
 }
 
 /// A part of a stage.
@@ -88,6 +108,9 @@ pub struct MemoryPlan {
     /// Bytes that the process may hold on the GPU; absent on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget_bytes: Option<u64>,
+    /// How the blocks' frozen weights are kept.
+    #[serde(default)]
+    pub weights: FrozenWeights,
     /// Blocks that are computed again in the backward pass, from the first.
     pub recomputed_blocks: u32,
     /// Pictures per pass; smaller than the batch where the batch does not fit. Gradients add up to the same.
@@ -120,7 +143,8 @@ pub struct GpuTooSmall {
     pub hint: String,
 }
 
-/// Divides the work so that it fits: first the fewest blocks computed again that make the whole batch fit, then smaller passes.
+/// Divides the work so that it fits: first the fewest blocks computed again that make the whole batch fit, then smaller passes; where the job leaves it
+/// open, frozen weights in 8 bits if nothing else helps.
 ///
 /// # Errors
 /// If a stage does not fit in any way.
@@ -130,7 +154,22 @@ pub fn memory_plan(
     shape: &ModelShape,
     budget: MemoryBudget,
 ) -> Result<MemoryPlan, GpuTooSmall> {
-    let sizes = Sizes::new(training, shape, budget);
+    let with = |weights| plan_with(weights, training, validation, shape, budget);
+    match training.weights {
+        Weights::Float => with(FrozenWeights::Float),
+        Weights::Int8 => with(FrozenWeights::Int8),
+        Weights::Auto => with(FrozenWeights::Float).or_else(|_| with(FrozenWeights::Int8)),
+    }
+}
+
+fn plan_with(
+    weights: FrozenWeights,
+    training: &TrainingConfig,
+    validation: Option<&ValidationConfig>,
+    shape: &ModelShape,
+    budget: MemoryBudget,
+) -> Result<MemoryPlan, GpuTooSmall> {
+    let sizes = Sizes::new(training, shape, budget, weights);
     let limit = match budget {
         MemoryBudget::Gpu(bytes) => bytes,
         MemoryBudget::Cpu => u64::MAX,
@@ -163,6 +202,7 @@ pub fn memory_plan(
         let hint = match training.gradient_checkpointing {
             _ if stage.name == CLASS_STAGE => " or training.priorPreservation.sampleBatchSize, or set training.priorPreservation.precision: Auto",
             GradientCheckpointing::Never => " or set training.gradientCheckpointing: Auto",
+            _ if weights == FrozenWeights::Float => " or set training.weights: Auto",
             _ => "",
         };
         return Err(GpuTooSmall { stage: stage.name.clone(), needed: stage.bytes() as f64 / GIB, budget: limit as f64 / GIB, hint: hint.to_owned() });
@@ -170,6 +210,7 @@ pub fn memory_plan(
     Ok(MemoryPlan {
         model: shape.name.to_owned(),
         budget_bytes: (limit != u64::MAX).then_some(limit),
+        weights,
         recomputed_blocks: recomputed as u32,
         micro_batch: micro_batch as u32,
         stages,
@@ -192,21 +233,32 @@ struct Sizes<'a> {
     value: u64,
     /// Memory of libraries.
     library: u64,
+    weights: FrozenWeights,
 }
 
 impl<'a> Sizes<'a> {
-    fn new(training: &'a TrainingConfig, shape: &'a ModelShape, budget: MemoryBudget) -> Self {
+    fn new(training: &'a TrainingConfig, shape: &'a ModelShape, budget: MemoryBudget, weights: FrozenWeights) -> Self {
         let gpu = matches!(budget, MemoryBudget::Gpu(_));
         let value = bytes_of_a_value(training.precision, gpu);
-        Self { shape, training, value, library: if gpu { LIBRARY_BYTES } else { 0 } }
+        Self { shape, training, value, library: if gpu { LIBRARY_BYTES } else { 0 }, weights }
     }
 
     fn tokens(&self) -> u64 {
         self.shape.tokens(self.training.resolution, self.training.max_sequence_length)
     }
 
-    fn weights(&self) -> u64 {
-        self.shape.parameters() * self.value
+    /// The transformer's weights where a value has `value` bytes.
+    fn transformer(&self, value: u64) -> u64 {
+        let (in_blocks, outputs) = self.shape.block_weights();
+        match self.weights {
+            FrozenWeights::Float => self.shape.parameters() * value,
+            FrozenWeights::Int8 => (self.shape.parameters() - in_blocks) * value + in_blocks + outputs * 4,
+        }
+    }
+
+    /// The largest weight in 8 bits as a product reads it: [4 D, D].
+    fn widened(&self, value: u64) -> u64 {
+        if self.weights.is_float() { 0 } else { 4 * self.shape.hidden * self.shape.hidden * value }
     }
 
     /// Text encoders one after the other, T5 layer by layer with the next layer on its way, then the autoencoder, one picture at a time.
@@ -236,7 +288,13 @@ impl<'a> Sizes<'a> {
         let forward = 2 * pictures * self.tokens() * DRAWING * self.shape.hidden * value;
         let pixels = u64::from(self.training.resolution).pow(2);
         let decode = encoders.vae_decoder * 4 + 3 * pixels * 2 * encoders.vae_channels * 4;
-        Stage::new(name, [("transformer", self.shape.parameters() * value), ("activations", forward.max(decode)), ("libraries", self.library)])
+        let parts = [
+            ("transformer", self.transformer(value)),
+            ("weight in use", self.widened(value)),
+            ("activations", forward.max(decode)),
+            ("libraries", self.library),
+        ];
+        Stage::new(name, parts)
     }
 
     /// One pass over `micro` pictures, of which the first `recomputed` blocks are computed again.
@@ -262,7 +320,8 @@ impl<'a> Sizes<'a> {
         Stage::new(
             "train",
             [
-                ("transformer", self.weights()),
+                ("transformer", self.transformer(self.value)),
+                ("weight in use", self.widened(self.value)),
                 ("kept activations", kept),
                 ("inputs of blocks computed again", inputs),
                 ("block at work", at_work),
@@ -312,7 +371,7 @@ mod tests {
             [(512, 1, 0.89, 0.08), (512, 4, 3.56, 0.32), (768, 4, 7.43, 0.68), (1024, 1, 3.21, 0.29), (1024, 4, 12.84, 1.17)]
         {
             let training = training(|t| t.resolution = resolution);
-            let sizes = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES));
+            let sizes = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES), FrozenWeights::Float);
             let close =
                 |found: f64, expected: f64| assert!((found - expected).abs() <= 0.012_f64.max(0.02 * expected), "{resolution}/{batch}: {found} for {expected}");
             close(part(&sizes.training(batch, 0), "kept activations"), kept);
@@ -328,7 +387,9 @@ mod tests {
             [(512, 4, 0, 8.48), (512, 4, 24, 5.60), (512, 1, 0, 5.60), (1024, 1, 0, 8.10), (1024, 4, 0, 18.95), (1024, 4, 6, 14.30), (1024, 4, 24, 6.83)];
         for (resolution, batch, recomputed, card) in shown {
             let training = training(|t| t.resolution = resolution);
-            let plan = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES)).training(batch, recomputed).bytes() as f64 / GIB;
+            let plan = Sizes::new(&training, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(BUDGET_BYTES), FrozenWeights::Float).training(batch, recomputed).bytes()
+                as f64
+                / GIB;
             assert!((plan / card - 1.0).abs() < 0.05, "{resolution} px, batch {batch}, {recomputed} blocks: {plan} GiB planned, {card} shown");
         }
     }
@@ -358,7 +419,7 @@ mod tests {
         assert!(large.peak_bytes() <= BUDGET_BYTES);
         // One block fewer would not fit.
         let training_large = training(|t| t.resolution = 1024);
-        let sizes = Sizes::new(&training_large, &ModelShape::SD3_MEDIUM, gpu);
+        let sizes = Sizes::new(&training_large, &ModelShape::SD3_MEDIUM, gpu, FrozenWeights::Float);
         assert!(sizes.training(4, u64::from(large.recomputed_blocks) - 1).bytes() > BUDGET_BYTES);
 
         let split = plan(
@@ -399,8 +460,11 @@ mod tests {
         let stage = |plan: &MemoryPlan, name: &str| plan.stages.iter().find(|s| s.name == name).cloned().unwrap();
         let drawing = stage(&plan, "draw class pictures");
         assert!((part(&drawing, "activations") * GIB - 32.0 * 1178.0 * 25.0 * 1536.0 * 2.0).abs() < 1.0, "{drawing:?}");
-        let single = Sizes::new(&plain, shape, gpu).training(4, 0);
-        assert!((part(&Sizes::new(&prior, shape, gpu).training(4, 0), "kept activations") / part(&single, "kept activations") - 2.0).abs() < 1e-9);
+        let single = Sizes::new(&plain, shape, gpu, FrozenWeights::Float).training(4, 0);
+        assert!(
+            (part(&Sizes::new(&prior, shape, gpu, FrozenWeights::Float).training(4, 0), "kept activations") / part(&single, "kept activations") - 2.0).abs()
+                < 1e-9
+        );
         // The article's job still fits with the whole batch.
         assert_eq!(plan.micro_batch, 4);
         assert!(plan.peak_bytes() <= BUDGET_BYTES);
@@ -418,9 +482,11 @@ mod tests {
 
     #[test]
     fn what_cannot_fit_is_refused_with_numbers() {
-        let error = memory_plan(&training(|_| {}), None, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(4 << 30)).unwrap_err();
+        let float = training(|t| t.weights = Weights::Float);
+        let error = memory_plan(&float, None, &ModelShape::SD3_MEDIUM, MemoryBudget::Gpu(4 << 30)).unwrap_err();
         assert_eq!(error.stage, "train");
         assert!(error.needed > 4.9 && error.needed < 5.5 && error.budget == 4.0, "{error}");
+        assert!(error.to_string().contains("training.weights: Auto"), "{error}");
         let fp32 = memory_plan(
             &training(|t| {
                 t.precision = Precision::FP32;
@@ -433,6 +499,29 @@ mod tests {
         );
         assert!(fp32.unwrap_err().to_string().contains("gradientCheckpointing: Auto"));
         assert!(memory_plan(&training(|t| t.resolution = 2048), None, &ModelShape::SD3_MEDIUM, MemoryBudget::Cpu).is_ok());
+    }
+
+    /// 16 GB cards: the medium models stay in 16 bits, the large one fits in 8; so does the smallest on a card of 4 GB.
+    #[test]
+    fn large_models_fit_in_8_bits() {
+        let plan = |shape: &ModelShape, budget: u64, resolution, batch| {
+            let training = training(|t| (t.resolution, t.batch_size) = (resolution, batch));
+            memory_plan(&training, None, shape, MemoryBudget::Gpu(budget)).unwrap()
+        };
+        for shape in [ModelShape::SD3_MEDIUM, ModelShape::SD35_MEDIUM] {
+            assert_eq!(plan(&shape, BUDGET_BYTES, 1024, 4).weights, FrozenWeights::Float);
+        }
+        for (resolution, batch) in [(512, 1), (512, 4), (1024, 1), (1024, 4)] {
+            let plan = plan(&ModelShape::SD35_LARGE, BUDGET_BYTES, resolution, batch);
+            assert!(plan.weights == FrozenWeights::Int8 && plan.peak_bytes() <= BUDGET_BYTES, "{plan:?}");
+        }
+        assert_eq!(plan(&ModelShape::SD3_MEDIUM, 4 << 30, 512, 4).weights, FrozenWeights::Int8);
+        let cpu = memory_plan(&training(|_| {}), None, &ModelShape::SD35_LARGE, MemoryBudget::Cpu).unwrap();
+        assert_eq!(cpu.weights, FrozenWeights::Float);
+        // 8.06 thousand million parameters, of which 5.33 in the blocks: 5.46 GB and 5.33 GB.
+        let training = training(|t| t.weights = Weights::Int8);
+        let sizes = Sizes::new(&training, &ModelShape::SD35_LARGE, MemoryBudget::Gpu(BUDGET_BYTES), FrozenWeights::Int8);
+        assert!((sizes.transformer(2) as f64 / 10.8e9 - 1.0).abs() < 0.01, "{}", sizes.transformer(2));
     }
 
     /// The reference: 15.6 TFLOP per batch of four at 512 px without recompute, 22.8 with.

@@ -16,7 +16,7 @@ mod warnings;
 
 pub use crate::{
     AddressingStyle, ExistingOutput, GradientCheckpointing, ModelFiles, OnBadSample, OptimizerKind, OutputDtype, OutputFormat, Precision, ResumePolicy,
-    ScheduleKind, TriggerPosition, WeightingScheme,
+    ScheduleKind, TriggerPosition, WeightingScheme, Weights,
 };
 pub use canonical::canonical_json;
 pub use config::{
@@ -25,7 +25,7 @@ pub use config::{
     TrainingConfig, ValidationConfig,
 };
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
-pub use memory::{BUDGET_BYTES, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
+pub use memory::{BUDGET_BYTES, FrozenWeights, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
 pub use read::ConfigError;
 pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
 pub use shape::{EncoderShape, ModelShape};

@@ -272,6 +272,7 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
         gradient_accumulation_steps: spec.gradient_accumulation_steps,
         gradient_checkpointing: spec.gradient_checkpointing,
         precision: spec.precision,
+        weights: spec.weights,
         seed: spec.seed,
         max_sequence_length: spec.max_sequence_length,
         center_crop: spec.center_crop,
@@ -481,6 +482,7 @@ mod tests {
         for same in [
             json!({"training": {"maxSteps": 2000, "lora": {"alpha": 4}, "optimizer": {"learningRate": "0.0001", "type": "AdamW8bit"}}}),
             json!({"training": {"learningRateSchedule": {"power": "1"}, "gradientCheckpointing": "Always"}}),
+            json!({"training": {"weights": "Auto"}}),
             json!({"dataset": {"captions": {}}}),
             json!({"dataset": {"captions": {"tagOrders": 1, "triggerPosition": "Front", "keepTags": 0, "dropout": "0.0"}}}),
             json!({"suspend": true, "queueName": "q", "image": "x", "ttlSecondsAfterFinished": 1, "activeDeadlineSeconds": 5}),
@@ -497,6 +499,8 @@ mod tests {
             json!({"training": {"seed": 43}}),
             json!({"training": {"lora": {"alpha": 8}}}),
             json!({"training": {"precision": "FP32"}}),
+            json!({"training": {"weights": "Float"}}),
+            json!({"training": {"weights": "Int8"}}),
             json!({"training": {"flowMatching": {"shift": "3"}}}),
             json!({"training": {"flowMatching": {"shift": "ByResolution"}}}),
             json!({"training": {"buckets": {}}}),
@@ -625,7 +629,7 @@ mod tests {
 
     #[test]
     fn a_gpu_that_is_too_small_is_refused_before_it_is_asked_for() {
-        let small = json!({"scheduling": {"gpu": {"minMemoryMiB": 4000}}});
+        let small = json!({"scheduling": {"gpu": {"minMemoryMiB": 3000}}});
         assert_eq!(resolve(&spec(small), "n", "j", &Facts::default()).unwrap_err().reason(), Reason::GPUTooSmall);
         let large = Facts { device: Some(DeviceFacts::Gpu { memory_bytes: 80 << 30, compute_capability: (9, 0) }), ..Facts::default() };
         assert_eq!(resolve(&spec(json!({})), "n", "j", &large).unwrap().memory.budget_bytes, Some(BUDGET_BYTES));

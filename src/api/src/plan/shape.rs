@@ -118,6 +118,16 @@ impl ModelShape {
         embeddings + (self.layers - 1) * full + last + self.dual_layers * dual + linear(d, 2 * d) + linear(d, patch_size)
     }
 
+    /// Those of the weights that can be kept in 8 bits, and their outputs: the attentions and feed-forwards of all blocks, without biases.
+    pub fn block_weights(&self) -> (u64, u64) {
+        let d = self.hidden;
+        // Eight projections and two feed-forwards [4 d, d], [d, 4 d]; the last block has no text behind its attention.
+        let (full, last, dual) = (8 + 16, 7 + 8, 4);
+        let (full_outputs, last_outputs) = (8 + 10, 7 + 5);
+        let of = |full: u64, last: u64| (self.layers - 1) * full + last + self.dual_layers * dual;
+        (of(full, last) * d * d, of(full_outputs, last_outputs) * d)
+    }
+
     /// Tokens of one picture at `resolution`.
     pub fn picture_tokens(&self, resolution: u32) -> u64 {
         (u64::from(resolution) / (self.vae_factor * self.patch)).pow(2)
@@ -191,6 +201,17 @@ mod tests {
         assert_eq!(ModelShape::SD35_MEDIUM.parameters(), 2_243_171_520);
         // 8.06 thousand million without the table of positions.
         assert!((8.0e9..8.2e9).contains(&(ModelShape::SD35_LARGE.parameters() as f64)));
+    }
+
+    /// The tensors of a configuration, counted one by one: those of attentions and feed-forwards.
+    #[test]
+    fn weights_of_blocks_are_most_of_the_parameters() {
+        for (shape, share) in [(ModelShape::SD3_MEDIUM, 0.65), (ModelShape::SD35_MEDIUM, 0.64), (ModelShape::SD35_LARGE, 0.66)] {
+            let found = shape.block_weights().0 as f64 / shape.parameters() as f64;
+            assert!((found - share).abs() < 0.02, "{}: {found}", shape.name);
+        }
+        // By hand: 24 blocks of 1536: 23 · 24 + 15 squares, 23 · 18 + 12 rows of outputs.
+        assert_eq!(ModelShape::SD3_MEDIUM.block_weights(), (567 * 1536 * 1536, 426 * 1536));
     }
 
     #[test]

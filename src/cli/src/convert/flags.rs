@@ -1,5 +1,5 @@
-//! The flags of the article's script, of diffusers' `train_dreambooth_lora_sd3.py`, and those of kohya's scripts on captions and buckets; and what becomes
-//! of each.
+//! The flags of the article's script, of diffusers' `train_dreambooth_lora_sd3.py`, and those of kohya's scripts on captions, buckets and 8-bit weights; and
+//! what becomes of each.
 
 /// What follows a flag.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -133,7 +133,8 @@ pub(super) const FLAGS: &[Flag] = &[
     dropped("hub_token", "tokens belong into a Secret: model.source.huggingFace.tokenSecretRef"),
     dropped("hub_model_id", BUCKET),
     dropped("local_rank", "one GPU per job"),
-    field("caption_dropout_rate", "dataset.captions.dropout", "of kohya's scripts, as the flags below"),
+    switch("fp8_base", "training.weights", "of kohya's scripts, as the flags below; Int8, which rounds less than E4M3"),
+    field("caption_dropout_rate", "dataset.captions.dropout", ""),
     switch("shuffle_caption", "dataset.captions.tagOrders", "16: so many orders of each caption's tags are encoded, where the script shuffles at each draw"),
     field("keep_tokens", "dataset.captions.keepTags", "only with --shuffle_caption; the script counts the tags of --caption_prefix as well"),
     field("caption_prefix", "dataset.captions.triggerWord", "with a comma and a space behind it; it is not shuffled"),

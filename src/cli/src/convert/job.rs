@@ -253,6 +253,9 @@ impl Job {
         if self.has("gradient_checkpointing") {
             self.set("training.gradientCheckpointing", "Auto");
         }
+        if self.has("fp8_base") {
+            self.set("training.weights", "Int8");
+        }
         if let Some(precision) = self.choice("mixed_precision", &[("no", "FP32"), ("fp16", "FP16"), ("bf16", "Auto")])? {
             self.set("training.precision", precision);
         }

@@ -50,6 +50,8 @@ pub trait Device: Clone + fmt::Debug + Send + Sync + 'static {
     type LoraScatter: fmt::Debug + Send + Sync;
     /// Operations that were recorded. Uninhabited where nothing is.
     type Recording: fmt::Debug + Send;
+    /// Values on their way to the host.
+    type Arrival: fmt::Debug + Send + Sync;
     /// A matrix of a layer of [`Device::stream_layers`].
     type LayerMatrix<'a>: LayerMatrix;
 
@@ -138,6 +140,12 @@ pub trait Device: Clone + fmt::Debug + Send + Sync + 'static {
     /// The first values to places on the host, one after another.
     fn download_to(&self, buffer: &Self::Buffer, places: &mut [&mut [f32]]);
 
+    /// Begins to copy f32 values to the host, as they are when all that was asked before is done. Nothing waits, and the buffer may change afterwards.
+    fn send(&self, buffer: &Self::Buffer) -> Self::Arrival;
+
+    /// What [`Device::send`] sent; waits for it alone, not for what was asked since.
+    fn receive(&self, arrival: Self::Arrival) -> Vec<f32>;
+
     /// A copy on the device.
     fn copy(&self, buffer: &Self::Buffer) -> Self::Buffer;
 
@@ -179,6 +187,10 @@ pub trait Device: Clone + fmt::Debug + Send + Sync + 'static {
     fn frozen_kept(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>, _model: Precision) -> Self::Weight {
         self.frozen_stored(outputs, inputs, matrix)
     }
+
+    /// A frozen weight W [outputs, inputs] in 8 bits with a scale per output ([`super::Int8Matrix`]), which is widened to the device's precision whenever
+    /// it is used.
+    fn frozen_int8(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> Self::Weight;
 
     /// LoRA factors: A [rank, inputs], B [outputs, rank], and the scale (alpha / rank) that B carries.
     fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> Self::Lora;

@@ -182,6 +182,21 @@ impl MmditConfig {
             dual_attention_layers: dual,
         }
     }
+
+    /// SD3.5-Large.
+    pub fn large() -> Self {
+        Self { num_layers: 38, num_attention_heads: 38, caption_projection_dim: 2432, ..Self::medium(Some("rms_norm"), Vec::new()) }
+    }
+
+    /// The published model of this name: `sd3-medium`, `sd3.5-medium` or `sd3.5-large`.
+    pub fn published(name: &str) -> Option<Self> {
+        match name {
+            "sd3-medium" => Some(Self::medium(None, Vec::new())),
+            "sd3.5-medium" => Some(Self::medium(Some("rms_norm"), (0..13).collect())),
+            "sd3.5-large" => Some(Self::large()),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

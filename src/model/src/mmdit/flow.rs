@@ -26,6 +26,23 @@ pub struct MmditInputs<'a> {
 /// Each sample's loss, and the gradients of the LoRA parameters in canonical order.
 pub type FlowResult = (Vec<f64>, Vec<Vec<f32>>);
 
+/// The losses of a micro-batch on their way from the device.
+#[derive(Debug)]
+pub struct PendingLosses<D: Device> {
+    sums: D::Arrival,
+    samples: usize,
+    /// Of each sample.
+    values: usize,
+}
+
+impl<D: Device> PendingLosses<D> {
+    /// Each sample's loss; waits for the device to have computed it, and for nothing that was asked later.
+    pub fn receive(self, device: &D) -> Vec<f64> {
+        let sums = device.receive(self.sums);
+        sums.chunks_exact(sums.len() / self.samples).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / self.values as f64).collect()
+    }
+}
+
 /// What the loss compares the velocity with.
 #[derive(Debug, Clone, Copy)]
 pub struct FlowTarget<'a> {
@@ -55,9 +72,11 @@ impl<D: Device> Mmdit<D> {
             let gradients = gradients.download(&self.device);
             (last || gradients.iter().flatten().all(|g| g.is_finite())).then(|| unscaled(gradients, scale))
         })
+        .map(|(losses, gradients)| (losses.receive(&self.device), gradients))
     }
 
     /// [`Mmdit::flow_step`], whose gradients are added to `sum` on the device ([`finetune_compute::kernels::flat_offsets`] says where each lies).
+    /// Nothing waits for the device, but in f16, where the gradients' size must be known.
     ///
     /// # Errors
     /// If an input does not fit.
@@ -67,7 +86,7 @@ impl<D: Device> Mmdit<D> {
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         sum: &mut D::Buffer,
-    ) -> Result<Vec<f64>, MmditError> {
+    ) -> Result<PendingLosses<D>, MmditError> {
         let add = &mut |gradients: &Gradients<D>, scale: f32, last: bool| {
             let (device, values) = (&self.device, gradients.values());
             (last || device.square_sum(values).is_finite()).then(|| device.add_scaled(sum, values, 1.0 / scale))
@@ -96,7 +115,7 @@ impl<D: Device> Mmdit<D> {
         dropout: Option<&DropoutKey>,
         target: &FlowTarget<'_>,
         take: &mut dyn FnMut(&Gradients<D>, f32, bool) -> Option<T>,
-    ) -> Result<(Vec<f64>, T), MmditError> {
+    ) -> Result<(PendingLosses<D>, T), MmditError> {
         check_dropout(dropout, inputs.x)?;
         let mut scale = self.gradient_scale(samples(target, 1.0).iter().fold(0.0_f32, |most, s| most.max(s.factor.abs() as f32)));
         let mut tries = 0;
@@ -120,15 +139,12 @@ impl<D: Device> Mmdit<D> {
         target: &FlowTarget<'_>,
         scale: f64,
         take: &mut dyn FnMut(&Gradients<D>) -> T,
-    ) -> Result<(Vec<f64>, T), MmditError> {
+    ) -> Result<(PendingLosses<D>, T), MmditError> {
         let device = &self.device;
         let samples = samples(target, scale);
         let batch = samples.len();
         let mut outcome = |gradients: &Gradients<D>, sums: &D::Buffer| {
-            let sums = device.download(sums);
-            let n = target.x0.len() / batch;
-            let losses = sums.chunks_exact(sums.len() / batch).map(|parts| parts.iter().map(|p| f64::from(*p)).sum::<f64>() / n as f64);
-            (losses.collect(), take(gradients))
+            (PendingLosses { sums: device.send(sums), samples: batch, values: target.x0.len() / batch }, take(gradients))
         };
         // Each step has its own dropout masks.
         let records = device.records() && dropout.is_none_or(|_| self.layout.dropout == 0.0) && !self.recorded.off.load(Ordering::Relaxed);

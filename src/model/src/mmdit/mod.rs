@@ -20,13 +20,13 @@ use self::block::{Block, Needs};
 pub use self::config::{MmditConfig, TIMESTEP_FEATURES};
 use self::embed::{Embedder, Positions};
 use self::flow::Recorded;
-pub use self::flow::{FlowResult, FlowTarget, MmditInputs};
+pub use self::flow::{FlowResult, FlowTarget, MmditInputs, PendingLosses};
 pub use self::run::Saved;
 
 use super::lora::{LoraError, LoraLayout, LoraSpec};
 use super::weights::{Weights, WeightsError};
 use finetune_common::tensor::ShapeError;
-use finetune_compute::kernels::{Device, DeviceError, flat_offsets};
+use finetune_compute::kernels::{Device, DeviceError, WeightFormat, flat_offsets};
 use finetune_compute::nn::Linear;
 use finetune_compute::optim::Param;
 
@@ -132,11 +132,25 @@ impl<D: Device> Mmdit<D> {
     ///
     /// # Errors
     /// If a weight is missing or does not fit the configuration.
-    #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
     pub fn load(weights: Arc<Weights>, config: MmditConfig, device: &D) -> Result<Self, MmditError> {
+        Self::load_as(weights, config, device, WeightFormat::Float)
+    }
+
+    /// As [`Mmdit::load`], with the weights of the blocks' attentions and feed-forwards in this format. Those of embedders and modulations, the first and
+    /// the last layer and all biases stay numbers: they are few, or what they make reaches every token.
+    ///
+    /// # Errors
+    /// If a weight is missing or does not fit the configuration.
+    #[expect(clippy::needless_pass_by_value, reason = "the model keeps the memory map alive as long as it needs it")]
+    pub fn load_as(weights: Arc<Weights>, config: MmditConfig, device: &D, format: WeightFormat) -> Result<Self, MmditError> {
         // A GPU converts what is stored as it arrives.
         let convert = D::IS_HOST && load::converts_once(&config);
-        load::load(&weights, config, device.clone(), convert)
+        load::load(&weights, config, device.clone(), format, convert)
+    }
+
+    /// The device that it is on.
+    pub(crate) fn device(&self) -> &D {
+        &self.device
     }
 
     /// The configuration.

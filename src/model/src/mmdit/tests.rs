@@ -1,6 +1,6 @@
 //! The whole model on small random weights. Numbers against the reference implementation are in `tests/golden`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use safetensors::Dtype;
@@ -11,7 +11,7 @@ use super::*;
 use crate::lora::EVERY_TARGET;
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Cpu;
+use finetune_compute::kernels::{Cpu, Int8Matrix, StoredMatrix as _};
 use finetune_compute::nn::DropoutKey;
 use finetune_compute::nn::flow_matching::{LossKind, Weighting, loss};
 use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Parameters};
@@ -177,12 +177,45 @@ fn stored_weights_give_the_same_bits_as_converted_ones() {
     let (_dir, weights) = weights(&config, true);
     let batch = batch(&config, 2);
     let run = |convert| {
-        let mut model = load(&weights, config.clone(), Cpu::default(), convert).unwrap();
+        let mut model = load(&weights, config.clone(), Cpu::default(), WeightFormat::Float, convert).unwrap();
         let params = model.attach_lora(&spec(&ATTENTION, 0.0)).unwrap().init(3);
         model.set_lora(&params).unwrap();
         batch.step(&model)
     };
     assert_eq!(run(true), run(false));
+}
+
+/// A model in 8 bits is, bit for bit, one whose attentions and feed-forwards have the widened values; everything else stays as it is.
+#[test]
+fn weights_in_8_bits_are_their_widened_values() {
+    let config = config(&[0]);
+    let (dir, float) = weights(&config, false);
+    let batch = batch(&config, 2);
+    let run = |weights: &Arc<Weights>, format| {
+        let mut model = Mmdit::load_as(Arc::clone(weights), config.clone(), &Cpu::default(), format).unwrap();
+        let mut params = model.attach_lora(&spec(&ATTENTION, 0.0)).unwrap().init(3);
+        params.iter_mut().enumerate().for_each(|(i, param)| param.value = random(param.value.len(), 700 + i as u64, 0.05));
+        model.set_lora(&params).unwrap();
+        batch.step(&model)
+    };
+    let int8 = run(&float, WeightFormat::Int8);
+    assert!(int8 != run(&float, WeightFormat::Float), "rounding changes something");
+    let in_8_bits = |name: &str| ["attn.", "attn2.", "ff.", "ff_context."].iter().any(|part| name.contains(part)) && !name.contains("norm");
+    let mut tensors = HashMap::new();
+    for name in float.names() {
+        let view = float.view(name).unwrap();
+        let (shape, mut values) = (view.shape.to_vec(), view.to_f32().unwrap());
+        if in_8_bits(name) && shape.len() == 2 {
+            let (outputs, inputs) = (shape[0], shape[1]);
+            Int8Matrix::quantize(outputs, inputs, &view).read_block(0..outputs, 0..inputs, &mut values);
+        }
+        tensors.insert(name.to_owned(), (shape, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()));
+    }
+    let widened = dir.path().join("widened");
+    std::fs::create_dir(&widened).unwrap();
+    let views = tensors.iter().map(|(name, (shape, bytes))| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &widened.join("diffusion_pytorch_model.safetensors")).unwrap();
+    assert!(int8 == run(&Arc::new(Weights::open(&widened).unwrap()), WeightFormat::Float));
 }
 
 /// Each sample's velocity has the same bits in any batch; gradients of the parts add up to those of the whole.
@@ -282,7 +315,7 @@ fn a_step_is_forward_loss_and_backward() {
         }
         let mut sum = Cpu::default().zeros_f32(flat_offsets(params.iter().map(|p| p.value.len()))[params.len()]);
         for _ in 0..2 {
-            assert_eq!(model.flow_step_into(inputs, Some(&batch.key), &target, &mut sum).unwrap(), losses);
+            assert_eq!(model.flow_step_into(inputs, Some(&batch.key), &target, &mut sum).unwrap().receive(&Cpu::default()), losses);
         }
         for (gradient, start) in gradients.iter().zip(flat_offsets(gradients.iter().map(Vec::len))) {
             assert!(sum[start..].iter().zip(gradient).all(|(sum, g)| *sum == g + g), "twice");

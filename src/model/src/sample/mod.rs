@@ -12,7 +12,7 @@ use crate::vae::VaeError;
 use crate::weights::{Weights, WeightsError};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::{HostTensor, ShapeError};
-use finetune_compute::kernels::{Device, Engine, catch};
+use finetune_compute::kernels::{Device, Engine, WeightFormat, catch};
 use finetune_compute::optim::Param;
 use finetune_compute::with_device;
 
@@ -169,7 +169,7 @@ impl<D: Device> Velocity for Mmdit<D> {
     }
 }
 
-/// Loads a transformer onto the engine's device to sample with it, with a LoRA if there is one.
+/// Loads a transformer onto the engine's device to sample with it, with a LoRA if there is one. `format`: as [`Mmdit::load_as`].
 ///
 /// # Errors
 /// If a weight or the LoRA does not fit, or the device fails.
@@ -177,17 +177,23 @@ pub fn transformer(
     weights: Weights,
     config: MmditConfig,
     engine: &Engine,
+    format: WeightFormat,
     lora: Option<(LoraLayout, Vec<Param>)>,
 ) -> Result<Box<dyn Velocity + Send + Sync>, MmditError> {
-    fn load<D: Device>(weights: Weights, config: MmditConfig, device: &D, lora: Option<(LoraLayout, Vec<Param>)>) -> Result<Mmdit<D>, MmditError> {
-        let mut model = Mmdit::load(Arc::new(weights), config, device)?;
+    fn load<D: Device>(
+        weights: Weights,
+        config: MmditConfig,
+        (device, format): (&D, WeightFormat),
+        lora: Option<(LoraLayout, Vec<Param>)>,
+    ) -> Result<Mmdit<D>, MmditError> {
+        let mut model = Mmdit::load_as(Arc::new(weights), config, device, format)?;
         if let Some((layout, params)) = lora {
             model.attach_layout(layout)?;
             model.set_lora(&params)?;
         }
         Ok(model)
     }
-    with_device!(engine, device => Ok(Box::new(catch(|| load(weights, config, device, lora))??)))
+    with_device!(engine, device => Ok(Box::new(catch(|| load(weights, config, (device, format), lora))??)))
 }
 
 /// Initial latents [1, channels, height, width] of picture `index`: standard normal, named by (seed, index).

@@ -12,7 +12,7 @@ use crate::text::{EncodeProgress, PromptEncoder};
 use crate::vae::{VaeConfig, VaeDecoder};
 use crate::weights::Weights;
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Engine, WeightFormat};
 
 /// What a [`Pipeline`] makes.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +60,7 @@ pub struct Pipeline {
     transformer: MmditConfig,
     vae: VaeConfig,
     loras: Vec<(LoraState, f64)>,
+    format: WeightFormat,
 }
 
 impl Pipeline {
@@ -69,7 +70,14 @@ impl Pipeline {
     /// If a part is missing or not supported.
     pub fn open(model: &ModelDir, engine: &Engine) -> Result<Self, SampleError> {
         let transformer = MmditConfig::open(&model.path(Part::Transformer))?;
-        Ok(Self { model: model.clone(), engine: engine.clone(), vae: VaeConfig::read(model)?, transformer, loras: Vec::new() })
+        Ok(Self { model: model.clone(), engine: engine.clone(), vae: VaeConfig::read(model)?, transformer, loras: Vec::new(), format: WeightFormat::Float })
+    }
+
+    /// Keeps the weights of the transformer's blocks in this format.
+    #[must_use]
+    pub fn with_weights(mut self, format: WeightFormat) -> Self {
+        self.format = format;
+        self
     }
 
     /// Adds a LoRA with a factor of its own; the scale of all of them is given with each variant.
@@ -160,7 +168,7 @@ impl Pipeline {
                 Some(stack(&loras)?)
             }
         };
-        Ok(transformer(weights, self.transformer.clone(), &self.engine, lora)?)
+        Ok(transformer(weights, self.transformer.clone(), &self.engine, self.format, lora)?)
     }
 
     /// Height and width of latents; the settings that depend on the model are checked.

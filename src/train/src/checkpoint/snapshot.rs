@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use finetune_api::plan::FrozenWeights;
 use serde::{Deserialize, Serialize};
 
 use crate::history::History;
@@ -68,6 +69,9 @@ pub struct ExecutionPlan {
     pub device: String,
     /// Type of the frozen weights and activations: `f32`, `bf16` or `f16`.
     pub dtype: String,
+    /// How the blocks' frozen weights are kept.
+    #[serde(default, skip_serializing_if = "FrozenWeights::is_float")]
+    pub weights: FrozenWeights,
     /// Samples per forward pass.
     pub micro_batch: u32,
     /// Blocks that are recomputed in the backward pass, from the first.

@@ -12,7 +12,7 @@ use super::PreparedError;
 use finetune_common::digest::Sha256Digest;
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Engine, WeightFormat};
 use finetune_data::cache::{CacheError, CachedTensor, TensorCache};
 use finetune_data::image::RgbImage;
 use finetune_model::ModelDir;
@@ -52,13 +52,13 @@ impl ClassPainter {
         negative: PromptEmbedding,
         seed: u64,
         resolution: u32,
-        engine: &Engine,
+        (engine, format): (&Engine, WeightFormat),
     ) -> Result<Self, SampleError> {
         let folder = model.path(Part::Transformer);
         let config = MmditConfig::open(&folder)?;
         Ok(Self {
             channels: config.in_channels,
-            transformer: transformer(Weights::open(&folder)?, config, engine, None)?,
+            transformer: transformer(Weights::open(&folder)?, config, engine, format, None)?,
             decoder: VaeDecoder::load(model, engine)?,
             scheduler: model.scheduler()?,
             prompt,

@@ -1,6 +1,6 @@
 //! Cache keys: what prepared data depends on, and nothing else.
 
-use finetune_api::plan::{PriorPreservationConfig, TrainConfig, TrainingConfig};
+use finetune_api::plan::{FrozenWeights, PriorPreservationConfig, TrainConfig, TrainingConfig};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_compute::kernels::Precision;
 use finetune_data::buckets::Shapes;
@@ -35,6 +35,8 @@ pub struct Fingerprints {
     pub transformer: Sha256Digest,
     /// What class pictures are drawn in.
     pub drawn_in: Precision,
+    /// How the transformer's weights are kept meanwhile.
+    pub weights: FrozenWeights,
 }
 
 impl Keys {
@@ -50,6 +52,7 @@ impl Keys {
 
     /// What decides the class pictures, besides their numbers. Neither how many there are nor how many are drawn at once does.
     fn class(&self, training: &TrainingConfig, prior: &PriorPreservationConfig, model: &Fingerprints, denoise: &Denoise) -> Sha256Digest {
+        let drawn_in = format!("{}{}", model.drawn_in, if model.weights.is_float() { "" } else { " int8" });
         sha256_parts([
             &b"class pictures v1"[..],
             &self.prompt(&prior.class_prompt),
@@ -60,7 +63,7 @@ impl Keys {
             &(denoise.steps as u64).to_le_bytes(),
             &denoise.guidance_scale.to_le_bytes(),
             &training.resolution.to_le_bytes(),
-            model.drawn_in.to_string().as_bytes(),
+            drawn_in.as_bytes(),
         ])
     }
 
@@ -130,7 +133,7 @@ mod tests {
     fn latents_are_keyed_by_the_shape_of_their_bucket() {
         let sample = |i: u8, size| Sample { file_name: format!("{i}.png"), captions: vec![String::new()], image_digest: [i; 32], size };
         let dataset = dataset_of(vec![sample(0, (900, 600)), sample(1, (512, 512))]);
-        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32 };
+        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::F32, weights: FrozenWeights::Float };
         let keys = |training: serde_json::Value| {
             let config = config_with(&training);
             let keys = Keys::new(&config, Shapes::new(&config.training, &dataset.samples).unwrap(), &model);
@@ -172,7 +175,7 @@ mod tests {
             }
             finetune_api::plan::resolve(&serde_json::from_value(spec).unwrap(), "n", "j", &finetune_api::plan::Facts::default()).unwrap().config
         };
-        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::Bf16 };
+        let model = Fingerprints { encoders: [1; 32], vae: [2; 32], transformer: [3; 32], drawn_in: Precision::Bf16, weights: FrozenWeights::Float };
         let key = |change, model: &Fingerprints| Keys::new(&config(change), no_shapes(), model).class_picture(0).unwrap();
         let none = || serde_json::json!({});
         let base = key(none(), &model);
@@ -196,6 +199,7 @@ mod tests {
             Fingerprints { vae: [9; 32], ..model },
             Fingerprints { transformer: [9; 32], ..model },
             Fingerprints { drawn_in: Precision::F32, ..model },
+            Fingerprints { weights: FrozenWeights::Int8, ..model },
         ] {
             assert!(seen.insert(key(none(), &other)), "{other:?}");
         }

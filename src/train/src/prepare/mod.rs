@@ -29,7 +29,7 @@ use super::device;
 use super::environment::JobEnvironment;
 use super::step::LatentScaling;
 use finetune_api::Stage;
-use finetune_api::plan::TrainConfig;
+use finetune_api::plan::{FrozenWeights, TrainConfig};
 use finetune_common::digest::{Sha256Digest, sha256_parts};
 use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, Precision};
@@ -63,6 +63,7 @@ pub async fn prepare(
     folder: &ModelFolder,
     mirror: &Store,
     engine: &Engine,
+    weights: FrozenWeights,
     environment: &JobEnvironment,
 ) -> Result<Prepared, PrepareError> {
     // What is computed in 16 bits has other last bits than what is computed in 32.
@@ -81,9 +82,19 @@ pub async fn prepare(
             None => [0; 32],
         },
         drawn_in: drawing.precision(),
+        weights,
     };
-    let preparation =
-        Preparation { config, dataset, held_out, pictures, folder, engine, drawing: &drawing, environment, keys: Keys::new(config, shapes, &fingerprints) };
+    let preparation = Preparation {
+        config,
+        dataset,
+        held_out,
+        pictures,
+        folder,
+        engine,
+        drawing: (&drawing, weights),
+        environment,
+        keys: Keys::new(config, shapes, &fingerprints),
+    };
     let mut cache = TensorCache::open(&environment.cache_dir.join("prepared"), Some(mirror.clone())).await?;
     let prepared = preparation.all(&mut cache).await;
     // What is done is kept, also when the run was asked to stop; and what another run has left in the folder is mirrored.
@@ -117,7 +128,7 @@ struct Preparation<'a> {
     pictures: &'a Store,
     folder: &'a ModelFolder,
     engine: &'a Engine,
-    drawing: &'a Engine,
+    drawing: (&'a Engine, FrozenWeights),
     environment: &'a JobEnvironment,
     keys: Keys,
 }
@@ -226,8 +237,9 @@ impl Preparation<'_> {
             let (embeds, pooled) = prepared::read_prompt(cache, &self.keys.prompt(text))?.ok_or(PreparedError::Malformed { what: "the class prompt" })?;
             Ok::<_, PrepareError>(PromptEmbedding { embeds, pooled })
         };
+        let drawing = (self.drawing.0, crate::setup::format(self.drawing.1));
         let (prompt, negative) = (embedding(&prior.class_prompt)?, embedding("")?);
-        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, self.drawing))?;
+        let painter = block_in_place(|| ClassPainter::load(&model, prompt, negative, training.seed, training.resolution, drawing))?;
         reporter.stage(Stage::PreparingData, "drawing class pictures", missing.len() as u64);
         let mut written = Instant::now();
         for indices in missing.chunks(prior.sample_batch_size.max(1) as usize) {

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use super::{Case, Report, VerifyError};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Engine, WeightFormat};
 use finetune_model::layout::{ModelDir, Part};
 use finetune_model::lora::LoraState;
 use finetune_model::mmdit::MmditConfig;
@@ -29,7 +29,7 @@ pub(super) fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     }
     let file = safetensors::serialize(lora.iter().map(|(n, t)| (n.as_str(), t)), None).map_err(VerifyError::product)?;
     let (layout, params) = LoraState::parse(&file, case.dir()).and_then(|l| l.resolve(&config.linear_sites())).map_err(VerifyError::product)?;
-    let transformer = transformer(weights, config, engine, Some((layout, params))).map_err(VerifyError::product)?;
+    let transformer = transformer(weights, config, engine, WeightFormat::Float, Some((layout, params))).map_err(VerifyError::product)?;
 
     let skip = &case.settings()["skip_guidance_layers"];
     let skip_layers = if skip.is_null() {

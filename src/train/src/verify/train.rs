@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::{Case, Report, Tensors, VerifyError};
 use crate::step::coefficients;
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::Engine;
+use finetune_compute::kernels::{Engine, WeightFormat};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
 use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param};
 use finetune_model::Weights;
@@ -66,7 +66,7 @@ pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
         "adamw8bit" => OptimizerSettings::AdamW8bit(adamw),
         _ => return Err(VerifyError::Setting { key: "optimizer.name".into() }),
     };
-    let mut learner = learner::load(Arc::new(weights), config, engine, layout, &params, optimizer).map_err(VerifyError::product)?;
+    let mut learner = learner::load(Arc::new(weights), config, engine, WeightFormat::Float, layout, &params, optimizer).map_err(VerifyError::product)?;
 
     let table = SigmaTable::default();
     let mut report = Report::default();
@@ -88,7 +88,8 @@ pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
             let samples = if prior.is_some() { batch / 2 } else { batch };
             let coefficients = coefficients(samples, 1.0 / (samples * accumulation) as f64, prior);
             let target = FlowTarget { kind, x0: x0.values(), noise: &noise, sigmas: &sigmas, coefficients: &coefficients };
-            let losses = learner.accumulate(model_inputs, None, &target).map_err(VerifyError::product)?;
+            learner.accumulate(model_inputs, None, &target).map_err(VerifyError::product)?;
+            let losses = learner.losses().map_err(VerifyError::product)?;
             report.compare(case, &format!("velocity.{s}.{m}"), &velocity, &expected)?;
             let objective: f64 = losses.iter().zip(&coefficients).map(|(loss, coefficient)| loss * coefficient * accumulation as f64).sum();
             report.compare(case, &format!("loss.{s}.{m}"), &HostTensor::vector(vec![objective as f32]), &expected)?;

@@ -11,8 +11,9 @@ use super::gemm::Packed;
 use super::memory::{HostBuffer, Pool};
 use super::{conv, flow_loss, group_norm, linear, norm, pointwise, self_attention};
 use crate::kernels::{
-    AdamWScalars, AttentionShape, CodedMoment, Convolution, Device, DeviceError, FlowData, GroupNorm, HostConvolution, Joint, LayerMatrix, LayerSource,
-    LoraTarget, Modulation, NormStats, PatchLayout, Picture, Precision, Qkv, Range, Resampling, StoredMatrix, StoredRows, TextActivation, TextAttention,
+    AdamWScalars, AttentionShape, CodedMoment, Convolution, Device, DeviceError, FlowData, GroupNorm, HostConvolution, Int8Matrix, Joint, LayerMatrix,
+    LayerSource, LoraTarget, Modulation, NormStats, PatchLayout, Picture, Precision, Qkv, Range, Resampling, StoredMatrix, StoredRows, TextActivation,
+    TextAttention,
 };
 use finetune_common::rng::{Purpose, Stream};
 
@@ -52,6 +53,7 @@ impl Device for Cpu {
     type FusedLinear = Infallible;
     type LoraScatter = Infallible;
     type Recording = Infallible;
+    type Arrival = Vec<f32>;
     type LayerMatrix<'a> = &'a StoredRows<'a>;
 
     const IS_HOST: bool = true;
@@ -107,6 +109,14 @@ impl Device for Cpu {
         }
     }
 
+    fn send(&self, buffer: &HostBuffer) -> Vec<f32> {
+        buffer.to_vec()
+    }
+
+    fn receive(&self, arrival: Vec<f32>) -> Vec<f32> {
+        arrival
+    }
+
     fn copy(&self, buffer: &HostBuffer) -> HostBuffer {
         self.upload(buffer)
     }
@@ -133,6 +143,10 @@ impl Device for Cpu {
 
     fn frozen_stored(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> linear::Weight {
         linear::Weight::Stored { matrix, outputs, inputs }
+    }
+
+    fn frozen_int8(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> linear::Weight {
+        self.frozen_stored(outputs, inputs, Arc::new(Int8Matrix::quantize(outputs, inputs, &*matrix)))
     }
 
     fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> linear::Lora {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::fused_linear::DeviceFusedLora;
-use super::{Cuda, DeviceFusedLinear, DeviceGraph, DeviceLora, DeviceRanges, DeviceScatter, DeviceWeight, Matrix, Memory, Timer};
+use super::{Arrival, Cuda, DeviceFusedLinear, DeviceGraph, DeviceLora, DeviceRanges, DeviceScatter, DeviceWeight, Matrix, Memory, Timer};
 use crate::kernels::cpu::device::dropout_stream;
 use crate::kernels::device::plain;
 use crate::kernels::{
@@ -40,6 +40,11 @@ impl Cuda {
         Ok(Self::open_driver(ordinal, precision)?)
     }
 
+    /// The codes [outputs, inputs] and scales `[outputs]` of a weight in 8 bits.
+    pub fn int8_codes(&self, weight: &<Self as Device>::Weight) -> Option<(Vec<i8>, Vec<f32>)> {
+        self.codes_of(weight)
+    }
+
     /// This point in the device's work, for timing.
     pub fn timer(&self) -> Timer {
         Timer::now(&self.driver)
@@ -56,6 +61,7 @@ impl Device for Cuda {
     type FusedLinear = FusedLayers;
     type LoraScatter = DeviceScatter;
     type Recording = DeviceGraph;
+    type Arrival = Arrival;
     type LayerMatrix<'a> = Matrix<'a>;
 
     const IS_HOST: bool = false;
@@ -134,6 +140,14 @@ impl Device for Cuda {
         self.download_to(buffer, places);
     }
 
+    fn send(&self, buffer: &Memory) -> Arrival {
+        self.send(buffer)
+    }
+
+    fn receive(&self, arrival: Arrival) -> Vec<f32> {
+        arrival.receive()
+    }
+
     fn copy(&self, buffer: &Memory) -> Memory {
         self.copy(buffer)
     }
@@ -186,6 +200,18 @@ impl Device for Cuda {
             return DeviceWeight::new(outputs, inputs, self.upload_stored(bytes, stored, kind));
         }
         self.frozen_stored(outputs, inputs, matrix)
+    }
+
+    fn frozen_int8(&self, outputs: usize, inputs: usize, matrix: Arc<dyn StoredMatrix>) -> DeviceWeight {
+        let values = if let Some((stored, bytes)) = matrix.stored() {
+            // Exact, and older GPUs have no kernels for bf16.
+            self.upload_stored(bytes, stored, if stored == Precision::Bf16 { Precision::F32 } else { stored })
+        } else {
+            let mut values = vec![0.0; outputs * inputs];
+            matrix.read_block(0..outputs, 0..inputs, &mut values);
+            self.upload_values(&values)
+        };
+        DeviceWeight::int8(outputs, inputs, self.quantize(outputs, inputs, &values))
     }
 
     fn lora(&self, rank: usize, inputs: usize, outputs: usize, a: &[f32], b: &[f32], scale: f32) -> DeviceLora {

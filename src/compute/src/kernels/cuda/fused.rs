@@ -13,12 +13,13 @@ impl Cuda {
         }
         assert!(x.len() == rows * k && bias.len() == n, "should be [rows, inputs] and [outputs]");
         let (h, y) = (self.memory_of(rows * n, self.precision), self.memory_of(rows * n, self.precision));
+        let values = w.values(self);
         let product = Product {
             m: rows,
             n,
             k,
             a: Operand::stored(x, k),
-            b: Operand::transposed(&w.values, k),
+            b: Operand::transposed(&values, k),
             c: Operand::stored(&y, n),
             alpha: 1.0,
             beta: 0.0,

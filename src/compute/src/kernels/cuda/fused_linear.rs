@@ -5,14 +5,14 @@ use cudarc::driver::sys::{self, CUDA_MEMCPY2D_st, CUmemorytype};
 use super::driver::check;
 use super::error::must;
 use super::gemm::Operand;
-use super::linear::{DeviceLora, RANK};
+use super::linear::{DeviceLora, Frozen, RANK};
 use super::skinny::SkinnyGemm;
 use super::{Cuda, DeviceWeight, Memory};
 
 /// Weights [Σ outputs, inputs] and biases [Σ outputs] of layers that have the same input.
 #[derive(Debug)]
 pub(in crate::kernels) struct DeviceFusedLinear {
-    weight: Memory,
+    weight: DeviceWeight,
     bias: Memory,
     pub(super) inputs: usize,
     /// Of each layer.
@@ -33,23 +33,48 @@ impl Cuda {
     /// Lays weights and biases of layers with the same input together; the layers then share this memory.
     pub(in crate::kernels) fn fuse(&self, weights: &mut [&mut DeviceWeight], biases: &mut [&mut Memory]) -> Option<DeviceFusedLinear> {
         let inputs = weights.first()?.inputs;
-        let kind = weights.first()?.values.kind();
-        if weights.iter().any(|w| w.inputs != inputs || w.values.kind() != kind) || biases.len() != weights.len() {
+        if weights.iter().any(|w| w.inputs != inputs) || biases.len() != weights.len() {
             return None;
         }
         let outputs: Vec<usize> = weights.iter().map(|w| w.outputs).collect();
-        let total: usize = outputs.iter().sum();
-        let (weight, bias) = (self.memory_of(total * inputs, kind), self.memory_of(total, self.precision));
+        let weight = self.fuse_weights(weights, &outputs, inputs)?;
+        let bias = self.memory_of(weight.outputs, self.precision);
         let mut first = 0;
-        for ((w, b), &rows) in weights.iter_mut().zip(biases).zip(&outputs) {
-            let (to, to_bias) = (weight.part(first * inputs, rows * inputs), bias.part(first, rows));
-            self.copy_into(&to, &w.values);
-            self.copy_into(&to_bias, b);
-            w.values = to;
-            **b = to_bias;
+        for (b, &rows) in biases.iter_mut().zip(&outputs) {
+            let to = bias.part(first, rows);
+            self.copy_into(&to, b);
+            **b = to;
             first += rows;
         }
         Some(DeviceFusedLinear { weight, bias, inputs, outputs })
+    }
+
+    /// Weights [outputs, inputs] below each other, which then share this memory. `None` if they are kept in different ways.
+    fn fuse_weights(&self, weights: &mut [&mut DeviceWeight], outputs: &[usize], inputs: usize) -> Option<DeviceWeight> {
+        let total: usize = outputs.iter().sum();
+        let (mut floats, mut codes) = (Vec::new(), Vec::new());
+        for weight in weights.iter_mut() {
+            match &mut weight.values {
+                Frozen::Float(values) => floats.push(values),
+                Frozen::Int8(own) => codes.push(own),
+            }
+        }
+        if floats.is_empty() {
+            return Some(DeviceWeight::int8(total, inputs, self.joined(&mut codes, outputs, inputs)));
+        }
+        let kind = floats[0].kind();
+        if !codes.is_empty() || floats.iter().any(|values| values.kind() != kind) {
+            return None;
+        }
+        let whole = self.memory_of(total * inputs, kind);
+        let mut first = 0;
+        for (values, &rows) in floats.into_iter().zip(outputs) {
+            let to = whole.part(first * inputs, rows * inputs);
+            self.copy_into(&to, values);
+            *values = to;
+            first += rows;
+        }
+        Some(DeviceWeight::new(total, inputs, whole))
     }
 
     /// Lays the factors of the layers (those that have any) together.
@@ -112,7 +137,7 @@ impl Cuda {
         let (k, n) = (fused.inputs, fused.outputs.iter().sum::<usize>());
         assert_eq!(x.len(), rows * k, "should be [rows, inputs]");
         let y = self.memory_of(rows * n, self.precision);
-        self.frozen_matmul((rows, n, k), x, Operand::transposed(&fused.weight, k), &y, false, Some(&fused.bias));
+        self.frozen_matmul((rows, n, k), x, Operand::transposed(&fused.weight.values(self), k), &y, false, Some(&fused.bias));
         let t = lora.map(|(lora, scale)| {
             let r = lora.ranks;
             let t = self.memory_of(rows * r, self.precision);
@@ -143,7 +168,7 @@ impl Cuda {
         assert_eq!(dy.len(), rows * k, "should be [rows, outputs of all]");
         if let Some(dx) = &dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.frozen_matmul((rows, n, k), dy, Operand::stored(&fused.weight, n), dx, false, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&fused.weight.values(self), n), dx, false, None);
         }
         let Some((lora, x, t)) = lora else { return };
         let r = lora.ranks;

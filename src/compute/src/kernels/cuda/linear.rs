@@ -2,21 +2,44 @@
 
 use super::driver::arguments;
 use super::gemm::{Epilogue, Operand, Product};
+use super::int8::Codes;
 use super::skinny::{self, SkinnyGemm};
 use super::{BLOCK, Cuda, Kind, Memory, any};
 
-/// A frozen weight [outputs, inputs] in the device's precision, or in half precision for a device in f32.
+/// A frozen weight [outputs, inputs] in the device's precision, in half precision for a device in f32, or in 8 bits.
 #[derive(Debug)]
 pub struct DeviceWeight {
-    pub(super) values: Memory,
+    pub(super) values: Frozen,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
+}
+
+/// How a weight is kept.
+#[derive(Debug)]
+pub(super) enum Frozen {
+    /// As numbers.
+    Float(Memory),
+    /// As codes, which are widened before each product.
+    Int8(Codes),
 }
 
 impl DeviceWeight {
     pub(in crate::kernels) fn new(outputs: usize, inputs: usize, values: Memory) -> Self {
         assert_eq!(values.len(), outputs * inputs, "should be [outputs, inputs]");
-        Self { values, outputs, inputs }
+        Self { values: Frozen::Float(values), outputs, inputs }
+    }
+
+    /// In 8 bits.
+    pub(super) fn int8(outputs: usize, inputs: usize, codes: Codes) -> Self {
+        Self { values: Frozen::Int8(codes), outputs, inputs }
+    }
+
+    /// The values as products read them: where they are, or widened to memory that is free again when what reads them is on the stream.
+    pub(super) fn values(&self, device: &Cuda) -> Memory {
+        match &self.values {
+            Frozen::Float(values) => values.part(0, values.len()),
+            Frozen::Int8(codes) => device.widened(self.outputs, self.inputs, codes),
+        }
     }
 }
 
@@ -106,7 +129,7 @@ impl Cuda {
         let (k, n) = (w.inputs, w.outputs);
         assert!(x.len() == rows * k && y.len() == rows * n, "should be [rows, inputs] and [rows, outputs]");
         assert!(bias.is_none_or(|b| b.len() == n), "should be [outputs]");
-        self.frozen_matmul((rows, n, k), x, Operand::transposed(&w.values, k), y, false, bias);
+        self.frozen_matmul((rows, n, k), x, Operand::transposed(&w.values(self), k), y, false, bias);
         lora.map(|(lora, dropped, scale)| {
             let (r, source) = (lora.padded, dropped.unwrap_or(x));
             assert!(source.len() == rows * k && (lora.inputs, lora.outputs) == (k, n), "should fit the layer");
@@ -136,7 +159,7 @@ impl Cuda {
         });
         if let Some((dx, accumulate)) = dx {
             assert_eq!(dx.len(), rows * n, "should be [rows, inputs]");
-            self.frozen_matmul((rows, n, k), dy, Operand::stored(&w.values, n), dx, accumulate, None);
+            self.frozen_matmul((rows, n, k), dy, Operand::stored(&w.values(self), n), dx, accumulate, None);
             if let (Some((lora, mask)), Some(dt)) = (lora, &dt) {
                 let r = lora.padded;
                 if let Some(mask) = mask {

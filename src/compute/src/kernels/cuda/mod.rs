@@ -2,7 +2,7 @@
 //!
 //! Activations and frozen weights have the device's precision; statistics, modulations, sums and LoRA's gradients are f32. No result
 //! depends on the order in which threads happen to run: there are no atomic additions. Nothing waits for the device
-//! but [`Cuda::download_to`].
+//! but [`Cuda::download_to`] and [`Arrival::receive`].
 #![expect(unsafe_code, reason = "calls of the driver, of cuBLASLt and of kernels")]
 
 mod attention;
@@ -14,6 +14,7 @@ mod fused;
 mod fused_linear;
 mod gemm;
 mod graph;
+mod int8;
 mod linear;
 mod ops;
 mod picture;
@@ -41,6 +42,7 @@ use self::driver::{Driver, arguments, check};
 use self::error::{CudaError, must};
 use self::gemm::Blas;
 use self::pool::DevicePool;
+pub(super) use self::staging::Arrival;
 use self::staging::Staging;
 use super::Precision;
 
@@ -184,6 +186,13 @@ impl Cuda {
         let mut places: Vec<&mut [u8]> = places.iter_mut().map(|place| bytes_of(place)).collect();
         // SAFETY: the source has as many values.
         unsafe { self.staging.download(source.pointer(), &mut places) };
+    }
+
+    /// Begins to copy f32 values to the host.
+    pub(in crate::kernels) fn send(&self, memory: &Memory) -> Arrival {
+        assert_eq!(memory.kind(), Kind::F32, "should be f32");
+        // SAFETY: the memory has as many values.
+        unsafe { Staging::send(&self.staging, memory.pointer(), memory.len()) }
     }
 
     /// A copy on the device.

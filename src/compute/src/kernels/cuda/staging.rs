@@ -34,11 +34,13 @@ pub(super) struct Staging {
     halves: Mutex<Halves>,
     /// Address of the memory for downloads; 0 before the first.
     back: Mutex<usize>,
+    /// Places for what is sent that are not in use: address and bytes.
+    places: Mutex<Vec<(usize, usize)>>,
 }
 
 impl Staging {
     pub(super) fn new(driver: Arc<Driver>) -> Self {
-        Self { driver, halves: Mutex::default(), back: Mutex::default() }
+        Self { driver, halves: Mutex::default(), back: Mutex::default(), places: Mutex::default() }
     }
 
     /// Puts a copy of `bytes` to `target` on the stream; `bytes` may change as soon as this returns.
@@ -106,6 +108,56 @@ impl Staging {
     }
 }
 
+impl Staging {
+    /// Puts a copy of `count` f32 values to the host on the stream.
+    ///
+    /// # Safety
+    /// `source` has as many values.
+    pub(super) unsafe fn send(staging: &Arc<Self>, source: u64, count: usize) -> Arrival {
+        let bytes = count * size_of::<f32>();
+        let mut places = staging.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = places.iter().position(|(_, room)| *room >= bytes).map(|at| places.swap_remove(at));
+        drop(places);
+        staging.driver.bind();
+        let room = bytes.max(1).next_multiple_of(PAGE);
+        let place = free.unwrap_or_else(|| (lock_host_memory(room), room));
+        if bytes > 0 {
+            // SAFETY: as the caller vouches; the place has room and is nobody else's.
+            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(place.0 as *mut c_void, source, bytes, staging.driver.stream()) };
+            must(check("copy to the host", result));
+        }
+        Arrival { staging: Arc::clone(staging), place, count, arrived: Event::now(&staging.driver) }
+    }
+}
+
+/// Bytes that places for what is sent are multiples of.
+const PAGE: usize = 4 << 10;
+
+/// Values on their way to the host.
+#[derive(Debug)]
+pub struct Arrival {
+    staging: Arc<Staging>,
+    place: (usize, usize),
+    count: usize,
+    arrived: Event,
+}
+
+impl Arrival {
+    /// The values; waits for them.
+    pub(in crate::kernels) fn receive(self) -> Vec<f32> {
+        self.arrived.wait();
+        // SAFETY: the copy is done; the place is aligned and holds as many values.
+        unsafe { std::slice::from_raw_parts(self.place.0 as *const f32, self.count) }.to_vec()
+    }
+}
+
+impl Drop for Arrival {
+    /// The place is used again for what is sent later, which comes after this on the stream.
+    fn drop(&mut self) {
+        self.staging.places.lock().unwrap_or_else(PoisonError::into_inner).push(self.place);
+    }
+}
+
 /// What one half brings: pieces with their distance from its beginning.
 struct Load<'a> {
     bytes: usize,
@@ -140,8 +192,9 @@ impl Drop for Staging {
     fn drop(&mut self) {
         let pointer = self.halves.get_mut().unwrap_or_else(PoisonError::into_inner).pointer;
         let back = *self.back.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let places = std::mem::take(self.places.get_mut().unwrap_or_else(PoisonError::into_inner));
         self.driver.settle();
-        for pointer in [pointer, back].into_iter().filter(|pointer| *pointer != 0) {
+        for pointer in places.into_iter().map(|(pointer, _)| pointer).chain([pointer, back]).filter(|pointer| *pointer != 0) {
             // SAFETY: allocated by `lock_host_memory`, and no copy is under way.
             let _: Result<(), CudaError> = check("free host memory", unsafe { sys::cuMemFreeHost(pointer as *mut c_void) });
         }

@@ -33,6 +33,8 @@ pub(super) struct Event(CUevent);
 
 // SAFETY: the driver's handle may be used from any thread.
 unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
 
 impl Event {
     fn new(driver: &Driver) -> Self {
