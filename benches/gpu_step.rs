@@ -1,81 +1,24 @@
-//! Time and memory of one micro-step (forward, loss, backward, gradients added to those of the update) of Stable Diffusion 3 Medium on a GPU, with random weights.
+//! Time and memory of one micro-step (forward, loss, backward, gradients added to those of the update) of Stable Diffusion 3 or 3.5 on a GPU, with random weights.
 //!
-//! `cargo bench --features cuda --bench gpu_step -- [--precision bf16] [--steps 20] [--profile] [--layers 24]
+//! `cargo bench --features cuda --bench gpu_step -- [--model sd3-medium] [--int8] [--precision bf16] [--steps 20] [--profile] [--layers 24]
 //! [--recompute BLOCKS] [--cap GIB] [--rank 4] [--optimizer] SIZE/BATCH...`
 //! with sizes in pixels, as 512/4; prints one JSON line per shape. `--profile` adds the time by kind of kernel, `--optimizer`
 //! one update (sums, clipping, AdamW, the model's new factors) on the GPU and on the host.
 #![expect(clippy::print_stdout, reason = "a bench reports on stdout")]
 
-use std::io::Write as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use finetune_common::rng::{Purpose, Stream};
 use finetune_common::tensor::HostTensor;
-use finetune_compute::kernels::{Cpu, Cuda, Device as _, Precision, flat_offsets};
+use finetune_compute::kernels::{Cpu, Cuda, Device as _, Precision, WeightFormat, flat_offsets};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
 use finetune_compute::optim::{AdamWSettings, OptimizerSettings, Param, Parameters};
 use finetune_model::Weights;
 use finetune_model::lora::LoraSpec;
 use finetune_model::mmdit::{FlowTarget, Mmdit, MmditConfig, MmditInputs};
-use rayon::prelude::*;
-
-/// Stable Diffusion 3 Medium.
-fn config(layers: usize) -> MmditConfig {
-    MmditConfig {
-        patch_size: 2,
-        in_channels: 16,
-        num_layers: layers,
-        attention_head_dim: 64,
-        num_attention_heads: 24,
-        joint_attention_dim: 4096,
-        caption_projection_dim: 1536,
-        pooled_projection_dim: 2048,
-        out_channels: None,
-        pos_embed_max_size: 192,
-        qk_norm: None,
-        dual_attention_layers: Vec::new(),
-    }
-}
-
-/// Writes f16 weights, uniform with the variance that keeps activations in range, as a safetensors file.
-fn write_weights(config: &MmditConfig, folder: &Path) -> Result<()> {
-    let (d, p) = (config.width(), config.patch_size);
-    let mut tensors: Vec<(String, Vec<usize>, f32)> = Vec::new();
-    for site in config.linear_sites() {
-        tensors.push((format!("{}.weight", site.name), vec![site.out_features, site.in_features], (3.0 / site.in_features as f32).sqrt()));
-        tensors.push((format!("{}.bias", site.name), vec![site.out_features], 0.02));
-    }
-    tensors.push(("pos_embed.proj.weight".into(), vec![d, config.in_channels, p, p], 0.2));
-    tensors.push(("pos_embed.proj.bias".into(), vec![d], 0.02));
-    tensors.push(("pos_embed.pos_embed".into(), vec![1, config.pos_embed_max_size.pow(2), d], 0.5));
-    let (mut header, mut offset) = (serde_json::Map::new(), 0);
-    for (name, shape, _) in &tensors {
-        let end = offset + 2 * shape.iter().product::<usize>();
-        header.insert(name.clone(), serde_json::json!({"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}));
-        offset = end;
-    }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(folder.join("diffusion_pytorch_model.safetensors"))?);
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
-    for (i, (_, shape, range)) in tensors.iter().enumerate() {
-        let mut bytes = vec![0_u8; 2 * shape.iter().product::<usize>()];
-        bytes.par_chunks_mut(1 << 16).enumerate().for_each(|(chunk, bytes)| {
-            let mut state = (i as u64) << 32 | chunk as u64 | 1;
-            for pair in bytes.chunks_exact_mut(2) {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let uniform = (state >> 40) as f32 / 8_388_608.0 - 1.0;
-                pair.copy_from_slice(&half::f16::from_f32(uniform * range).to_le_bytes());
-            }
-        });
-        file.write_all(&bytes)?;
-    }
-    Ok(file.flush()?)
-}
+use finetune_model::random::write_transformer;
 
 fn random(stream: &mut Stream, shape: &[usize]) -> Result<HostTensor> {
     let mut values = vec![0.0; shape.iter().product()];
@@ -86,7 +29,10 @@ fn random(stream: &mut Stream, shape: &[usize]) -> Result<HostTensor> {
 struct Options {
     precision: Precision,
     steps: usize,
-    layers: usize,
+    model: String,
+    /// The blocks' weights in 8 bits.
+    format: WeightFormat,
+    layers: Option<usize>,
     rank: usize,
     /// Blocks that are computed again in the backward pass.
     recompute: usize,
@@ -100,15 +46,28 @@ struct Options {
 
 impl Options {
     fn parse() -> Result<Self> {
-        let mut options =
-            Self { precision: Precision::Bf16, steps: 20, layers: 24, rank: 4, recompute: 0, cap: None, profile: false, optimizer: false, shapes: Vec::new() };
+        let mut options = Self {
+            precision: Precision::Bf16,
+            steps: 20,
+            model: "sd3-medium".to_owned(),
+            format: WeightFormat::Float,
+            layers: None,
+            rank: 4,
+            recompute: 0,
+            cap: None,
+            profile: false,
+            optimizer: false,
+            shapes: Vec::new(),
+        };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
             match arg.as_str() {
                 "--precision" => options.precision = value()?.parse()?,
                 "--steps" => options.steps = value()?.parse()?,
-                "--layers" => options.layers = value()?.parse()?,
+                "--model" => options.model = value()?,
+                "--int8" => options.format = WeightFormat::Int8,
+                "--layers" => options.layers = Some(value()?.parse()?),
                 "--rank" => options.rank = value()?.parse()?,
                 "--recompute" => options.recompute = value()?.parse()?,
                 "--cap" => options.cap = Some(value()?.parse()?),
@@ -132,16 +91,17 @@ fn median(mut times: Vec<f64>) -> f64 {
 
 fn main() -> Result<()> {
     let options = Options::parse()?;
-    let config = config(options.layers);
+    let published = MmditConfig::published(&options.model).with_context(|| format!("{} is no published model, such as sd3-medium", options.model))?;
+    let config = MmditConfig { num_layers: options.layers.unwrap_or(published.num_layers), ..published };
     let folder = tempfile::tempdir()?;
     let started = Instant::now();
-    write_weights(&config, folder.path())?;
+    write_transformer(&config, folder.path())?;
     println!("weights written in {:.1} s", started.elapsed().as_secs_f64());
     let started = Instant::now();
     let gpu = Cuda::open(0, options.precision)?;
     println!("{:?} opened in {:.2} s, free and total memory {:?}", gpu.describe(), started.elapsed().as_secs_f64(), gpu.device_memory());
     let started = Instant::now();
-    let mut model = Mmdit::load(Arc::new(Weights::open(folder.path())?), config.clone(), &gpu)?;
+    let mut model = Mmdit::load_as(Arc::new(Weights::open(folder.path())?), config.clone(), &gpu, options.format)?;
     let targets = ["to_q", "to_k", "to_v", "to_out.0"].map(str::to_owned).to_vec();
     let spec = LoraSpec { rank: options.rank, alpha: options.rank as f64, dropout: 0.0, target_modules: targets };
     let mut params = model.attach_lora(&spec)?.init(1);
@@ -250,7 +210,7 @@ fn shape(options: &Options, gpu: &Cuda, model: &Mmdit<Cuda>, config: &MmditConfi
         if last_step {
             profile = gpu.end_profile();
         }
-        last = losses.iter().sum::<f64>() / batch as f64;
+        last = losses.receive(&gpu).iter().sum::<f64>() / batch as f64;
         let started = Instant::now();
         if options.cap.is_none() {
             model.forward_only(&x_t, &timesteps, &prompt, &pooled, 1.0, &[])?;

@@ -12,6 +12,8 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::telemetry::LogFormat;
 
+#[cfg(feature = "train")]
+mod bench;
 mod convert;
 mod crd;
 #[cfg(feature = "train")]
@@ -47,7 +49,7 @@ mod verify;
 
 /// Fine-tune Stable Diffusion 3 with LoRA on 16 GB GPUs, on this machine or on Kubernetes.
 #[derive(Debug, Parser)]
-#[command(name = "finetune", version, about, propagate_version = true)]
+#[command(name = "finetune", version, propagate_version = true)]
 struct Cli {
     /// How log lines (on stderr) look.
     #[arg(long, global = true, value_enum, default_value = "auto", env = "FINETUNE_LOG_FORMAT")]
@@ -60,6 +62,9 @@ struct Cli {
 /// Keep in alphabetical order; each variant's arguments and code are in the file of its name.
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure a training step on this machine's GPU and check its numbers; needs no model.
+    #[cfg(feature = "train")]
+    Bench(bench::Args),
     /// Turn the article's command line into a FineTuneJob.
     Convert(convert::Args),
     /// Print the CustomResourceDefinition.
@@ -127,7 +132,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Run(_) if !std::io::stderr().is_terminal() => "info",
         #[cfg(feature = "train")]
-        Command::Gc(_) | Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
+        Command::Bench(_) | Command::Gc(_) | Command::Run(_) | Command::Sample(_) | Command::Verify(_) => "warn",
     };
     #[cfg(feature = "train")]
     let log = LogTail::default();
@@ -141,6 +146,8 @@ pub fn main() -> ExitCode {
     // A second installation is refused; the first one is the same.
     let _already_installed = rustls::crypto::ring::default_provider().install_default();
     let result = match cli.command {
+        #[cfg(feature = "train")]
+        Command::Bench(args) => bench::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Crd(args) => crd::run(&args),
         #[cfg(feature = "train")]

@@ -5,6 +5,7 @@ pub mod layout;
 pub mod learner;
 pub mod lora;
 pub mod mmdit;
+pub mod random;
 pub mod sample;
 pub mod single_file;
 pub mod survey;

@@ -1,6 +1,7 @@
 //! The training job: prepare, step, checkpoint, publish.
 
 pub mod about;
+pub mod bench;
 pub mod captions;
 pub mod card;
 pub mod checkpoint;
