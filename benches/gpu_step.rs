@@ -210,7 +210,7 @@ fn shape(options: &Options, gpu: &Cuda, model: &Mmdit<Cuda>, config: &MmditConfi
         if last_step {
             profile = gpu.end_profile();
         }
-        last = losses.receive(&gpu).iter().sum::<f64>() / batch as f64;
+        last = losses.receive(gpu).iter().sum::<f64>() / batch as f64;
         let started = Instant::now();
         if options.cap.is_none() {
             model.forward_only(&x_t, &timesteps, &prompt, &pooled, 1.0, &[])?;

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def run(binary, folder, model, shape, updates, cpus):
         "training.maxSequenceLength=77", "training.precision=BF16", "training.lora.rank=4", "training.lora.alpha=4",
         "training.lora.targetModules=[to_q,to_k,to_v,to_out.0]", "training.optimizer.learningRate=1e-5", f"output.uri=s3://quickstart/loras/{name}/", "validation=null",
     )  # fmt: skip
+    # What is done already would not be done again.
+    shutil.rmtree(folder / "loras" / name, ignore_errors=True)
     allowed = sorted(os.sched_getaffinity(0))[: cpus or None]
     busy, begin = Busy(), time.time()
     process = subprocess.Popen(

@@ -84,13 +84,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if text {
         checks.iter().for_each(|check| println!("{}", line_of(check)));
     }
-    drop(engine);
-
     let weights = RandomWeights::write(&config, args.work_dir.as_deref()).context("--work-dir names another folder for them")?;
     let (mut rows, mut failed) = (Vec::new(), checks.iter().any(|check| !check.passed));
     for workload in workloads {
-        // A device of its own: the figures of one size do not count memory of another.
-        let engine = open(args)?;
         let steps = args.steps.max(1);
         let mut progress = |done| tracing::debug!(%workload, done, steps, "measuring");
         match bench::measure(&config, &weights, &engine, &training(args, workload)?, steps, &mut progress) {

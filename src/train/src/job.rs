@@ -340,7 +340,7 @@ impl Run<'_> {
         })
         .await?;
         let model = ModelDir::open(folder.folder())?;
-        let trainer = block_in_place(|| self.trainer(&model, prepared, snapshot, warm, memory))?;
+        let trainer = block_in_place(|| self.trainer(&model, prepared, snapshot, warm, &memory))?;
         Ok((trainer, model))
     }
 
@@ -376,7 +376,7 @@ impl Run<'_> {
         prepared: Prepared,
         snapshot: Option<Snapshot>,
         warm: Option<Vec<Param>>,
-        memory: MemoryPlan,
+        memory: &MemoryPlan,
     ) -> Result<Trainer, TrainError> {
         let training = &self.config.training;
         let scheduler = model.scheduler()?;
@@ -424,6 +424,9 @@ impl Run<'_> {
         })
         .map_err(super::trainer::TrainerError::from)?;
         layout.check(&params).map_err(super::trainer::TrainerError::from)?;
+        if let Some(bytes) = memory.buffer_bytes() {
+            self.engine.set_memory_cap(bytes as usize);
+        }
         let format = setup::format(memory.weights);
         let mut learner = learner::load(weights, transformer, &self.engine, format, layout, &params, setup::optimizer(&training.optimizer))?;
         learner.set_recompute(&vec![true; memory.recomputed_blocks as usize]);

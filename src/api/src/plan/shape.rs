@@ -145,14 +145,31 @@ impl ModelShape {
 
     /// Parameters of a LoRA of `rank` on the modules whose names end in one of `targets`.
     pub fn lora_parameters(&self, rank: u64, targets: &[String]) -> u64 {
+        let mut parameters = 0;
+        self.each_target(targets, &mut |_, inputs, outputs| parameters += rank * (inputs + outputs));
+        parameters
+    }
+
+    /// Modules with LoRA that see a picture's tokens, and those that see a caption's; the ones that make modulations see neither.
+    pub fn lora_modules(&self, targets: &[String]) -> (u64, u64) {
+        let (mut picture, mut text) = (0, 0);
+        self.each_target(targets, &mut |name, _, _| match name {
+            _ if name.starts_with("norm1") => {}
+            _ if name.contains("add_") || name.starts_with("ff_context") => text += 1,
+            _ => picture += 1,
+        });
+        (picture, text)
+    }
+
+    /// Calls `f` with name within its block, inputs and outputs of each module of the blocks whose name ends in one of `targets`.
+    fn each_target(&self, targets: &[String], f: &mut dyn FnMut(&str, u64, u64)) {
         let d = self.hidden;
         let matches = |name: &str| targets.iter().any(|target| name == target || name.ends_with(&format!(".{target}")));
-        let mut parameters = 0;
         for block in 0..self.layers {
             let last = block + 1 == self.layers;
             let mut module = |name: &str, inputs: u64, outputs: u64| {
                 if matches(&format!("transformer_blocks.{block}.{name}")) {
-                    parameters += rank * (inputs + outputs);
+                    f(name, inputs, outputs);
                 }
             };
             let dual = block < self.dual_layers;
@@ -174,7 +191,6 @@ impl ModelShape {
             module("ff.net.0.proj", d, 4 * d);
             module("ff.net.2", 4 * d, d);
         }
-        parameters
     }
 
     /// Floating-point operations of one forward pass over one picture: (matrix products with weights, attention).
@@ -231,6 +247,14 @@ mod tests {
         ] {
             assert_eq!(ModelShape::of_source(&serde_json::from_value(source.clone()).unwrap()), shape, "{source}");
         }
+    }
+
+    #[test]
+    fn modules_are_counted_by_what_they_see() {
+        let of = |targets: &[&str]| ModelShape::SD35_MEDIUM.lora_modules(&targets.iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&["to_q"]), (24 + 13, 0));
+        assert_eq!(of(&["attn.add_k_proj", "to_add_out", "ff_context.net.2"]), (0, 24 + 23 + 23));
+        assert_eq!(of(&["linear", "ff.net.2"]), (24, 0));
     }
 
     #[test]

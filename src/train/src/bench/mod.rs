@@ -119,8 +119,6 @@ pub struct Measured {
     pub tflops: f64,
     /// Bytes that training should take on the device by the plan, libraries included.
     pub planned_bytes: u64,
-    /// The most that buffers took, on a GPU.
-    pub buffer_bytes: u64,
     /// What the driver reports as taken on the whole card, by whatever runs there.
     pub card_bytes: Option<u64>,
 }
@@ -137,9 +135,14 @@ pub fn measure(
     steps: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Measured, BenchError> {
+    // What an earlier one has left in the pool.
+    engine.trim();
     let (shape, budget) = (division::shape(config), device::limit_memory(engine));
     let memory = memory_plan(training, None, &shape, budget)?;
     let MemoryPlan { weights: format, micro_batch, recomputed_blocks, .. } = memory;
+    if let Some(bytes) = memory.buffer_bytes() {
+        engine.set_memory_cap(bytes as usize);
+    }
     let layout = LoraLayout::new(&setup::lora(&training.lora), &config.linear_sites())?;
     let (params, optimizer) = (layout.init(training.seed), setup::optimizer(&training.optimizer));
     let mut learner = learner::load(Arc::clone(&weights.weights), config.clone(), engine, setup::format(format), layout, &params, optimizer)?;
@@ -168,7 +171,6 @@ pub fn measure(
         range_ms: [times.first().copied().unwrap_or(f64::NAN), times.last().copied().unwrap_or(f64::NAN)],
         tflops: run_flops(&one, &shape, &memory, 1) / step_ms / 1e9,
         planned_bytes: memory.stages.last().map_or(0, finetune_api::plan::Stage::bytes),
-        buffer_bytes: engine.peak_memory() as u64,
         card_bytes,
     })
 }
