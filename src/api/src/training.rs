@@ -148,6 +148,7 @@ pub enum Weights {
 
 impl Weights {
     /// Whether it is the default.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     pub(crate) fn is_auto(&self) -> bool {
         *self == Self::Auto
     }
@@ -324,13 +325,18 @@ pub struct LoraSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub alpha: Option<u32>,
+    /// Scale by alpha / sqrt(rank) instead, as peft's `use_rslora`, so that high ranks learn as fast as low ones. The files have the alpha that gives the
+    /// same scale to readers that divide by the rank: alpha times sqrt(rank).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub use_rslora: bool,
     /// Share of the inputs that is set to 0 while training.
     #[serde(default = "zero")]
     #[x_kube(validation = bounds::FRACTION.rule())]
     pub dropout: Decimal,
-    /// Layers to train, by the end of their names: "attn.to_q" is every block's; "transformer_blocks.0.attn.to_q" one block's.
+    /// Layers to train, by the end of their names: "attn.to_q" is every block's; "transformer_blocks.0.attn.to_q" one block's;
+    /// "transformer_blocks.0-11.attn.to_q" that of twelve blocks.
     #[serde(default = "target_modules")]
-    #[schemars(length(min = 1, max = 512), inner(length(min = 1, max = 128), regex(pattern = r"^[a-z0-9_]+([.][a-z0-9_]+)*$")), extend("x-kubernetes-list-type" = "set"))]
+    #[schemars(length(min = 1, max = 512), inner(length(min = 1, max = 128), regex(pattern = r"^[a-z0-9_]+([.]([a-z0-9_]+|[0-9]{1,3}-[0-9]{1,3}))*$")), extend("x-kubernetes-list-type" = "set"))]
     pub target_modules: Vec<String>,
 }
 

@@ -329,7 +329,7 @@ pub struct ScheduleConfig {
 pub struct LoraConfig {
     /// Rank.
     pub rank: u32,
-    /// Scale times rank.
+    /// Scale times rank, also where the job scales by the rank's root.
     pub alpha: f64,
     /// Share of inputs set to 0.
     pub dropout: f64,

@@ -12,6 +12,7 @@ mod read;
 mod resolve;
 mod shape;
 mod steps;
+mod targets;
 mod warnings;
 
 pub use crate::{

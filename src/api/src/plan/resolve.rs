@@ -293,9 +293,12 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
         learning_rate_schedule: schedule(&spec.learning_rate_schedule, reader),
         lora: LoraConfig {
             rank: spec.lora.rank,
-            alpha: f64::from(spec.lora.alpha.unwrap_or(spec.lora.rank)),
+            alpha: alpha(&spec.lora),
             dropout: reader.number("spec.training.lora.dropout", &spec.lora.dropout, bounds::FRACTION),
-            target_modules: spec.lora.target_modules.clone(),
+            target_modules: super::targets::expand(&spec.lora.target_modules).unwrap_or_else(|problem| {
+                reader.problem("spec.training.lora.targetModules", problem);
+                Vec::new()
+            }),
         },
         prior_preservation: spec.prior_preservation.as_ref().map(|prior| PriorPreservationConfig {
             class_prompt: prior.class_prompt.clone(),
@@ -305,6 +308,13 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
             precision: prior.precision,
         }),
     }
+}
+
+/// The alpha whose quotient by the rank is the scale. Rank-stabilised LoRA (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+/// 2023) scales by alpha / sqrt(rank).
+fn alpha(spec: &crate::LoraSpec) -> f64 {
+    let alpha = f64::from(spec.alpha.unwrap_or(spec.rank));
+    if spec.use_rslora { alpha * f64::from(spec.rank).sqrt() } else { alpha }
 }
 
 /// Shortest and longest side of kohya's buckets, where nothing is said.
@@ -468,6 +478,25 @@ mod tests {
         assert_eq!(plan.config.checkpoint.uri, format!("s3://loras/corgi/.checkpoints/{}/", &hash[..16]));
     }
 
+    /// peft: alpha / sqrt(rank). Every reader divides by the rank.
+    #[test]
+    fn rank_stabilised_scales_are_written_as_an_alpha() {
+        let alpha = |lora: Value| plan(json!({"training": {"lora": lora}})).config.training.lora.alpha;
+        assert_eq!(alpha(json!({"rank": 16, "alpha": 8, "useRslora": true})), 32.0);
+        assert_eq!(alpha(json!({"rank": 16, "alpha": 8, "useRslora": false})), 8.0);
+        assert!((alpha(json!({"rank": 8, "useRslora": true})) / 8.0 - 8.0 / 8.0_f64.sqrt()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_range_of_blocks_is_the_same_as_its_blocks() {
+        let of = |targets: Value| resolve(&spec(json!({"training": {"lora": {"targetModules": targets}}})), "n", "j", &Facts::default());
+        let hash = |targets: Value| of(targets).unwrap().config.spec_hash;
+        let blocks = json!(["transformer_blocks.3.attn.to_q", "transformer_blocks.4.attn.to_q"]);
+        assert_eq!(hash(json!(["transformer_blocks.3-4.attn.to_q"])), hash(blocks));
+        let PlanError::Invalid(problems) = of(json!(["transformer_blocks.4-3.attn.to_q"])).unwrap_err() else { panic!("invalid") };
+        assert_eq!(problems[0].path, "spec.training.lora.targetModules");
+    }
+
     #[test]
     fn the_configuration_survives_its_way_as_json() {
         let config =
@@ -498,6 +527,7 @@ mod tests {
             json!({"training": {"epochs": 2}}),
             json!({"training": {"seed": 43}}),
             json!({"training": {"lora": {"alpha": 8}}}),
+            json!({"training": {"lora": {"useRslora": true}}}),
             json!({"training": {"precision": "FP32"}}),
             json!({"training": {"weights": "Float"}}),
             json!({"training": {"weights": "Int8"}}),
