@@ -7,7 +7,7 @@
 //! keeps all 11 `D` meanwhile. The block at work needs 11 `D` beside what is kept. Attention never holds its scores.
 //!
 //! Frozen weights in 8 bits take a byte each and four for each output's scale, and while a product reads one it lies beside them in the device's
-//! precision.
+//! precision, in a place for each size. The driver hands memory out in pages of 2 MiB: what that costs is counted where it is much, for these weights.
 //!
 //! With buckets the figures are those of the square: no bucket has a larger area, and nothing here depends on a picture's sides otherwise.
 
@@ -24,7 +24,9 @@ pub const LIBRARY_BYTES: u64 = 1 << 30;
 /// Of these, what a process has before a step is recorded.
 const CONTEXT_BYTES: u64 = 348 << 20;
 /// What the driver keeps for a kernel of a recorded step, fitted to what an H200 showed of the three published models.
-const KERNEL_BYTES: u64 = 300_000;
+const KERNEL_BYTES: u64 = 190_000;
+/// The driver's unit of memory.
+const PAGE: u64 = 2 << 20;
 /// Kernels of a block in a step: forward and backward; of its norms of queries and keys; of a second attention; what widens weights; what is computed again.
 const KERNELS: [u64; 5] = [75, 8, 30, 16, 20];
 /// Captions that go through a T5 layer at once.
@@ -50,8 +52,9 @@ const LORA_BYTES: u64 = 20;
 /// Places in which a GPU's products read LoRA's factors, in the precision of the model.
 const LORA_PLACES: u64 = 2;
 
-/// Name of the part of a stage that is not in buffers.
+/// Names of the parts of a stage that are not in buffers.
 const LIBRARIES: &str = "libraries";
+const PAGES: &str = "unused ends of the driver's pages";
 
 /// The device that memory is planned for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -134,8 +137,8 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Bytes that buffers may take while training, so that the whole process stays within the budget; none on the CPU.
     pub fn buffer_bytes(&self) -> Option<u64> {
-        let libraries = self.stages.last()?.parts.iter().find(|part| part.name == LIBRARIES).map_or(0, |part| part.bytes);
-        Some(self.budget_bytes?.saturating_sub(libraries))
+        let outside = self.stages.last()?.parts.iter().filter(|part| [LIBRARIES, PAGES].contains(&part.name.as_str())).map(|part| part.bytes);
+        Some(self.budget_bytes?.saturating_sub(outside.sum()))
     }
 
     /// Bytes of the largest stage.
@@ -274,9 +277,22 @@ impl<'a> Sizes<'a> {
         }
     }
 
-    /// The largest weight in 8 bits as a product reads it: [4 D, D].
+    /// Weights in 8 bits as products read them, in a place for each size: [4 D, D], [3 D, D] and [D, D].
     fn widened(&self, value: u64) -> u64 {
-        if self.weights.is_float() { 0 } else { 4 * self.shape.hidden * self.shape.hidden * value }
+        if self.weights.is_float() { 0 } else { (4 + 3 + 1) * self.shape.hidden.pow(2) * value }
+    }
+
+    /// What is left unused of the pages that hold weights in 8 bits: queries, keys and values of a stream together, each other matrix alone.
+    fn page_ends(&self) -> u64 {
+        if self.weights.is_float() || self.library == 0 {
+            return 0;
+        }
+        let end = |squares: u64| {
+            let bytes = squares * self.shape.hidden.pow(2);
+            bytes.next_multiple_of(PAGE) - bytes
+        };
+        let (full, last, dual) = (2 * end(3) + 2 * end(1) + 4 * end(4), end(3) + end(2) + end(1) + 2 * end(4), end(3) + end(1));
+        (self.shape.layers - 1) * full + last + self.shape.dual_layers * dual
     }
 
     /// Text encoders one after the other, T5 layer by layer with the next layer on its way, then the autoencoder, one picture at a time.
@@ -303,8 +319,13 @@ impl<'a> Sizes<'a> {
         let forward = 2 * pictures * self.tokens() * DRAWING * self.shape.hidden * value;
         let pixels = u64::from(self.training.resolution).pow(2);
         let decode = encoders.vae_decoder * 4 + 3 * pixels * 2 * encoders.vae_channels * 4;
-        let parts =
-            [("transformer", self.transformer(value)), ("weight in use", self.widened(value)), ("activations", forward.max(decode)), (LIBRARIES, self.library)];
+        let parts = [
+            ("transformer", self.transformer(value)),
+            ("weights in use", self.widened(value)),
+            (PAGES, self.page_ends()),
+            ("activations", forward.max(decode)),
+            (LIBRARIES, self.library),
+        ];
         Stage::new(name, parts)
     }
 
@@ -347,18 +368,22 @@ impl<'a> Sizes<'a> {
         let again = again.saturating_sub(kept);
         let lora = self.shape.lora_parameters(u64::from(self.training.lora.rank), &self.training.lora.target_modules) * (LORA_BYTES + LORA_PLACES * self.value);
         let prompts = pictures * ((77 + u64::from(self.training.max_sequence_length)) * self.shape.joint + self.shape.pooled) * self.value;
+        // Made in f32 from half precision in two parts; and their gradients.
+        let modulations = pictures * (12 * self.shape.layers + 3 * self.shape.dual_layers) * d * 4 * 4;
         let latent = u64::from(self.training.resolution).pow(2) / self.shape.vae_factor.pow(2) * self.shape.channels;
         let latents = pictures * latent * 6 * 4;
         Stage::new(
             "train",
             [
                 ("transformer", self.transformer(self.value)),
-                ("weight in use", self.widened(self.value)),
+                ("weights in use", self.widened(self.value)),
+                (PAGES, self.page_ends()),
                 ("kept activations", kept + lora_kept),
                 ("inputs of blocks computed again", inputs),
                 ("block at work", at_work),
                 ("kept activations of the block computed again, beyond those", again),
                 ("LoRA and optimizer", lora),
+                ("modulations", modulations),
                 ("prompts and latents of the batch", prompts + latents),
                 (LIBRARIES, self.libraries(recomputed)),
             ],
@@ -434,6 +459,7 @@ mod tests {
             (ModelShape::SD3_MEDIUM, FrozenWeights::Float, 1024, 1, 4, 7.84),
             (ModelShape::SD35_MEDIUM, FrozenWeights::Float, 512, 4, 4, 10.28),
             (ModelShape::SD35_MEDIUM, FrozenWeights::Float, 1024, 1, 4, 9.97),
+            (ModelShape::SD35_LARGE, FrozenWeights::Int8, 512, 1, 4, 14.11),
         ] {
             let training = training(|t| {
                 (t.resolution, t.max_sequence_length, t.lora.rank) = (resolution, 24, rank);
