@@ -28,7 +28,7 @@ pub use config::{
 pub use folders::{Folder, Use, default_checkpoint_uri, overlaps};
 pub use memory::{BUDGET_BYTES, FrozenWeights, GpuTooSmall, LIBRARY_BYTES, MemoryBudget, MemoryPlan, Part, Stage, memory_plan, run_flops};
 pub use read::ConfigError;
-pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, resolve};
+pub use resolve::{DEFAULT_MAX_STEPS, DeviceFacts, Facts, MODEL_CREDENTIALS_PREFIX, Plan, PlanError, Problem, rank_stabilised, resolve};
 pub use shape::{EncoderShape, ModelShape};
 pub use steps::StepPlan;
 pub use warnings::{Warning, warnings};

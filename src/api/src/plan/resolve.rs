@@ -310,11 +310,15 @@ fn training(spec: &crate::TrainingSpec, reader: &mut Reader) -> TrainingConfig {
     }
 }
 
-/// The alpha whose quotient by the rank is the scale. Rank-stabilised LoRA (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
-/// 2023) scales by alpha / sqrt(rank).
+/// The alpha whose quotient by the rank is the scale alpha / sqrt(rank) of a rank-stabilised LoRA (Kalajdzievski, "A Rank Stabilization Scaling Factor for
+/// Fine-Tuning with LoRA", 2023).
+pub fn rank_stabilised(alpha: f64, rank: u32) -> f64 {
+    alpha * f64::from(rank).sqrt()
+}
+
 fn alpha(spec: &crate::LoraSpec) -> f64 {
     let alpha = f64::from(spec.alpha.unwrap_or(spec.rank));
-    if spec.use_rslora { alpha * f64::from(spec.rank).sqrt() } else { alpha }
+    if spec.use_rslora { rank_stabilised(alpha, spec.rank) } else { alpha }
 }
 
 /// Shortest and longest side of kohya's buckets, where nothing is said.

@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::{Case, Report, Tensors, VerifyError};
 use crate::step::coefficients;
+use finetune_api::plan::rank_stabilised;
 use finetune_common::tensor::HostTensor;
 use finetune_compute::kernels::{Engine, WeightFormat};
 use finetune_compute::nn::flow_matching::{LossKind, SigmaTable, Weighting, mix};
@@ -17,8 +18,10 @@ use finetune_model::mmdit::{FlowTarget, MmditConfig, MmditInputs};
 
 #[derive(Deserialize)]
 struct LoraSettings {
-    rank: usize,
+    rank: u32,
     alpha: f64,
+    #[serde(default)]
+    use_rslora: bool,
     target_modules: Vec<String>,
 }
 
@@ -50,11 +53,17 @@ pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
     let folder = case.model_dir().join("transformer");
     let weights = Weights::open(&folder).map_err(VerifyError::product)?;
     let config = MmditConfig::open(&folder).map_err(VerifyError::product)?;
-    let spec = LoraSpec { rank: lora.rank, alpha: lora.alpha, dropout: 0.0, target_modules: lora.target_modules };
+    let format = match case.setting::<Option<String>>("weights")?.as_deref() {
+        None => WeightFormat::Float,
+        Some("int8") => WeightFormat::Int8,
+        Some(_) => return Err(VerifyError::Setting { key: "weights".into() }),
+    };
+    let alpha = if lora.use_rslora { rank_stabilised(lora.alpha, lora.rank) } else { lora.alpha };
+    let spec = LoraSpec { rank: lora.rank as usize, alpha, dropout: 0.0, target_modules: lora.target_modules };
     let layout = LoraLayout::new(&spec, &config.linear_sites()).map_err(VerifyError::product)?;
     let params = parameters(&inputs, &layout.parameters())?;
     // What the file names must be exactly what the targets mean.
-    let state = LoraState { tensors: given(&inputs)?, scaling: Scaling { alpha: Some(lora.alpha), ..Scaling::default() } };
+    let state = LoraState { tensors: given(&inputs)?, scaling: Scaling { alpha: Some(lora.alpha), rank_stabilised: lora.use_rslora, ..Scaling::default() } };
     let (resolved, _) = state.resolve(&config.linear_sites()).map_err(VerifyError::product)?;
     if resolved.modules != layout.modules {
         return Err(VerifyError::Setting { key: "lora.target_modules".into() });
@@ -66,7 +75,7 @@ pub fn run(case: &Case, engine: &Engine) -> Result<Report, VerifyError> {
         "adamw8bit" => OptimizerSettings::AdamW8bit(adamw),
         _ => return Err(VerifyError::Setting { key: "optimizer.name".into() }),
     };
-    let mut learner = learner::load(Arc::new(weights), config, engine, WeightFormat::Float, layout, &params, optimizer).map_err(VerifyError::product)?;
+    let mut learner = learner::load(Arc::new(weights), config, engine, format, layout, &params, optimizer).map_err(VerifyError::product)?;
 
     let table = SigmaTable::default();
     let mut report = Report::default();
