@@ -220,6 +220,7 @@ fn measured(page: &Page) -> Vec<(&'static str, String)> {
         ("Budget", plan.and_then(|plan| plan.budget_bytes).map(size)),
         ("Measured on the GPU, buffers at their peak", memory.device_peak_bytes.map(size)),
         ("Measured on the host, whole process at its peak", memory.host_peak_bytes.map(size)),
+        ("Frozen weights of the blocks", plan.filter(|plan| !plan.weights.is_float()).map(|_| "in 8 bits".to_owned())),
         ("Pictures per pass", page.progress.micro_batch.map(|n| n.to_string())),
         ("Blocks computed again", page.progress.recomputed_blocks.map(|n| n.to_string())),
     ]
