@@ -178,6 +178,7 @@ fn each_bound_and_each_rule_of_one_field_holds_both_ways() {
         ("spec.training.lora.targetModules", json!([]), json!(["attn.to_q"])),
         ("spec.training.lora.targetModules", json!(["attn.to_q", "attn.to_q"]), json!(["attn.to_q", "attn.to_k"])),
         ("spec.training.lora.targetModules", json!(["attn..to_q"]), json!(["transformer_blocks.0.attn.to_out.0"])),
+        ("spec.training.lora.targetModules", json!(["transformer_blocks.0-.attn.to_q"]), json!(["transformer_blocks.0-11.attn.to_q"])),
         ("spec.validation", json!({"prompts": []}), json!({"prompts": ["x"]})),
         ("spec.validation", json!({}), json!({"prompts": ["x"], "guidanceScale": "1"})),
         ("spec.validation", json!({"prompts": ["x"], "guidanceScale": "0.5"}), json!({"prompts": ["x"], "guidanceScale": "50"})),

@@ -71,12 +71,14 @@ pub enum LoraError {
     #[error("failed to attach LoRA: the list of target modules is empty")]
     NoTargets,
     /// Targets without a module.
-    #[error("failed to attach LoRA: no module of this transformer is called {targets:?}; modules are called as {examples:?}")]
+    #[error("failed to attach LoRA: no module of this transformer is called {}; it has {blocks} blocks, and modules are called as {examples:?}", few(targets))]
     UnmatchedTargets {
         /// The targets.
         targets: Vec<String>,
         /// Some names that exist (the last parts of module names).
         examples: Vec<String>,
+        /// Blocks of the transformer.
+        blocks: usize,
     },
     /// A key of a LoRA file is not understood.
     #[error("failed to understand LoRA key {key:?}: {problem}")]
@@ -122,6 +124,14 @@ pub enum LoraError {
     /// The configuration of the LoRA is not what diffusers and peft write.
     #[error("failed to understand the configuration of the LoRA (lora_adapter_metadata or adapter_config.json)")]
     Metadata(#[source] serde_json::Error),
+}
+
+/// The first names, and how many there are beside them: a range of blocks may stand for many.
+fn few(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let more = names.len().saturating_sub(SHOWN);
+    let shown = format!("{:?}", &names[..names.len() - more]);
+    if more == 0 { shown } else { format!("{shown} (and {more} more)") }
 }
 
 /// LoRA on one linear module.

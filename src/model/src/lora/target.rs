@@ -31,14 +31,16 @@ pub fn select(targets: &[String], sites: &[LinearSite]) -> Result<Vec<usize>, Lo
     }
     let unmatched: Vec<String> = targets.iter().filter(|t| t.is_empty() || !sites.iter().any(|s| matches(t, &s.name))).cloned().collect();
     if !unmatched.is_empty() {
-        let mut examples = Vec::new();
+        let (mut examples, mut blocks) = (Vec::new(), 0);
         for site in sites {
-            let short = site.name.strip_prefix("transformer_blocks.").and_then(|n| n.split_once('.')).map_or(site.name.as_str(), |(_, rest)| rest);
+            let in_block = site.name.strip_prefix("transformer_blocks.").and_then(|n| n.split_once('.'));
+            blocks = in_block.and_then(|(block, _)| block.parse::<usize>().ok()).map_or(blocks, |block| blocks.max(block + 1));
+            let short = in_block.map_or(site.name.as_str(), |(_, rest)| rest);
             if !examples.iter().any(|e| e == short) {
                 examples.push(short.to_owned());
             }
         }
-        return Err(LoraError::UnmatchedTargets { targets: unmatched, examples });
+        return Err(LoraError::UnmatchedTargets { targets: unmatched, examples, blocks });
     }
     Ok((0..sites.len()).filter(|&i| targets.iter().any(|t| matches(t, &sites[i].name))).collect())
 }
@@ -69,9 +71,13 @@ mod tests {
         let site = |name: &str| LinearSite { name: name.into(), ordinal: 0, in_features: 1, out_features: 1 };
         let sites = [site("transformer_blocks.0.attn.to_q"), site("transformer_blocks.1.attn.to_q"), site("proj_out")];
         let targets = ["to_q".to_owned(), "to_w".to_owned()];
-        let Err(LoraError::UnmatchedTargets { targets, examples }) = select(&targets, &sites) else { panic!("must not match") };
-        assert_eq!(targets, ["to_w"]);
+        let Err(LoraError::UnmatchedTargets { targets, examples, blocks }) = select(&targets, &sites) else { panic!("must not match") };
+        assert_eq!((targets, blocks), (vec!["to_w".to_owned()], 2));
         assert_eq!(examples, ["attn.to_q", "proj_out"]);
         assert!(matches!(select(&[], &sites), Err(LoraError::NoTargets)));
+        // A range of blocks beyond the model's.
+        let beyond: Vec<String> = (0..40).map(|block| format!("transformer_blocks.{block}.attn.to_q")).collect();
+        let error = select(&beyond, &sites).unwrap_err().to_string();
+        assert!(error.contains("\"transformer_blocks.2.attn.to_q\"") && error.contains("(and 34 more); it has 2 blocks"), "{error}");
     }
 }
