@@ -17,7 +17,8 @@ fn a_run_in_8_bits_trains_says_so_and_resumes_to_the_same_lora() {
     assert!(card.contains("the blocks' frozen weights in 8 bits"), "{card}");
 
     let bench = Bench::new();
-    let mut killed = bench.start(&int8, &[]);
+    // Early in the run, so that it cannot end before it is killed, however slow the machine.
+    let mut killed = bench.start(&json!({"training": {"weights": "Int8"}, "checkpoint": {"everySteps": 2}}), &[]);
     killed.await_log("saved a checkpoint");
     killed.signal("KILL");
     assert_eq!(killed.wait(), None, "it ended before it was killed");
