@@ -123,7 +123,7 @@ pub struct Measured {
     pub card_bytes: Option<u64>,
 }
 
-/// Times `steps` batches of a workload as `training` says, on weights of this configuration. `progress` is told how many batches are done.
+/// Times `steps` batches of a workload as `training` says, on weights of this configuration. `progress` gets the number of batches done.
 ///
 /// # Errors
 /// If it does not fit, or the device fails.

@@ -281,7 +281,8 @@ impl Report {
     }
 }
 
-fn relative_error(got: &[f32], want: &[f64]) -> f64 {
+/// ‖got − want‖ / ‖want‖; ‖got‖ where ‖want‖ is 0; infinite where something is not a number.
+pub(crate) fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     let difference = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
     let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
     let error = if norm > 0.0 { difference / norm } else { difference };
